@@ -1,0 +1,74 @@
+// The pieces of torch that ops need and torch::stable of TORCH_TARGET_VERSION does not offer in the form they need.
+// Each says when it can go.
+#pragma once
+
+#include "csrc/core/checks.h"
+#include "csrc/core/dtype.h"
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace ptk {
+
+using torch::stable::Tensor;
+
+// torch::stable::Tensor has no raw dtype getter; scalar_type() throws a message of its own on dtypes it does not know,
+// where ops want to name the argument. Goes when scalar_type() covers every dtype.
+inline int32_t shim_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  PTK_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype) == TORCH_SUCCESS, "ptkernels: cannot read a tensor's dtype");
+  return dtype;
+}
+
+inline std::optional<DType> float_dtype(const Tensor& tensor) {
+  static const std::array<int32_t, 4> known = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
+                                               aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  const int32_t dtype = shim_dtype(tensor);
+  for (size_t i = 0; i < known.size(); ++i) {
+    if (known[i] == dtype) {
+      return static_cast<DType>(i);
+    }
+  }
+  return std::nullopt;
+}
+
+inline bool is_bool(const Tensor& tensor) {
+  static const int32_t bool_dtype = aoti_torch_dtype_bool();
+  return shim_dtype(tensor) == bool_dtype;
+}
+
+inline int32_t shim_dtype(DType dtype) {
+  switch (dtype) {
+  case DType::f64:
+    return aoti_torch_dtype_float64();
+  case DType::f32:
+    return aoti_torch_dtype_float32();
+  case DType::bf16:
+    return aoti_torch_dtype_bfloat16();
+  case DType::f16:
+    return aoti_torch_dtype_float16();
+  }
+  return -1;
+}
+
+// torch::stable has no empty_strided as of torch 2.13. Uninitialised, on the device of `like`.
+template <size_t Rank>
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, Rank>& sizes,
+                     const std::array<int64_t, Rank>& strides, DType dtype) {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  AtenTensorHandle handle = nullptr;
+  PTK_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == TORCH_SUCCESS &&
+                aoti_torch_get_device_index(like.get(), &device_index) == TORCH_SUCCESS &&
+                aoti_torch_empty_strided(Rank, sizes.data(), strides.data(), shim_dtype(dtype), device_type,
+                                         device_index, &handle) == TORCH_SUCCESS,
+            "ptkernels: cannot allocate a tensor of shape ", shape_text(sizes));
+  return Tensor(handle);
+}
+
+}  // namespace ptk

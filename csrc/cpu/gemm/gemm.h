@@ -1,0 +1,123 @@
+// The one matrix-product engine of all CPU kernels.
+//
+//   C[m, n] = sum over blocks i, over k:  A_i[m, k] * B_i[k, n],     handed to an epilogue a vector at a time
+//
+// `gemm` walks an m x n tile of C panel by panel: a panel of B stays in L1 while every strip of A's rows meets it. The
+// caller chooses m, n, k so that the operands stay in L2, and gives the fused work as an epilogue:
+//
+//   epilogue(int64_t row, int64_t column, Vec<Sum> sums, int64_t valid)     `valid` lanes count, the others are padding
+//
+// On AMX an epilogue that only stores may offer `tile_target(row, column) -> {data, ld}` and gets whole tiles written there.
+#pragma once
+
+#include "kernel_amx.h"
+#include "pack.h"
+
+namespace ptk::PTK_ISA {
+
+namespace detail {
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                              int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr Multiply multiply = GemmTraits<T>::kMultiply;
+  if constexpr (multiply == Multiply::fma) {
+    fma_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+  }
+#if PTK_ISA_LEVEL == 4
+  if constexpr (multiply == Multiply::dot_bf16) {
+    dot_bf16_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+  }
+#endif
+#if PTK_ISA_LEVEL < 5
+  if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8) {
+    dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+  }
+#endif
+}
+
+// The last rows, fewer than kMr: in binary steps, so that five kernels cover every remainder.
+template <class T, int M, class Epilogue>
+static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                             int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
+  if constexpr (M > 0) {
+    if (rows >= M) {
+      vector_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+      row += M;
+      rows -= M;
+    }
+    if (rows > 0) tail_rows<T, M / 2>(blocks, count, k, lda, row, rows, column, columns, epilogue);
+  }
+}
+
+template <class T>
+inline constexpr bool kUsesTiles = GemmTraits<T>::kKStep * sizeof(Element<T>) == 64;
+
+}  // namespace detail
+
+// C[0:m, 0:n] over `count` blocks of depth k; panel p of block i lies at blocks[i].b + p * panel_stride.
+// For tiled types the caller holds a TileScope.
+template <class T, class Epilogue>
+static inline void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
+                        int64_t panel_stride, Epilogue&& epilogue) {
+  constexpr int mr = GemmTraits<T>::kMr, nr = GemmTraits<T>::kNr;
+  constexpr int64_t kMaxBlocks = 64;
+  GemmBlock<T> panel[kMaxBlocks];
+  k = padded_k<T>(k);
+  for (int64_t n0 = 0; n0 < n; n0 += nr) {
+    const int64_t offset = n0 / nr * panel_stride;
+    for (int64_t i = 0; i < count; ++i) panel[i] = {blocks[i].a, blocks[i].b + offset};
+    const int64_t columns = n - n0 < nr ? n - n0 : nr;
+    int64_t row = 0;
+#if PTK_ISA_LEVEL >= 5
+    if constexpr (detail::kUsesTiles<T>) {
+      for (; row < m; row += mr)
+        detail::tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr, n0, columns, epilogue);
+      continue;
+    }
+#endif
+    if constexpr (!detail::kUsesTiles<T>) {
+      for (; row + mr <= m; row += mr)
+        detail::vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
+      if (row < m) detail::tail_rows<T, (mr > 8 ? 8 : mr / 2)>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
+    }
+  }
+}
+
+// One block.
+template <class T, class Epilogue>
+static inline void gemm(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
+                        int64_t panel_stride, Epilogue&& epilogue) {
+  GemmBlock<T> block{a, b};
+  gemm<T>(m, n, k, &block, 1, lda, panel_stride, static_cast<Epilogue&&>(epilogue));
+}
+
+// ---- epilogues ----------------------------------------------------------------------------------------------------
+
+// C = sums
+template <class S>
+struct StoreSums {
+  S* c;
+  int64_t ld;
+  struct Target {
+    S* data;
+    int64_t ld;
+  };
+  Target tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
+    store_partial(c + row * ld + column, sums, valid);
+  }
+};
+
+// C += sums
+template <class S>
+struct AddSums {
+  S* c;
+  int64_t ld;
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
+    S* p = c + row * ld + column;
+    store_partial(p, load_partial(p, valid) + sums, valid);
+  }
+};
+
+}  // namespace ptk::PTK_ISA

@@ -1,0 +1,235 @@
+// Micro-kernels whose accumulators live in vector registers: M rows x 2 vectors of columns.
+//
+// Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14 with 32 registers (28 sums, 2 B, 1-2 A),
+// M = 6 with 16 (12 sums, 2 B, 1-2 A); smaller M serve the last rows.
+#pragma once
+
+#include "layout.h"
+
+namespace ptk::PTK_ISA {
+
+// One term of the batch reduction: A_i at row 0, and B_i's panel.
+template <class T>
+struct GemmBlock {
+  const Element<T>* a;
+  const ElementB<T>* b;
+};
+
+namespace detail {
+
+// Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86 addressing modes, 14 rows need 5 pointers.
+template <class E, int M>
+struct RowPointers {
+  static constexpr int kBases = (M + 2) / 3;
+  const char* base[kBases];
+  int64_t ld_bytes;
+
+  PTK_INLINE RowPointers make(const E* a, int64_t ld) {
+    RowPointers rows;
+    rows.ld_bytes = ld * static_cast<int64_t>(sizeof(E));
+    for (int i = 0; i < kBases; ++i) {
+      rows.base[i] = reinterpret_cast<const char*>(a) + 3 * i * rows.ld_bytes;
+      // Keeps the compiler from folding the bases back into one pointer and 14 offsets.
+      asm("" : "+r"(rows.base[i]));
+    }
+    return rows;
+  }
+  template <class Unit>
+  inline __attribute__((always_inline)) Unit at(int row) const {
+    Unit u;
+    std::memcpy(&u, base[row / 3] + (row % 3) * ld_bytes, sizeof u);
+    return u;
+  }
+  inline __attribute__((always_inline)) void advance(int64_t bytes) {
+    for (int i = 0; i < kBases; ++i) base[i] += bytes;
+  }
+};
+
+template <int M, class V, class Epilogue>
+PTK_INLINE void finish(V (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int lanes = sizeof(V) / sizeof(sum[0][0][0]);
+  if (columns >= 2 * lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      epilogue(row + i, column, sum[i][0], lanes);
+      epilogue(row + i, column + lanes, sum[i][1], lanes);
+    }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    epilogue(row + i, column, sum[i][0], columns < lanes ? columns : lanes);
+    if (columns > lanes) epilogue(row + i, column + lanes, sum[i][1], columns - lanes);
+  }
+}
+
+// f64, f32, and 16-bit floats widened at packing.
+template <class T, int M, class Epilogue>
+PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                           int64_t column, int64_t columns, Epilogue& epilogue) {
+  using E = Element<T>;
+  using V = Vec<E>;
+  constexpr int nr = GemmTraits<T>::kNr;
+  V sum[M][2] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    auto a = RowPointers<E, M>::make(blocks[block].a + row * lda, lda);
+    const E* b = blocks[block].b;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; ++i) {
+      V b0 = load(b), b1 = load(b + nr / 2);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        V x = broadcast(a.template at<E>(m));
+        sum[m][0] += x * b0;
+        sum[m][1] += x * b1;
+      }
+      a.advance(sizeof(E));
+      b += nr;
+    }
+  }
+  finish<M>(sum, row, column, columns, epilogue);
+}
+
+#if PTK_ISA_LEVEL == 4
+PTK_INLINE Vec<float> dot_bf16(Vec<float> sum, uint32_t a, Vec<uint32_t> b) {
+#if PTK_EMULATE
+  auto low = [](auto v) { return bit_cast<Vec<float>>(v << 16); };
+  auto high = [](auto v) { return bit_cast<Vec<float>>(v & 0xffff0000u); };
+  Vec<uint32_t> x = broadcast(a);
+  return sum + (high(x) * high(b) + low(x) * low(b));
+#else
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+#endif
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void dot_bf16_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int nr = GemmTraits<T>::kNr;
+  Vec<float> sum[M][2] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    auto a = RowPointers<bf16, M>::make(blocks[block].a + row * lda, lda);
+    const auto* b = reinterpret_cast<const uint32_t*>(blocks[block].b);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; i += 2) {
+      Vec<uint32_t> b0 = load(b), b1 = load(b + nr / 2);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        uint32_t x = a.template at<uint32_t>(m);
+        sum[m][0] = dot_bf16(sum[m][0], x, b0);
+        sum[m][1] = dot_bf16(sum[m][1], x, b1);
+      }
+      a.advance(sizeof(uint32_t));
+      b += nr;
+    }
+  }
+  finish<M>(sum, row, column, columns, epilogue);
+}
+#endif
+
+#if PTK_ISA_LEVEL == 3 || PTK_ISA_LEVEL == 4
+// sum + four products of unsigned a and signed b per 32-bit lane.
+PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
+#if PTK_EMULATE
+  for (int byte = 0; byte < 4; ++byte)
+    sum += static_cast<int32_t>(a >> 8 * byte & 0xff) * ((b << (24 - 8 * byte)) >> 24);
+  return sum;
+#else
+  return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+#endif
+}
+
+// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit flipped) and 128 * colsum(B) taken off
+// again; the column sums cost one more dot product with ones per vector of B.
+template <class T, int M, class Epilogue>
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr bool is_signed = std::is_same_v<T, int8_t>;
+  constexpr int nr = GemmTraits<T>::kNr;
+  Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    auto a = RowPointers<T, M>::make(blocks[block].a + row * lda, lda);
+    const auto* b = reinterpret_cast<const int32_t*>(blocks[block].b);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; i += 4) {
+      Vec<int32_t> b0 = load(b), b1 = load(b + nr / 2);
+      if constexpr (is_signed) {
+        column_sum[0] = dot_u8s8(column_sum[0], 0x01010101u, b0);
+        column_sum[1] = dot_u8s8(column_sum[1], 0x01010101u, b1);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        uint32_t x = a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
+        sum[m][0] = dot_u8s8(sum[m][0], x, b0);
+        sum[m][1] = dot_u8s8(sum[m][1], x, b1);
+      }
+      a.advance(sizeof(uint32_t));
+      b += nr;
+    }
+  }
+  if constexpr (is_signed) {
+    for (int m = 0; m < M; ++m) {
+      sum[m][0] -= column_sum[0] << 7;
+      sum[m][1] -= column_sum[1] << 7;
+    }
+  }
+  finish<M>(sum, row, column, columns, epilogue);
+}
+#endif
+
+#if PTK_ISA_LEVEL < 3
+// Without a four-way dot instruction: widen to 16 bits and multiply-add pairs (exact: |a * b| <= 255 * 128, and the 32-bit
+// sum of a pair cannot overflow), never the saturating 8-bit form. The sums of a column's even and odd pairs sit in
+// neighbouring lanes until the end.
+struct Wide {
+  Vec<int32_t> half[2];
+};
+
+PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
+#if PTK_ISA_LEVEL == 1
+  return (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Vec<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  Vec<int32_t> x = bit_cast<Vec<int32_t>>(a), y = bit_cast<Vec<int32_t>>(b);
+  return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int lanes = kLanes<int32_t>, nr = 2 * lanes;
+  using Bytes = typename VectorOf<int8_t, kVectorBytes / 2>::unaligned;
+  using Quad = typename VectorOf<T, 4>::type;
+  using Quad16 = typename VectorOf<int16_t, 8>::type;
+  Vec<int32_t> pairs[M][4] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    const T* a = blocks[block].a + row * lda;
+    const int8_t* b = blocks[block].b;
+    for (int64_t i = 0; i < k; i += 4) {
+      Vec<int16_t> wide[4];
+      for (int v = 0; v < 4; ++v)
+        wide[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(b + v * kVectorBytes / 2), Vec<int16_t>);
+      for (int m = 0; m < M; ++m) {
+        Quad quad;
+        std::memcpy(&quad, a + m * lda + i, 4);
+        Vec<int64_t> x = broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
+        for (int v = 0; v < 4; ++v) pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
+      }
+      b += 4 * nr;
+    }
+  }
+  Vec<int32_t> sum[M][2];
+  for (int m = 0; m < M; ++m) {
+    int32_t lane[4 * lanes], column_sum[2 * lanes];
+    std::memcpy(lane, pairs[m], sizeof lane);
+    for (int n = 0; n < 2 * lanes; ++n) column_sum[n] = lane[2 * n] + lane[2 * n + 1];
+    std::memcpy(sum[m], column_sum, sizeof column_sum);
+  }
+  finish<M>(sum, row, column, columns, epilogue);
+}
+#endif
+
+}  // namespace detail
+}  // namespace ptk::PTK_ISA

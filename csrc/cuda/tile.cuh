@@ -1,0 +1,190 @@
+// Tile products on the CUDA cores: what a fused kernel needs to multiply strided matrices of any size through small
+// tiles in shared memory, accumulating in registers.
+//
+// A block is kThreads threads seen as a grid of kGrid x kGrid. A thread at (ty, tx) holds, of a product tile with
+// Rows x Cols entries per thread,
+//   scores   [i][j]    = entry (ty * Rows + i, tx + kGrid * j)                    (product_of_rows)
+//   outputs  [c][i][j] = entry (ty * Rows + i, c * kChunk + tx * kQuad + j)       (add_weighted_rows)
+// Interleaved columns in the first and quads in the second keep both shared-memory reads 16 bytes wide and free of bank
+// conflicts. A row of scores lives in kGrid consecutive lanes of one warp.
+//
+// Everything is accumulated in float (double for double). Offsets into global memory are 64-bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+namespace ptk::cuda {
+
+inline constexpr int kGrid = 16;
+inline constexpr int kThreads = kGrid * kGrid;
+inline constexpr int kQuad = 4;
+inline constexpr int kChunk = kGrid * kQuad;  // columns of outputs per step
+inline constexpr int kDepth = 32;             // summed-over columns of product_of_rows per step
+
+template <typename Scalar>
+using AccumulatorOf = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
+
+template <typename Acc>
+inline constexpr int kPadding = 16 / sizeof(Acc);
+
+template <typename Acc>
+struct alignas(16) Quad {
+  Acc at[kQuad];
+};
+
+// A rows x cols matrix in global memory.
+template <typename Scalar>
+struct Matrix {
+  const Scalar* data;
+  int64_t row_stride;
+  int64_t col_stride;
+  int rows;
+  int cols;
+};
+
+template <typename Acc, int Height, int Width>
+using Tile = Acc[Height][Width + kPadding<Acc>];
+
+// Shared memory of one block. The operands of one product at a time live in it.
+template <typename Acc, int Rows, int Cols>
+struct alignas(16) Tiles {
+  union {
+    struct {
+      Tile<Acc, kGrid * Rows, kDepth> left;
+      Tile<Acc, kGrid * Cols, kDepth> right;
+    };
+    Tile<Acc, kGrid * Cols, kChunk> values;
+  };
+  Tile<Acc, kGrid * Rows, kGrid * Cols> weights;
+};
+
+__device__ inline int thread_row() {
+  return threadIdx.x / kGrid;
+}
+
+__device__ inline int thread_col() {
+  return threadIdx.x % kGrid;
+}
+
+template <typename Acc>
+__device__ Quad<Acc> load_quad(const Acc* source) {
+  return *reinterpret_cast<const Quad<Acc>*>(source);
+}
+
+// Zeros stand in for what lies outside the matrix, so that tails need no other care.
+template <int Height, int Width, typename Acc, typename Scalar>
+__device__ void load_tile(Tile<Acc, Height, Width>& tile, const Matrix<Scalar>& matrix, int row0, int col0) {
+  static_assert(Height * Width % kThreads == 0);
+#pragma unroll
+  for (int step = 0; step < Height * Width / kThreads; ++step) {
+    const int index = step * kThreads + threadIdx.x;
+    const int row = index / Width;
+    const int col = index % Width;
+    Acc entry = 0;
+    if (row0 + row < matrix.rows && col0 + col < matrix.cols) {
+      entry = static_cast<Acc>(matrix.data[(row0 + row) * matrix.row_stride + (col0 + col) * matrix.col_stride]);
+    }
+    tile[row][col] = entry;
+  }
+}
+
+// scores[i][j] += <left row, right row>, for the tile of left's rows from left_row0 and right's rows from right_row0.
+template <int Rows, int Cols, typename Acc, typename Scalar>
+__device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scalar>& left, int left_row0,
+                                const Matrix<Scalar>& right, int right_row0, Acc (&scores)[Rows][Cols]) {
+  for (int depth0 = 0; depth0 < left.cols; depth0 += kDepth) {
+    __syncthreads();  // nobody still reads the tiles that are about to be overwritten
+    load_tile<kGrid * Rows, kDepth>(tiles.left, left, left_row0, depth0);
+    load_tile<kGrid * Cols, kDepth>(tiles.right, right, right_row0, depth0);
+    __syncthreads();
+#pragma unroll
+    for (int depth = 0; depth < kDepth; depth += kQuad) {
+      Quad<Acc> b[Cols];
+#pragma unroll
+      for (int j = 0; j < Cols; ++j) {
+        b[j] = load_quad(&tiles.right[thread_col() + kGrid * j][depth]);
+      }
+#pragma unroll
+      for (int i = 0; i < Rows; ++i) {
+        const Quad<Acc> a = load_quad(&tiles.left[thread_row() * Rows + i][depth]);
+#pragma unroll
+        for (int j = 0; j < Cols; ++j) {
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+            scores[i][j] = std::fma(a.at[k], b[j].at[k], scores[i][j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int Rows, int Cols, typename Acc>
+__device__ void store_weights(Tiles<Acc, Rows, Cols>& tiles, const Acc (&weights)[Rows][Cols]) {
+  __syncthreads();  // nobody still reads the weights that are about to be overwritten
+#pragma unroll
+  for (int i = 0; i < Rows; ++i) {
+#pragma unroll
+    for (int j = 0; j < Cols; ++j) {
+      tiles.weights[thread_row() * Rows + i][thread_col() + kGrid * j] = weights[i][j];
+    }
+  }
+}
+
+// outputs += weights (as last stored) * the tile of values' rows from row0. Chunks counts what is held in registers;
+// those that lie outside the matrix are skipped.
+template <int Rows, int Cols, int Chunks, typename Acc, typename Scalar>
+__device__ void add_weighted_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scalar>& values, int row0,
+                                  Acc (&outputs)[Chunks][Rows][kQuad]) {
+#pragma unroll
+  for (int chunk = 0; chunk < Chunks; ++chunk) {
+    if (chunk * kChunk < values.cols) {
+      __syncthreads();
+      load_tile<kGrid * Cols, kChunk>(tiles.values, values, row0, chunk * kChunk);
+      __syncthreads();
+#pragma unroll 4
+      for (int depth = 0; depth < kGrid * Cols; depth += kQuad) {
+        Quad<Acc> b[kQuad];
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) {
+          b[k] = load_quad(&tiles.values[depth + k][thread_col() * kQuad]);
+        }
+#pragma unroll
+        for (int i = 0; i < Rows; ++i) {
+          const Quad<Acc> a = load_quad(&tiles.weights[thread_row() * Rows + i][depth]);
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+#pragma unroll
+            for (int j = 0; j < kQuad; ++j) {
+              outputs[chunk][i][j] = std::fma(a.at[k], b[k].at[j], outputs[chunk][i][j]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Writes factor[i] * outputs where they lie inside a matrix of unit column stride.
+template <int Rows, int Chunks, typename Acc, typename Scalar>
+__device__ void store_outputs(const Acc (&outputs)[Chunks][Rows][kQuad], const Acc (&factor)[Rows], Scalar* data,
+                              int64_t row_stride, int row0, int rows, int cols) {
+#pragma unroll
+  for (int i = 0; i < Rows; ++i) {
+    const int row = row0 + thread_row() * Rows + i;
+#pragma unroll
+    for (int chunk = 0; chunk < Chunks; ++chunk) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        const int col = chunk * kChunk + thread_col() * kQuad + j;
+        if (row < rows && col < cols) {
+          data[row * row_stride + col] = static_cast<Scalar>(factor[i] * outputs[chunk][i][j]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ptk::cuda
