@@ -1,0 +1,138 @@
+"""The table of operators.
+
+Every operator describes itself once, in an :class:`OpSpec`. The contract tests, ``bench``, ``gradcheck``, ``env`` and
+``explain`` are written against that description and know no operator by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Direction = Literal["forward", "forward+backward"]
+Level = Literal["gradcheck", "quick", "full"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One valid call of an operator, used by the contract tests and by ``gradcheck``."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grad_inputs: tuple[str, ...] = ()
+    """Names of the differentiable arguments, as in the public function's signature."""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One timed call, with the shape of a named model."""
+
+    name: str
+    model: str
+    shape: dict[str, Any]
+    dtype: torch.dtype
+    direction: Direction
+    make: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    """Draws the arguments on the generator's device; floating tensors require grad in ``forward+backward``."""
+    work_flops: int
+    """Floating point operations the result needs, two per multiply-add, masked-out scores not counted."""
+    work_bytes: int
+    """Compulsory traffic: every input read once and every output written once, per direction."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel a call runs, why, and what would make it faster."""
+
+    op: str
+    kernel: str
+    backend: str
+    reason: str
+    faster: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.kernel} ({self.backend})", f"  why: {self.reason}"]
+        return "\n".join(lines + [f"  faster: {hint}" for hint in self.faster])
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One row of an operator's kernel table."""
+
+    name: str
+    backend: str
+    dtypes: tuple[str, ...]
+    available: bool
+    note: str = ""
+    """Why the kernel is not available, or what it needs."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The error rule: ``max|ours - ref64| <= factor * max|torch - ref64| + ulps * eps(dtype) * max|ref64|``.
+
+    ``ref64`` is the reference in float64 and ``torch`` is PyTorch's own operator in the dtype under test. The second
+    term only matters where PyTorch happens to be exact, as in a softmax over a single key.
+    """
+
+    forward: float = 2.0
+    gradient: float = 2.0
+    ulps: float = 2.0
+
+    def bound(self, *, peer_error: float, magnitude: float, dtype: torch.dtype, gradient: bool) -> float:
+        """The largest absolute error allowed, given PyTorch's error and ``max|ref64|``."""
+        factor = self.gradient if gradient else self.forward
+        return factor * peer_error + self.ulps * torch.finfo(dtype).eps * magnitude
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Everything the package-wide tools need to know about one operator."""
+
+    name: str
+    function: Callable[..., Any]
+    """The public function."""
+    reference: Callable[..., Any]
+    """The oracle: plain torch, same signature."""
+    baseline: Callable[..., Any]
+    """PyTorch's own operator with the same signature, whose error the error rule is measured against."""
+    torch_ops: tuple[str, ...]
+    """Qualified names of the registered custom operators."""
+    samples: Callable[[torch.dtype, str, bool, Level], Iterator[Sample]]
+    """``samples(dtype, device, requires_grad, level)``: seeded, so two calls give equal tensors."""
+    torch_op_samples: Callable[[torch.dtype, str], Iterator[tuple[str, tuple[Any, ...]]]]
+    """``(qualified name, args)`` pairs that call the custom operators directly."""
+    bench_cases: Callable[[], list[BenchCase]]
+    kernels: Callable[[], list[KernelInfo]]
+    explain: Callable[..., Explanation]
+    tolerances: Tolerances = field(default_factory=Tolerances)
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Other implementations with the public signature, timed side by side with ours."""
+
+
+_ops: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Add an operator to the table; a name can be taken only once."""
+    if spec.name in _ops:
+        raise ValueError(f"register: {spec.name} is already registered")
+    _ops[spec.name] = spec
+    return spec
+
+
+def all_ops() -> dict[str, OpSpec]:
+    """The registered operators by name, in the order of registration."""
+    return dict(_ops)
+
+
+def get(op: str | Callable[..., Any]) -> OpSpec:
+    """The operator of that name, or the one whose public function is given."""
+    for spec in _ops.values():
+        if op == spec.name or op is spec.function:
+            return spec
+    raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(_ops)}")
