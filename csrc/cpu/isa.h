@@ -10,6 +10,9 @@
 #define PTK_X86 0
 #endif
 
+// The few symbols of libptkernels.so that the introspection module uses; everything else is hidden.
+#define PTK_EXPORT __attribute__((visibility("default")))
+
 namespace ptk {
 
 // Ordered: each level implies every one before it.
@@ -17,21 +20,21 @@ enum class Isa { baseline, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 inline constexpr int kIsaCount = 6;
 
 // Highest level that both this CPU and its operating system support.
-Isa detected_isa();
+PTK_EXPORT Isa detected_isa();
 
 // Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for the process by the first call.
-Isa active_isa();
+PTK_EXPORT Isa active_isa();
 
-const char* isa_name(Isa isa);
+PTK_EXPORT const char* isa_name(Isa isa);
 
 // Caps active_isa(). Throws std::runtime_error on an unknown name, or when the level was fixed already and differs.
 void set_max_isa(std::string_view name);
 
 // True in builds where every level above avx2 runs in portable C++ on 256-bit vectors (PTKERNELS_EMULATE_ISA).
-bool emulated_isa();
+PTK_EXPORT bool emulated_isa();
 
 // CPU features that the levels rest on, space separated, as found by CPUID and the operating system.
-const char* cpu_features();
+PTK_EXPORT const char* cpu_features();
 
 }  // namespace ptk
 

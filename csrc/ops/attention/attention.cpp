@@ -242,6 +242,11 @@ OptionalTensors3 attention_backward_cpu(Tensor grad_out, std::optional<Tensor> g
 }
 
 }  // namespace
+
+const char* attention_kernel_name(const Problem& problem) {
+  return PTK_DISPATCH(attention_kernels).describe(problem);
+}
+
 }  // namespace ptk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {

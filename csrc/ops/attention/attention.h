@@ -71,4 +71,7 @@ struct AttentionKernels {
 
 PTK_DECLARE_KERNELS(AttentionKernels, attention_kernels)
 
+// Name of the kernel that the active level runs for a problem.
+PTK_EXPORT const char* attention_kernel_name(const Problem& problem);
+
 }  // namespace ptk

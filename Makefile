@@ -1,0 +1,46 @@
+# make bench   install, build, run the benchmark      make test   install, build, run the tests
+# make lint    ruff, mypy, clang-format               make build  install, build in place
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: bench test lint format build build-emulated clean
+
+bench: build
+	$(BIN)/python -m ptkernels bench $(ARGS)
+
+test: build build-emulated
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(INSTALLED)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# Every ISA level above avx2 in portable C++, so that any AVX2 machine can test the logic of all of them.
+build-emulated: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/emulated -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DPTKERNELS_EMULATE_ISA=ON -DPTKERNELS_CUDA=0
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/emulated --target ptkernels
+
+# torch goes first and alone, so that nothing that depends on it can pull in another build of it.
+$(INSTALLED): requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements/torch.txt
+	$(BIN)/python -m pip install -q $(addprefix -r ,$^)
+	touch $@
+
+clean:
+	rm -rf build ptkernels/lib ptkernels/_introspect*.so

@@ -1,0 +1,98 @@
+// ptkernels._introspect: what the loaded libptkernels.so was built as and would run. Import it after that library.
+#include "csrc/cpu/isa.h"
+#include "csrc/ops/attention/attention.h"
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr ptk::DType kDTypes[] = {ptk::DType::f64, ptk::DType::f32, ptk::DType::bf16, ptk::DType::f16};
+
+ptk::DType parse_dtype(std::string_view name) {
+  for (const ptk::DType dtype : kDTypes) {
+    if (name == ptk::dtype_name(dtype)) {
+      return dtype;
+    }
+  }
+  throw std::invalid_argument("dtype: got '" + std::string(name) + "', expected float64, float32, bfloat16 or float16");
+}
+
+ptk::MaskKind parse_mask(std::string_view name, ptk::DType dtype) {
+  if (name == "none" || name == "bool") {
+    return name == "none" ? ptk::MaskKind::none : ptk::MaskKind::boolean;
+  }
+  return parse_dtype(name) == dtype ? ptk::MaskKind::same_dtype : ptk::MaskKind::f32;
+}
+
+std::string attention_kernel(const std::string& dtype, int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t len_q,
+                             int64_t len_k, int64_t dim_qk, int64_t dim_v, bool is_causal, const std::string& mask) {
+  ptk::Problem p;
+  p.dtype = parse_dtype(dtype);
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.len_q = len_q;
+  p.len_k = len_k;
+  p.dim_qk = dim_qk;
+  p.dim_v = dim_v;
+  p.is_causal = is_causal;
+  p.mask_kind = parse_mask(mask, p.dtype);
+  return ptk::attention_kernel_name(p);
+}
+
+// Kernel per op and dtype, for a problem large enough that the widest kernel pays.
+std::map<std::string, std::map<std::string, std::string>> kernel_table() {
+  std::map<std::string, std::string> attention;
+  for (const ptk::DType dtype : kDTypes) {
+    const char* name = ptk::dtype_name(dtype);
+    attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
+  }
+  return {{"attention", attention}};
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (int level = 0; level < (PTK_X86 ? ptk::kIsaCount : 1); ++level) {
+    names.emplace_back(ptk::isa_name(static_cast<ptk::Isa>(level)));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_introspect, module) {
+  module.doc() = "What the loaded libptkernels.so was built as and would run.";
+  module.def(
+      "detected_isa", [] { return std::string(ptk::isa_name(ptk::detected_isa())); },
+      "Highest ISA level that this CPU and its operating system support.");
+  module.def(
+      "active_isa", [] { return std::string(ptk::isa_name(ptk::active_isa())); },
+      "ISA level of the CPU kernels. Fixes it for the process.");
+  module.def("compiled_isas", &compiled_isas, "ISA levels that the library holds, lowest first.");
+  module.def("emulated", &ptk::emulated_isa, "Whether the levels above avx2 are emulated on avx2.");
+  module.def(
+      "cpu_features", [] { return std::string(ptk::cpu_features()); },
+      "CPU features that the levels rest on, space separated.");
+  module.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"compiler", PTK_COMPILER}, {"flags", PTK_FLAGS},   {"torch", PTK_TORCH},
+            {"torch_target", "2.10"},   {"commit", PTK_COMMIT}, {"cuda_architectures", PTK_CUDA_ARCHITECTURES}};
+      },
+      "Compiler, flags, torch built against, lowest torch supported, git commit, CUDA architectures.");
+  module.def("kernel_table", &kernel_table, "Kernel per op and dtype at the active level.");
+  module.def("attention_kernel", &attention_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"),
+             py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"), py::arg("len_k"), py::arg("dim_qk"),
+             py::arg("dim_v"), py::arg("is_causal") = false, py::arg("mask") = "none",
+             "Name of the CPU kernel that attention would run. mask: none, bool or a float dtype.");
+}

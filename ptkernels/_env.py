@@ -1,0 +1,68 @@
+"""Environment variables of ptkernels: the only module that reads them, once, at import.
+
+========================  =====================================================================================
+``PTKERNELS_BACKEND``     ``cpu``, ``cuda``, ``triton`` or ``reference``: what `ptkernels.backend` starts as
+``PTKERNELS_STRICT``      ``1``: a call that the fused kernels cannot take raises instead of running the reference
+``PTKERNELS_MAX_ISA``     highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
+                          ``avx512_vnni``, ``avx512_bf16`` or ``amx``
+``PTKERNELS_DETERMINISTIC``  ``1``: only kernels that give the same bits on every run
+``PTKERNELS_LIBRARY``     path of the libptkernels.so to load instead of the installed one
+========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; None and False where it is silent."""
+
+    backend: str | None = None
+    strict: bool = False
+    max_isa: str | None = None
+    deterministic: bool = False
+    library: Path | None = None
+
+
+def _choice(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
+    value = environ.get(name, "")
+    if value and value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+    return value or None
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    return _choice(environ, name, ("0", "1")) == "1"
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read and check every variable.
+
+    Args:
+        environ: the environment; an unset and an empty variable mean the same.
+
+    Raises:
+        ValueError: a variable holds something other than what it may hold.
+
+    >>> read({"PTKERNELS_STRICT": "1"}).strict
+    True
+    """
+    library = environ.get("PTKERNELS_LIBRARY", "")
+    return Settings(
+        backend=_choice(environ, "PTKERNELS_BACKEND", BACKENDS),
+        strict=_flag(environ, "PTKERNELS_STRICT"),
+        max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
+        deterministic=_flag(environ, "PTKERNELS_DETERMINISTIC"),
+        library=Path(library) if library else None,
+    )
+
+
+settings = read()
