@@ -1,12 +1,12 @@
-"""Exceptions and warnings of ptkernels."""
+"""Exceptions and warnings of ptkernels.
+
+Bad arguments raise the built-in ``ValueError`` and ``TypeError``, and a shared library that cannot be loaded raises
+``ImportError``; only what callers may want to tell apart has a class of its own.
+"""
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "FallbackError", "FallbackWarning", "LibraryLoadError"]
-
-
-class LibraryLoadError(ImportError):
-    """A shared library of ptkernels is missing or cannot be loaded; names the file, the torch version and the cause."""
+__all__ = ["BackendError", "FallbackError", "FallbackWarning"]
 
 
 class BackendError(RuntimeError):

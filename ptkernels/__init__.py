@@ -1,0 +1,40 @@
+"""Fused operators for PyTorch that are fast on CPUs and GPUs, complete in every kind of differentiation, and honest.
+
+Importing the package loads its shared libraries and registers their operators with torch; it initialises no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ptkernels import errors, reference
+from ptkernels._backend import backend
+from ptkernels._registry import Explanation, get
+from ptkernels._version import __version__
+from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+
+__all__ = ["Explanation", "__version__", "attention", "backend", "errors", "explain", "reference"]
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Tell which kernel a call would run, why, and what would make it faster, without running it.
+
+    Args:
+        op: the operator's function, or its name.
+        *args: the call's positional arguments.
+        **kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: there is no such operator; for bad arguments, whatever the call itself would raise.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> x = torch.randn(1, 4, 128, 64)
+        >>> with ptk.backend("reference"):
+        ...     ptk.explain(ptk.attention, x, x, x).reason
+        "backend 'reference' was asked for"
+        >>> ptk.explain("attention", x, x, x).backend
+        'cpu'
+    """
+    return get(op).explain(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""One package per operator: the public function, its reference, its registration and its specification."""

@@ -1,0 +1,195 @@
+"""Validation of attention's arguments: every rule once, for the public function and for shape propagation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OP = "attention"
+MAX_HEAD_DIM = 512
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_Sizes = Sequence[int]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _holds(condition: Any) -> bool:
+    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
+
+    return expect_true(condition)
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    # A symbolic size is taken not to be 1: tracing specialises sizes that are, so no guard is needed here.
+    return isinstance(size, int) and size == 1
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value)
+        raise TypeError(f"{OP}: {name}: got {kind.__module__}.{kind.__qualname__}, expected torch.Tensor")
+    if value.is_quantized:
+        raise TypeError(
+            f"{OP}: {name}: got a quantized tensor ({_dtype_name(value.dtype)}), expected {name}.dequantize()"
+        )
+    if value.is_nested:
+        raise TypeError(f"{OP}: {name}: got a nested tensor, expected a padded one, with attn_mask for the padding")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{OP}: {name}: got layout {value.layout}, expected torch.strided (a dense tensor)")
+
+
+def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{OP}: {name}: got device {tensor.device}, expected {query.device} like query")
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+        if tensor.dtype not in DTYPES:
+            expected = ", ".join(map(_dtype_name, DTYPES))
+            raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected {_dtype_name(query.dtype)} like query"
+            )
+        _check_like_query(name, tensor, query)
+
+
+def _check_scalars(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> None:
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{OP}: {name}: got {flag!r} of type {type(flag).__name__}, expected a bool")
+    for name, number, expected in (("dropout_p", dropout_p, "a float"), ("scale", scale, "a float or None")):
+        if name == "scale" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{OP}: {name}: got {type(number).__name__}, expected {expected}")
+    if isinstance(dropout_p, (int, float)) and not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{OP}: dropout_p: got {dropout_p}, expected a probability from 0 to 1")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale: got {scale}, expected a finite number")
+
+
+def _check_ranks(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    least, form = (3, "[..., heads, length, head_dim]") if enable_gqa else (2, "[..., length, head_dim]")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < least:
+            raise ValueError(
+                f"{OP}: {name}: got shape {list(tensor.shape)}, expected at least {least} dimensions: {form}"
+            )
+
+
+def _check_lengths_and_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("value", value)):
+        head_dim = tensor.size(-1)
+        if not (_holds(head_dim >= 1) and _holds(head_dim <= MAX_HEAD_DIM)):
+            raise ValueError(f"{OP}: {name}: got head dim {head_dim}, expected 1 to {MAX_HEAD_DIM}")
+    if not _holds(key.size(-1) == query.size(-1)):
+        raise ValueError(f"{OP}: key: got head dim {key.size(-1)}, expected {query.size(-1)} like query")
+    if not _holds(value.size(-2) == key.size(-2)):
+        raise ValueError(f"{OP}: value: got length {value.size(-2)}, expected {key.size(-2)} like key")
+
+
+def _check_grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads, kv_heads = query.size(-3), key.size(-3)
+    if not _holds(value.size(-3) == kv_heads):
+        raise ValueError(f"{OP}: value: got {value.size(-3)} heads, expected {kv_heads} like key")
+    no_heads = isinstance(kv_heads, int) and kv_heads == 0
+    if not _holds(heads == 0 if no_heads else heads % kv_heads == 0):
+        raise ValueError(f"{OP}: key: got {kv_heads} heads, expected a divisor of query's {heads}")
+
+
+def _check_broadcast(name: str, sizes: _Sizes, like: str, others: _Sizes, heads_last: bool) -> None:
+    for back, (size, other) in enumerate(zip(reversed(sizes), reversed(others), strict=False), start=1):
+        if _is_one(size) or _is_one(other) or _holds(size == other):
+            continue
+        if heads_last and back == 1:
+            raise ValueError(
+                f"{OP}: {name}: got {size} heads, expected {other} like {like}; "
+                "enable_gqa=True lets groups of query heads share a key and value head"
+            )
+        raise ValueError(f"{OP}: {name}: got batch size {size}, expected {other} like {like}")
+
+
+def _check_lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    kept = -3 if enable_gqa else -2
+    for name, tensor, like, other in (("key", key, "query", query), ("value", value, "key", key),
+                                      ("value", value, "query", query)):
+        heads_last = not enable_gqa and tensor.dim() > 3
+        _check_broadcast(name, tensor.shape[:kept], like, other.shape[:kept], heads_last)
+
+
+def _check_mask(query: Tensor, mask: Any, scores: _Sizes) -> None:
+    _check_tensor("attn_mask", mask)
+    allowed = dict.fromkeys((torch.bool, query.dtype, torch.float32))
+    if mask.dtype not in allowed:
+        expected = ", ".join(map(_dtype_name, allowed))
+        is_integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)
+        hint = "; where 1 means attend, pass attn_mask.bool()" if is_integer else ""
+        raise TypeError(f"{OP}: attn_mask: got dtype {_dtype_name(mask.dtype)}, expected one of {expected}{hint}")
+    _check_like_query("attn_mask", mask, query)
+    broadcasts = mask.dim() <= len(scores) and all(
+        _is_one(size) or _holds(size == full) for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not broadcasts:
+        raise ValueError(
+            f"{OP}: attn_mask: got shape {list(mask.shape)}, expected one that broadcasts to {list(scores)}"
+        )
+
+
+def score_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> _Sizes:
+    """``[..., heads, Lq, Lk]``: what ``attn_mask`` must broadcast to."""
+    kept = -3 if enable_gqa else -2
+    lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
+    heads = query.shape[-3:-2] if enable_gqa else ()
+    return (*lead, *heads, query.size(-2), key.size(-2))
+
+
+def check_inputs(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: Any = None,
+    enable_gqa: Any = False,
+) -> None:
+    """Raise the precise error for the first argument of :func:`ptkernels.attention` that is wrong.
+
+    Reads no data and accepts symbolic sizes.
+
+    Raises:
+        TypeError: something is not a dense tensor, or has a dtype or Python type that attention does not take.
+        ValueError: a shape, a device or a number is out of range.
+    """
+    _check_operands(query, key, value)
+    _check_scalars(dropout_p, is_causal, scale, enable_gqa)
+    _check_ranks(query, key, value, enable_gqa)
+    _check_lengths_and_dims(query, key, value)
+    if enable_gqa:
+        _check_grouped_heads(query, key, value)
+    _check_lead(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(query, attn_mask, score_shape(query, key, value, enable_gqa))
+
+
+def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> None:
+    """:func:`check_inputs` for ``torch.ops.ptkernels.attention``, which takes four dimensions and no batch broadcast."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{OP}: {name}: got {tensor.dim()} dimensions, expected 4: [batch, heads, length, dim]")
+        if not _holds(tensor.size(0) == query.size(0)):
+            raise ValueError(f"{OP}: {name}: got batch size {tensor.size(0)}, expected {query.size(0)} like query")
+    check_inputs(query, key, value, attn_mask, scale=scale, enable_gqa=True)

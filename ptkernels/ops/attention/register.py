@@ -1,0 +1,341 @@
+"""What torch's subsystems need to know about ``ptkernels::attention`` beyond its kernels.
+
+Autograd is registered by hand: the kernel that ``torch.library.register_autograd`` generates refuses every functorch
+transform and drops forward-mode tangents of inputs that do not require grad. The autocast kernels are written by hand
+because ``torch.library.register_autocast`` casts to one fixed dtype instead of the region's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function, FunctionCtx
+
+from ptkernels import _backend, _loader
+from ptkernels.ops.attention import reference
+from ptkernels.ops.attention.checks import OP, check_op_inputs
+
+_loader.load()
+
+attention_op = torch.ops.ptkernels.attention.default
+backward_op = torch.ops.ptkernels._attention_backward.default
+
+DEVICES = ("meta",) + tuple(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("ptkernels::attention", key)
+)
+"""Types of device whose calls reach an implementation; on meta that is shape propagation."""
+
+_FORWARD_MODE = "forward-mode differentiation has no kernel"
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+# --- shape propagation
+
+
+def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+    """The kernels' layout: shape ``[batch, heads, length, dim]`` over memory ``[batch, length, heads, dim]``."""
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_op_inputs(query, key, value, attn_mask, scale)
+    batch, heads, length, _ = query.shape
+    lse = query.new_empty(batch, heads, length, dtype=reference.compute_dtype(query.dtype))
+    return _heads_inside(query, batch, heads, length, value.size(-1)), lse
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    output_mask: tuple[bool, bool, bool] = (True, True, True),
+) -> Gradients:
+    check_op_inputs(query, key, value, attn_mask, scale)
+    inputs = (query, key, value)
+    grads = [_heads_inside(tensor, *tensor.shape) if needed else None for tensor, needed in zip(inputs, output_mask)]
+    return grads[0], grads[1], grads[2]
+
+
+# --- autograd
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _below_autograd(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
+
+
+def _forward_of_function(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(op, keyset, *args)
+    # A Function's forward runs with gradients off, which is right for the level it differentiates and wrong for the
+    # outer levels of a nested transform, whose turn comes below.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(op, keyset, *args)
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    """Apply a Function to the current functorch level only, the way built-in operators record themselves."""
+    outer = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return super(Function, function).apply(*args)  # type: ignore[misc]
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(outer)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_of_function(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, lse, attn_mask)
+        ctx.options = (is_causal, scale)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, out, lse, attn_mask = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 7
+        if grad_out is None:
+            grad_out = out.new_zeros(()).expand_as(out)
+        needed = ctx.needs_input_grad[1:4]
+        grads = backward_op(grad_out, grad_lse, query, key, value, out, lse, attn_mask, *ctx.options, needed)
+        return (None, *grads, None, None, None)
+
+
+class _AttentionBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        output_mask: tuple[bool, bool, bool],
+    ) -> Gradients:
+        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, is_causal, scale, output_mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_out, grad_lse, query, key, value, attn_mask)
+        ctx.options = (is_causal, scale)
+        grads: Gradients = _forward_of_function(backward_op, keyset, *args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # The gradients are functions of grad_out, grad_lse, query, key and value alone: out and lse are intermediate
+        # results of those, and a derivative through them as well would count the same path twice.
+        given = [index for index, grad in enumerate(grads) if grad is not None]
+        if not given:
+            return (None,) * 12
+        _backend.fallback(OP, "double backward has no kernel")
+        grad_out, grad_lse, query, key, value, attn_mask = ctx.saved_tensors
+
+        def gradients(
+            grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
+            results = reference.attention_gradients(grad_out, grad_lse, query, key, value, attn_mask, *ctx.options)
+            return tuple(results[index] for index in given)
+
+        primals = (grad_out, query, key, value, *(() if grad_lse is None else (grad_lse,)))
+        _, pullback = torch.func.vjp(gradients, *primals)
+        grad_grad_out, *grad_qkv, grad_grad_lse = (*pullback(tuple(grads[index] for index in given)), None)[:5]
+        return (None, grad_grad_out, grad_grad_lse, *grad_qkv, *(None,) * 6)
+
+
+def _autograd_attention(
+    keyset: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    if reason := uncovered(query, key, value, attn_mask):
+        _backend.fallback(OP, reason)
+        return reference.attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True, return_lse=True
+        )
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(query, key, value):
+        result: tuple[Tensor, Tensor] = _apply(_Attention, keyset, query, key, value, attn_mask, is_causal, scale)
+    else:
+        result = _below_autograd(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+    return result
+
+
+def _autograd_backward(
+    keyset: Any,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    output_mask: tuple[bool, bool, bool] = (True, True, True),
+) -> Gradients:
+    differentiated = (grad_out, grad_lse, query, key, value)
+    if _has_tangent(*differentiated):
+        _backend.fallback(OP, _FORWARD_MODE)
+        results = reference.attention_gradients(*differentiated, attn_mask, is_causal, scale)
+        grads = [grad if needed else None for grad, needed in zip(results, output_mask)]
+        return grads[0], grads[1], grads[2]
+    args = (*differentiated, out, lse, attn_mask, is_causal, scale, output_mask)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
+        result: Gradients = _apply(_AttentionBackward, keyset, *args)
+    else:
+        result = _below_autograd(backward_op, keyset, *args)
+    return result
+
+
+def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "the gradient of attn_mask has no kernel"
+    return _FORWARD_MODE if _has_tangent(query, key, value, attn_mask) else None
+
+
+# --- vmap: the mapped dimension becomes part of the batch
+
+
+def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _merge(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    return None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
+
+
+def _merge_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    if mask is None or (dim is None and (mask.dim() < 4 or mask.size(0) == 1)):
+        return mask
+    mask = _mapped_first(mask, dim, size)
+    mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
+    return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
+
+
+def _vmap_attention(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *options: Any,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    operands = [_merge(tensor, dim, size) for tensor, dim in zip((query, key, value), in_dims)]
+    assert operands[0] is not None
+    batch = operands[0].size(0) // max(size, 1)
+    mask = _merge_mask(attn_mask, in_dims[3] if len(in_dims) > 3 else None, size, batch)
+    out, lse = attention_op(*operands, mask, *options)
+    return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
+
+
+def _vmap_backward(
+    info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    size = info.batch_size
+    operands = [_merge(tensor, dim, size) for tensor, dim in zip(args[:7], in_dims)]
+    assert operands[0] is not None
+    batch = operands[0].size(0) // max(size, 1)
+    mask = _merge_mask(args[7], in_dims[7], size, batch) if len(args) > 7 else None
+    grads = backward_op(*operands, mask, *args[8:])
+    return (
+        tuple(None if grad is None else grad.unflatten(0, (size, batch)) for grad in grads),
+        tuple(None if grad is None else 0 for grad in grads),
+    )
+
+
+# --- autocast
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast casts for torch's own attention: floating tensors to the region's dtype, but not from float64."""
+    if tensors[0] is None or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.device.type == device_type
+        else tensor
+        for tensor in tensors
+    )
+
+
+def autocast_if_enabled(*tensors: Any) -> tuple[Any, ...]:
+    """Apply the enclosing autocast region, if any, to arguments that are not known to be tensors yet."""
+    if not all(tensor is None or isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors
+    device_type = tensors[0].device.type
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return tensors
+    return autocast(device_type, *tensors)
+
+
+def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..., tuple[Tensor, Tensor]]:
+    def kernel(
+        query: Tensor, key_: Tensor, value: Tensor, attn_mask: Tensor | None = None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            result: tuple[Tensor, Tensor] = attention_op(*autocast(device_type, query, key_, value, attn_mask), *options)
+            return result
+
+    return kernel
+
+
+_library = torch.library.Library("ptkernels", "FRAGMENT")
+torch.library.register_fake("ptkernels::attention", _fake_attention, lib=_library)
+torch.library.register_fake("ptkernels::_attention_backward", _fake_backward, lib=_library)
+_library.impl("attention", _autograd_attention, "Autograd", with_keyset=True)
+_library.impl("_attention_backward", _autograd_backward, "Autograd", with_keyset=True)
+torch.library.register_vmap("ptkernels::attention", _vmap_attention, lib=_library)
+torch.library.register_vmap("ptkernels::_attention_backward", _vmap_backward, lib=_library)
+_library.impl("attention", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("attention", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")

@@ -1,0 +1,142 @@
+"""Where a call of attention runs, and why: the decision itself, and the account of it that ``explain`` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptkernels import _backend, _loader
+from ptkernels._registry import Explanation, KernelInfo
+from ptkernels.ops.attention import register
+from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
+from ptkernels.ops.attention.shapes import normalize
+
+_REQUESTED = "backend 'reference' was asked for"
+
+
+def fallback_reason(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> str | None:
+    """Why no kernel covers a checked call, or None where one does."""
+    if query.device.type not in register.DEVICES:
+        return f"no kernel for {query.device.type} tensors"
+    if dropout_p > 0.0:
+        return "dropout_p > 0 has no kernel"
+    return register.uncovered(query, key, value, attn_mask)
+
+
+def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
+    """Choose between the kernels and the reference, and announce a reference that was not asked for.
+
+    Raises:
+        BackendError: the backend asked for cannot run this call.
+        FallbackError: no kernel covers the call, and ``PTKERNELS_STRICT=1``.
+    """
+    if _backend.state.backend == "reference":
+        return True
+    _backend.check_requested(OP, query.device.type)
+    reason = fallback_reason(query, key, value, attn_mask, dropout_p)
+    if reason is not None:
+        _backend.fallback(OP, reason)
+    return reason is not None
+
+
+def _mask_kind(mask: Tensor | None) -> str:
+    return "none" if mask is None else str(mask.dtype).removeprefix("torch.")
+
+
+def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+    introspection = _loader.introspection()
+    if introspection is None:
+        return "libptkernels.so (ptkernels._introspect, which names its kernels, is not built for this Python)"
+    name: str = introspection.attention_kernel(
+        dtype=str(query.dtype).removeprefix("torch."),
+        batch=query.size(0),
+        heads_q=query.size(1),
+        heads_kv=key.size(1),
+        len_q=query.size(2),
+        len_k=key.size(2),
+        dim_qk=query.size(3),
+        dim_v=value.size(3),
+        is_causal=is_causal,
+        mask=_mask_kind(mask),
+    )
+    return name
+
+
+def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    hints = [
+        f"{name}: its last dimension has stride {tensor.stride(-1)}; kernels read rows fastest with stride 1"
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+        if tensor.numel() > 0 and tensor.size(-1) > 1 and tensor.stride(-1) != 1
+    ]
+    introspection = _loader.introspection()
+    if query.device.type == "cpu" and introspection is not None:
+        active, detected = introspection.active_isa(), introspection.detected_isa()
+        if active != detected:
+            hints.append(f"PTKERNELS_MAX_ISA caps the kernels at {active}; this machine has {detected}")
+        if query.dtype == torch.float32 and active == "amx":
+            hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    return hints
+
+
+_REMEDIES = {
+    "dropout_p > 0 has no kernel": "dropout_p=0.0 runs on the fused kernel",
+    "the gradient of attn_mask has no kernel": "attn_mask.detach() runs on the fused kernel",
+}
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: bool = False,
+) -> Explanation:
+    """Account of the call :func:`ptkernels.attention` would make with these arguments, without making it.
+
+    Raises what the call would raise for bad arguments.
+    """
+    query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if _backend.state.backend == "reference":
+        return Explanation(OP, "plain torch composition", "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
+    device = query.device.type
+    _backend.check_requested(OP, device)
+    if reason := fallback_reason(query, key, value, attn_mask, dropout_p):
+        faster = [_REMEDIES[reason]] if reason in _REMEDIES else []
+        return Explanation(OP, "plain torch composition", "reference", reason, faster)
+    reason = f"fused kernel for {device} tensors"
+    if _backend.state.backend is not None:
+        reason = f"backend {_backend.state.backend!r} was asked for"
+    call = normalize(query, key, value, attn_mask, enable_gqa)
+    kernel = "shape propagation"
+    if device == "cpu":
+        kernel = _cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
+    elif device == "cuda":
+        kernel = "libptkernels_cuda.so"
+    return Explanation(OP, kernel, device, reason, _hints(query, key, value))
+
+
+def kernels() -> list[KernelInfo]:
+    """Every implementation of attention and whether it can run in this process."""
+    introspection = _loader.introspection()
+    by_name: dict[str, list[str]] = {}
+    if introspection is not None:
+        for dtype, name in introspection.kernel_table()["attention"].items():
+            by_name.setdefault(name, []).append(dtype)
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
+    why_no_cuda = _backend.unavailable("cuda")
+    return [
+        *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
+        KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
+        KernelInfo("plain torch composition", "reference", dtypes, True),
+    ]
