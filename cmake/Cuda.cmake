@@ -54,7 +54,7 @@ else()
   set_target_properties(torch_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/stub)
   set(torch_cuda torch_cuda)
 endif()
-target_link_options(ptkernels_cuda PRIVATE LINKER:--no-as-needed)
+target_link_options(ptkernels_cuda PRIVATE LINKER:--no-as-needed LINKER:--version-script=${CMAKE_SOURCE_DIR}/cmake/exports.map)
 target_link_libraries(ptkernels_cuda PRIVATE ${torch_cuda})
 
 add_dependencies(cuda ptkernels_cuda)

@@ -1,7 +1,8 @@
 # ptk_add_cpu_kernel(<file>.inl): compiles the kernel file once per ISA level, each with that level's flags and in that
 # level's namespace. The objects form the target ptk_kernels, which knows nothing of torch.
 
-set(PTK_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math)
+# gcc warns about its own intrinsics headers (undefined pass-through operands) and about 512-bit vectors on AVX2.
+set(PTK_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-maybe-uninitialized -Wno-psabi)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(PTK_LEVELS baseline avx2 avx512 avx512_vnni avx512_bf16 amx)

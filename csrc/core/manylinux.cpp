@@ -1,0 +1,17 @@
+// Keeps libptkernels.so loadable on manylinux_2_28 (glibc 2.28, GLIBCXX_3.4.25) when a newer GCC builds it, by defining
+// here the few newer symbols that standard headers refer to. The export map keeps the definitions inside the library.
+// Linking libstdc++ statically would not do: the copy that comes with a newer GCC needs a newer glibc itself.
+#include <sstream>
+
+#if defined(__GLIBC__) && defined(__GLIBCXX__)
+
+// The default constructors (3.4.26) and the C++20 overloads of str() (3.4.29) that torch's headers use.
+template class std::basic_stringbuf<char>;
+template class std::basic_stringstream<char>;
+template class std::basic_ostringstream<char>;
+
+// std::shared_ptr reads this flag of glibc 2.32 to drop atomic operations in programs without threads: never here.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+
+#endif
