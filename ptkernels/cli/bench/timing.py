@@ -1,0 +1,96 @@
+"""Interleaved timing: every contender runs in short alternating blocks, so drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+Call = Callable[[], object]
+
+MIN_SAMPLE_SECONDS = 2e-4
+"""Shorter calls are timed several at once, so that reading the clock stays far below 0.1 % of a sample."""
+SHORT_CALL_SECONDS = 0.05
+"""Below this a block starts with one untimed call: it wakes the contender's threads and refills the caches."""
+LONG_CALL_SECONDS = 0.5
+"""From here on the first call, already warmed by the check, is estimate enough."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 25
+
+
+@dataclass
+class _Series:
+    call: Call
+    inner: int = 1
+    per_block: int = 1
+    estimate: float = 0.0
+    samples: list[float] = field(default_factory=list)
+
+
+def _time(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _calibrate(call: Call, block_seconds: float) -> _Series:
+    estimate = _time(call, 1)
+    if estimate < LONG_CALL_SECONDS:
+        estimate = max(_time(call, 1), 1e-9)
+    if estimate < MIN_SAMPLE_SECONDS:
+        # One call alone is dominated by its own variance; a second look gives the loop count.
+        estimate = max(_time(call, 20), 1e-9)
+    inner = max(1, round(MIN_SAMPLE_SECONDS / estimate))
+    per_block = max(1, min(1000, int(block_seconds / (estimate * inner))))
+    return _Series(call, inner, per_block, estimate)
+
+
+def _run_block(series: _Series) -> None:
+    if series.estimate < SHORT_CALL_SECONDS:
+        series.call()
+    for _ in range(series.per_block):
+        series.samples.append(_time(series.call, series.inner))
+
+
+def interleave(calls: dict[str, Call], budget: float, pause: float = 0.005) -> dict[str, float]:
+    """Median seconds per call of every contender.
+
+    Args:
+        calls: what each contender runs.
+        budget: seconds to spend on all contenders together. Three blocks each are run as long as that takes no more
+            than twice the budget, and one in any case.
+        pause: seconds of sleep between blocks, in which the previous contender's idle threads stop spinning.
+
+    Returns:
+        The median over all samples per contender; a sample is one call, or the mean of a few very short ones.
+    """
+    if not calls:
+        return {}
+    start = time.perf_counter()
+    block_seconds = budget / (len(calls) * 8)
+    series = {name: _calibrate(call, block_seconds) for name, call in calls.items()}
+    order = list(series)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_index in range(MAX_ROUNDS):
+            spent = time.perf_counter() - start
+            if round_index > 0 and spent >= (budget if round_index >= MIN_ROUNDS else 2 * budget):
+                break
+            # The start rotates so that nobody always runs right after the same neighbour warmed or cooled the machine.
+            shift = round_index % len(order)
+            for name in _rotated(order, shift):
+                time.sleep(pause)
+                _run_block(series[name])
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: statistics.median(one.samples) for name, one in series.items()}
+
+
+def _rotated(names: list[str], shift: int) -> Iterable[str]:
+    # Every other round runs backwards: plain rotation would keep each contender behind the same predecessor.
+    rotated = names[shift:] + names[:shift]
+    return rotated if shift % 2 == 0 else reversed(rotated)
