@@ -1,11 +1,10 @@
 // Tile products on the CUDA cores: what a fused kernel needs to multiply strided matrices of any size through small
 // tiles in shared memory, accumulating in registers.
 //
-// A block is kThreads threads seen as a grid of kGrid x kGrid. A thread at (ty, tx) holds, of a product tile with
-// Rows x Cols entries per thread,
-//   scores   [i][j]    = entry (ty * Rows + i, tx + kGrid * j)                    (product_of_rows)
-//   outputs  [c][i][j] = entry (ty * Rows + i, c * kChunk + tx * kQuad + j)       (add_weighted_rows)
-// Interleaved columns in the first and quads in the second keep both shared-memory reads 16 bytes wide and free of bank
+// A block is kThreads threads seen as a grid of kGrid x kGrid. The thread at (ty, tx) holds
+//   scores [i][j]    = entry (ty * Rows + i, tx + kGrid * j)                of a score tile (product_of_rows),
+//   outputs[c][i][j] = entry (ty * Rows + i, c * kChunk + tx * kQuad + j)   of an output (add_weighted_rows).
+// Interleaved columns in the one and quads in the other keep all reads of shared memory 16 bytes wide and free of bank
 // conflicts. A row of scores lives in kGrid consecutive lanes of one warp.
 //
 // Everything is accumulated in float (double for double). Offsets into global memory are 64-bit.
@@ -47,6 +46,14 @@ struct Matrix {
 template <typename Acc, int Height, int Width>
 using Tile = Acc[Height][Width + kPadding<Acc>];
 
+__device__ inline int thread_row() {
+  return threadIdx.x / kGrid;
+}
+
+__device__ inline int thread_col() {
+  return threadIdx.x % kGrid;
+}
+
 // Shared memory of one block. The operands of one product at a time live in it.
 template <typename Acc, int Rows, int Cols>
 struct alignas(16) Tiles {
@@ -58,35 +65,30 @@ struct alignas(16) Tiles {
     Tile<Acc, kGrid * Cols, kChunk> values;
   };
   Tile<Acc, kGrid * Rows, kGrid * Cols> weights;
+
+  // The entry of weights that belongs to this thread's scores[i][j].
+  __device__ Acc& weight(int i, int j) { return weights[thread_row() * Rows + i][thread_col() + kGrid * j]; }
 };
-
-__device__ inline int thread_row() {
-  return threadIdx.x / kGrid;
-}
-
-__device__ inline int thread_col() {
-  return threadIdx.x % kGrid;
-}
 
 template <typename Acc>
 __device__ Quad<Acc> load_quad(const Acc* source) {
   return *reinterpret_cast<const Quad<Acc>*>(source);
 }
 
-// Zeros stand in for what lies outside the matrix, so that tails need no other care.
+// Zeros stand in for what lies outside the matrix, so that tails need no other care. Neighbouring threads load
+// neighbouring columns. A few loads in flight per thread are enough, and more would cost registers.
 template <int Height, int Width, typename Acc, typename Scalar>
 __device__ void load_tile(Tile<Acc, Height, Width>& tile, const Matrix<Scalar>& matrix, int row0, int col0) {
-  static_assert(Height * Width % kThreads == 0);
-#pragma unroll
-  for (int step = 0; step < Height * Width / kThreads; ++step) {
-    const int index = step * kThreads + threadIdx.x;
-    const int row = index / Width;
-    const int col = index % Width;
-    Acc entry = 0;
-    if (row0 + row < matrix.rows && col0 + col < matrix.cols) {
-      entry = static_cast<Acc>(matrix.data[(row0 + row) * matrix.row_stride + (col0 + col) * matrix.col_stride]);
-    }
-    tile[row][col] = entry;
+  constexpr int kStep = kThreads / Width;
+  static_assert(kThreads % Width == 0 && Height % kStep == 0);
+  const int col = threadIdx.x % Width;
+  const int first = threadIdx.x / Width;
+  const int rows = col0 + col < matrix.cols ? matrix.rows - row0 : 0;
+  const Scalar* source = matrix.data + (row0 + first) * matrix.row_stride + (col0 + col) * matrix.col_stride;
+#pragma unroll 4
+  for (int row = first; row < Height; row += kStep) {
+    tile[row][col] = row < rows ? static_cast<Acc>(*source) : Acc(0);
+    source += kStep * matrix.row_stride;
   }
 }
 
@@ -99,7 +101,7 @@ __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scal
     load_tile<kGrid * Rows, kDepth>(tiles.left, left, left_row0, depth0);
     load_tile<kGrid * Cols, kDepth>(tiles.right, right, right_row0, depth0);
     __syncthreads();
-#pragma unroll
+#pragma unroll 1
     for (int depth = 0; depth < kDepth; depth += kQuad) {
       Quad<Acc> b[Cols];
 #pragma unroll
@@ -128,13 +130,13 @@ __device__ void store_weights(Tiles<Acc, Rows, Cols>& tiles, const Acc (&weights
   for (int i = 0; i < Rows; ++i) {
 #pragma unroll
     for (int j = 0; j < Cols; ++j) {
-      tiles.weights[thread_row() * Rows + i][thread_col() + kGrid * j] = weights[i][j];
+      tiles.weight(i, j) = weights[i][j];
     }
   }
 }
 
-// outputs += weights (as last stored) * the tile of values' rows from row0. Chunks counts what is held in registers;
-// those that lie outside the matrix are skipped.
+// outputs += weights (as last stored) * the tile of values' rows from row0. Chunks that lie outside the matrix are
+// skipped.
 template <int Rows, int Cols, int Chunks, typename Acc, typename Scalar>
 __device__ void add_weighted_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scalar>& values, int row0,
                                   Acc (&outputs)[Chunks][Rows][kQuad]) {
@@ -144,7 +146,7 @@ __device__ void add_weighted_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Sc
       __syncthreads();
       load_tile<kGrid * Cols, kChunk>(tiles.values, values, row0, chunk * kChunk);
       __syncthreads();
-#pragma unroll 4
+#pragma unroll 1
       for (int depth = 0; depth < kGrid * Cols; depth += kQuad) {
         Quad<Acc> b[kQuad];
 #pragma unroll

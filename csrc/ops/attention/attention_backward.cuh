@@ -4,24 +4,16 @@
 //   grad_s[i, j]  = p[i, j] (<grad_out[i], value[j]> - delta[i])        delta[i] = <grad_out[i], out[i]> - grad_lse[i]
 //   grad_query[i] = scale sum_j grad_s[i, j] key[j]                     grad_key[j] = scale sum_i grad_s[i, j] query[i]
 //
-// Three launches: delta; one block per tile of keys for grad_key and grad_value (walking over the queries of every
-// query head that shares them); one block per tile of queries for grad_query. Each gradient entry is summed by one
-// thread in a fixed order: no atomics, the same bits on every run. The scores are computed twice for it.
+// Three launches: delta; one block per tile of keys for grad_key and grad_value, walking over the queries of every query
+// head that shares them; one block per tile of queries for grad_query. Each gradient entry is summed by one thread in a
+// fixed order: no atomics, the same bits on every run. The price is that p and grad_s are computed twice.
 // Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
 #pragma once
 
-#include "csrc/ops/attention/attention_cuda.cuh"
+#include "csrc/ops/attention/attention_cuda.h"
+#include "csrc/ops/attention/attention_tile.cuh"
 
 namespace ptk::cuda {
-
-struct AttentionBackwardParams {
-  BackwardParams base;
-  void* delta = nullptr;  // scratch, [batch, heads_q, len_q] contiguous, in the dtype of lse
-};
-
-__device__ inline int64_t row_statistics_offset(const Problem& problem, int64_t batch, int64_t head) {
-  return (batch * problem.heads_q + head) * problem.len_q;
-}
 
 // A row with nothing to attend to has lse = -inf and every weight 0.
 template <typename Acc>
@@ -35,6 +27,7 @@ struct AttentionDelta {
   using Params = AttentionBackwardParams;
   using Acc = AccumulatorOf<Scalar>;
   struct Shared {};
+  static constexpr int kBlocksPerMultiprocessor = 2;
   static constexpr int kWarp = 32;
   static constexpr int kBlockRows = kThreads / kWarp;
 
@@ -49,9 +42,8 @@ struct AttentionDelta {
     const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, kBlockRows);
     const int row = row0 + static_cast<int>(threadIdx.x) / kWarp;
     const int lane = threadIdx.x % kWarp;
-    const auto out = head_matrix<Scalar>(base.out, base.out_strides, batch, head, problem.len_q, problem.dim_v);
-    const auto grad_out =
-        head_matrix<Scalar>(base.grad_out, base.grad_out_strides, batch, head, problem.len_q, problem.dim_v);
+    const auto out = head_matrix<Scalar>(base.out, batch, head, problem.len_q, problem.dim_v);
+    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
     Acc delta = 0;
     if (row < out.rows) {
       for (int col = lane; col < out.cols; col += kWarp) {
@@ -79,6 +71,7 @@ struct AttentionGradQuery {
   using Params = AttentionBackwardParams;
   using Acc = AccumulatorOf<Scalar>;
   using Geometry = AttentionTile<Acc, HeadDim, 1>;
+  static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   using Shared = Tiles<Acc, kRows, kCols>;
@@ -93,12 +86,10 @@ struct AttentionGradQuery {
     const Problem& problem = base.problem;
     const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
     const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
-    const auto query = head_matrix<Scalar>(base.query, base.query_strides, batch, head, problem.len_q, problem.dim_qk);
-    const auto key = head_matrix<Scalar>(base.key, base.key_strides, batch, head_kv, problem.len_k, problem.dim_qk);
-    const auto value =
-        head_matrix<Scalar>(base.value, base.value_strides, batch, head_kv, problem.len_k, problem.dim_v);
-    const auto grad_out =
-        head_matrix<Scalar>(base.grad_out, base.grad_out_strides, batch, head, problem.len_q, problem.dim_v);
+    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
+    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
+    const auto value = head_matrix<Scalar>(base.value, batch, head_kv, problem.len_k, problem.dim_v);
+    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
     const int64_t mask = mask_offset(problem, batch, head);
     const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
     const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
@@ -106,22 +97,30 @@ struct AttentionGradQuery {
     Acc grad[Geometry::kChunks][kRows][kQuad] = {};
     const int keys = problem.is_causal ? min(key.rows, row0 + Geometry::kBlockRows) : key.rows;
     for (int col0 = 0; col0 < keys; col0 += Geometry::kBlockCols) {
-      Acc scores[kRows][kCols] = {};
-      Acc grad_weights[kRows][kCols] = {};
-      product_of_rows(tiles, query, row0, key, col0, scores);
-      product_of_rows(tiles, grad_out, row0, value, col0, grad_weights);
+      Acc weights[kRows][kCols] = {};
+      product_of_rows(tiles, query, row0, key, col0, weights);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = row0 + thread_row() * kRows + i;
-        const int inside = min(row, query.rows - 1);
 #pragma unroll
         for (int j = 0; j < kCols; ++j) {
           const int col = col0 + thread_col() + kGrid * j;
-          const Acc score = masked_score<Scalar>(problem, mask, row, col, scores[i][j]);
-          scores[i][j] = attention_weight(score, lse[inside]) * (grad_weights[i][j] - delta[inside]);
+          const Acc score = masked_score<Scalar>(problem, mask, row, col, weights[i][j]);
+          weights[i][j] = attention_weight(score, lse[min(row, query.rows - 1)]);
         }
       }
-      store_weights(tiles, scores);
+      store_weights(tiles, weights);  // read back below: they do not fit in registers beside grad_scores
+      Acc grad_scores[kRows][kCols] = {};
+      product_of_rows(tiles, grad_out, row0, value, col0, grad_scores);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = row0 + thread_row() * kRows + i;
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+          grad_scores[i][j] = tiles.weight(i, j) * (grad_scores[i][j] - delta[min(row, query.rows - 1)]);
+        }
+      }
+      store_weights(tiles, grad_scores);
       add_weighted_rows(tiles, key, col0, grad);
     }
 
@@ -130,9 +129,8 @@ struct AttentionGradQuery {
     for (int i = 0; i < kRows; ++i) {
       scale[i] = static_cast<Acc>(problem.scale);
     }
-    store_outputs(grad, scale, static_cast<Scalar*>(base.grad_query) + batch * base.grad_query_strides[0] +
-                                   head * base.grad_query_strides[1],
-                  base.grad_query_strides[2], row0, query.rows, query.cols);
+    store_outputs(grad, scale, head_data<Scalar>(base.grad_query, batch, head), base.grad_query.strides[2], row0,
+                  query.rows, query.cols);
   }
 };
 
@@ -142,6 +140,7 @@ struct AttentionGradKeyValue {
   using Params = AttentionBackwardParams;
   using Acc = AccumulatorOf<Scalar>;
   using Geometry = AttentionTile<Acc, HeadDim, 2>;
+  static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
@@ -161,39 +160,45 @@ struct AttentionGradKeyValue {
                                         const Matrix<Scalar>& key, const Matrix<Scalar>& value, int row0) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto query = head_matrix<Scalar>(base.query, base.query_strides, batch, head, problem.len_q, problem.dim_qk);
-    const auto grad_out =
-        head_matrix<Scalar>(base.grad_out, base.grad_out_strides, batch, head, problem.len_q, problem.dim_v);
+    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
+    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
     const int64_t mask = mask_offset(problem, batch, head);
     const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
     const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
 
     const int first = problem.is_causal ? row0 / Geometry::kBlockCols * Geometry::kBlockCols : 0;
     for (int col0 = first; col0 < query.rows; col0 += Geometry::kBlockCols) {
-      Acc scores[kRows][kCols] = {};
-      Acc grad_weights[kRows][kCols] = {};
-      product_of_rows(tiles, key, row0, query, col0, scores);
-      product_of_rows(tiles, value, row0, grad_out, col0, grad_weights);
+      Acc weights[kRows][kCols] = {};
+      product_of_rows(tiles, key, row0, query, col0, weights);
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
         const int col = col0 + thread_col() + kGrid * j;
-        const int inside = min(col, query.rows - 1);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           const int row = row0 + thread_row() * kRows + i;
-          const Acc score = masked_score<Scalar>(problem, mask, col, row, scores[i][j]);
-          scores[i][j] = attention_weight(score, lse[inside]);
-          grad_weights[i][j] = scores[i][j] * (grad_weights[i][j] - delta[inside]);
+          const Acc score = masked_score<Scalar>(problem, mask, col, row, weights[i][j]);
+          weights[i][j] = attention_weight(score, lse[min(col, query.rows - 1)]);
         }
       }
-      if (base.grad_value != nullptr) {
-        store_weights(tiles, scores);
+      store_weights(tiles, weights);
+      if (base.grad_value.data != nullptr) {
         add_weighted_rows(tiles, grad_out, col0, state.grad_value);
       }
-      if (base.grad_key != nullptr) {
-        store_weights(tiles, grad_weights);
-        add_weighted_rows(tiles, query, col0, state.grad_key);
+      if (base.grad_key.data == nullptr) {
+        continue;
       }
+      Acc grad_scores[kRows][kCols] = {};
+      product_of_rows(tiles, value, row0, grad_out, col0, grad_scores);
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        const int col = col0 + thread_col() + kGrid * j;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          grad_scores[i][j] = tiles.weight(i, j) * (grad_scores[i][j] - delta[min(col, query.rows - 1)]);
+        }
+      }
+      store_weights(tiles, grad_scores);
+      add_weighted_rows(tiles, query, col0, state.grad_key);
     }
   }
 
@@ -201,9 +206,8 @@ struct AttentionGradKeyValue {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
     const auto [batch, head_kv, row0] = block_position(problem.heads_kv, problem.len_k, Geometry::kBlockRows);
-    const auto key = head_matrix<Scalar>(base.key, base.key_strides, batch, head_kv, problem.len_k, problem.dim_qk);
-    const auto value =
-        head_matrix<Scalar>(base.value, base.value_strides, batch, head_kv, problem.len_k, problem.dim_v);
+    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
+    const auto value = head_matrix<Scalar>(base.value, batch, head_kv, problem.len_k, problem.dim_v);
 
     State state;
     const int64_t group = problem.heads_q / problem.heads_kv;
@@ -218,15 +222,13 @@ struct AttentionGradKeyValue {
       scale[i] = static_cast<Acc>(problem.scale);
       one[i] = 1;
     }
-    if (base.grad_key != nullptr) {
-      Scalar* grad_key = static_cast<Scalar*>(base.grad_key) + batch * base.grad_key_strides[0] +
-                         head_kv * base.grad_key_strides[1];
-      store_outputs(state.grad_key, scale, grad_key, base.grad_key_strides[2], row0, key.rows, key.cols);
+    if (base.grad_key.data != nullptr) {
+      store_outputs(state.grad_key, scale, head_data<Scalar>(base.grad_key, batch, head_kv), base.grad_key.strides[2],
+                    row0, key.rows, key.cols);
     }
-    if (base.grad_value != nullptr) {
-      Scalar* grad_value = static_cast<Scalar*>(base.grad_value) + batch * base.grad_value_strides[0] +
-                           head_kv * base.grad_value_strides[1];
-      store_outputs(state.grad_value, one, grad_value, base.grad_value_strides[2], row0, key.rows, value.cols);
+    if (base.grad_value.data != nullptr) {
+      store_outputs(state.grad_value, one, head_data<Scalar>(base.grad_value, batch, head_kv),
+                    base.grad_value.strides[2], row0, key.rows, value.cols);
     }
   }
 };

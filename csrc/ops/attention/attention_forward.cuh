@@ -3,12 +3,12 @@
 //   out[i] = sum_j exp(s[i, j] - lse[i]) value[j]        lse[i] = log sum_j exp(s[i, j])
 //
 // One block takes a tile of query rows of one head and walks over the keys tile by tile, keeping per row the running
-// maximum m, the running sum l of exp(s - m), and out * l; when m grows, l and out shrink by exp(old m - new m)
-// (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; tiled attention: Dao et al. 2022, arXiv:2205.14135).
-// Nothing of size len_q x len_k ever reaches global memory. 16-bit types compute in float, weights included.
+// maximum m, the running sum l of exp(s - m), and out * l; when m grows, l and out shrink by exp(old m - new m) (online
+// softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; tiled attention: Dao et al. 2022, arXiv:2205.14135). Nothing
+// of size len_q x len_k ever reaches global memory. 16-bit types compute in float, weights included.
 #pragma once
 
-#include "csrc/ops/attention/attention_cuda.cuh"
+#include "csrc/ops/attention/attention_tile.cuh"
 
 namespace ptk::cuda {
 
@@ -36,6 +36,7 @@ struct AttentionForward {
   using Params = ForwardParams;
   using Acc = AccumulatorOf<Scalar>;
   using Geometry = AttentionTile<Acc, HeadDim, 1>;
+  static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
@@ -85,12 +86,9 @@ struct AttentionForward {
     const Problem& problem = params.problem;
     const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
     const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
-    const auto query =
-        head_matrix<Scalar>(params.query, params.query_strides, batch, head, problem.len_q, problem.dim_qk);
-    const auto key =
-        head_matrix<Scalar>(params.key, params.key_strides, batch, head_kv, problem.len_k, problem.dim_qk);
-    const auto value =
-        head_matrix<Scalar>(params.value, params.value_strides, batch, head_kv, problem.len_k, problem.dim_v);
+    const auto query = head_matrix<Scalar>(params.query, batch, head, problem.len_q, problem.dim_qk);
+    const auto key = head_matrix<Scalar>(params.key, batch, head_kv, problem.len_k, problem.dim_qk);
+    const auto value = head_matrix<Scalar>(params.value, batch, head_kv, problem.len_k, problem.dim_v);
     const int64_t mask = mask_offset(problem, batch, head);
 
     State state;
@@ -120,7 +118,7 @@ struct AttentionForward {
   __device__ static void write(const Params& params, State& state, int64_t batch, int64_t head, int row0) {
     const Problem& problem = params.problem;
     const int len_q = static_cast<int>(problem.len_q);
-    Acc* lse = static_cast<Acc*>(params.lse) + (batch * problem.heads_q + head) * problem.len_q;
+    Acc* lse = static_cast<Acc*>(params.lse) + row_statistics_offset(problem, batch, head);
     Acc normalise[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -131,8 +129,8 @@ struct AttentionForward {
         lse[row] = sum == 0 ? Acc(-INFINITY) : state.max[i] + std::log(sum);
       }
     }
-    Scalar* out = static_cast<Scalar*>(params.out) + batch * params.out_strides[0] + head * params.out_strides[1];
-    store_outputs(state.out, normalise, out, params.out_strides[2], row0, len_q, static_cast<int>(problem.dim_v));
+    store_outputs(state.out, normalise, head_data<Scalar>(params.out, batch, head), params.out.strides[2], row0, len_q,
+                  static_cast<int>(problem.dim_v));
   }
 };
 

@@ -4,19 +4,22 @@
 #include "csrc/cuda/tile.cuh"
 #include "csrc/ops/attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 namespace ptk::cuda {
 
-// Entries of the score tile per thread are TileRows x TileCols. Rows is chosen so that the accumulators of
-// `outputs` head-dim-wide results stay in registers: at most 128 of the 255 a thread can have.
+// Score tile of a block, as entries per thread, when the block also accumulates `Outputs` head-dim-wide results in
+// registers: as many rows as let those take at most 128 of the 255 that a thread can have. Where they take 32 or fewer,
+// two blocks fit a multiprocessor.
 template <typename Acc, int HeadDim, int Outputs>
 struct AttentionTile {
   static constexpr int kChunks = HeadDim / kChunk;
   static constexpr int kMaxRows = sizeof(Acc) == 8 ? 2 : 4;
   static constexpr int kRegistersPerRow = Outputs * kChunks * kQuad * static_cast<int>(sizeof(Acc) / 4);
-  static constexpr int kRows = 128 / kRegistersPerRow < kMaxRows ? 128 / kRegistersPerRow : kMaxRows;
+  static constexpr int kRows = std::clamp(128 / kRegistersPerRow, 1, kMaxRows);
+  static constexpr int kBlocksPerMultiprocessor = kRows * kRegistersPerRow <= 32 ? 2 : 1;
   static constexpr int kCols = kMaxRows;
   static constexpr int kBlockRows = kGrid * kRows;
   static constexpr int kBlockCols = kGrid * kCols;
@@ -41,10 +44,19 @@ __device__ inline BlockPosition block_position(int64_t heads, int64_t length, in
 }
 
 template <typename Scalar>
-__device__ Matrix<Scalar> head_matrix(const void* data, const int64_t (&strides)[4], int64_t batch, int64_t head,
-                                      int64_t rows, int64_t cols) {
-  return {static_cast<const Scalar*>(data) + batch * strides[0] + head * strides[1], strides[2], strides[3],
-          static_cast<int>(rows), static_cast<int>(cols)};
+__device__ Matrix<Scalar> head_matrix(const ConstView& view, int64_t batch, int64_t head, int64_t rows, int64_t cols) {
+  return {static_cast<const Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1], view.strides[2],
+          view.strides[3], static_cast<int>(rows), static_cast<int>(cols)};
+}
+
+template <typename Scalar>
+__device__ Scalar* head_data(const View& view, int64_t batch, int64_t head) {
+  return static_cast<Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1];
+}
+
+// Of lse and of what is laid out like it.
+__device__ inline int64_t row_statistics_offset(const Problem& problem, int64_t batch, int64_t head) {
+  return (batch * problem.heads_q + head) * problem.len_q;
 }
 
 // Scaled and masked score of one (row, col) of a head; -inf where row may not attend to col or either is outside.
@@ -54,14 +66,14 @@ __device__ Acc masked_score(const Problem& problem, int64_t mask_offset, int row
     return -INFINITY;
   }
   const Acc score = static_cast<Acc>(problem.scale) * product;
-  const int64_t offset = mask_offset + row * problem.mask_strides[2] + col * problem.mask_strides[3];
+  const int64_t offset = mask_offset + row * problem.mask.strides[2] + col * problem.mask.strides[3];
   switch (problem.mask_kind) {
   case MaskKind::boolean:
-    return static_cast<const uint8_t*>(problem.mask)[offset] ? score : static_cast<Acc>(-INFINITY);
+    return static_cast<const uint8_t*>(problem.mask.data)[offset] ? score : static_cast<Acc>(-INFINITY);
   case MaskKind::same_dtype:
-    return score + static_cast<Acc>(static_cast<const Scalar*>(problem.mask)[offset]);
+    return score + static_cast<Acc>(static_cast<const Scalar*>(problem.mask.data)[offset]);
   case MaskKind::f32:
-    return score + static_cast<const float*>(problem.mask)[offset];
+    return score + static_cast<const float*>(problem.mask.data)[offset];
   case MaskKind::none:
     break;
   }
@@ -69,7 +81,7 @@ __device__ Acc masked_score(const Problem& problem, int64_t mask_offset, int row
 }
 
 __device__ inline int64_t mask_offset(const Problem& problem, int64_t batch, int64_t head) {
-  return batch * problem.mask_strides[0] + head * problem.mask_strides[1];
+  return batch * problem.mask.strides[0] + head * problem.mask.strides[1];
 }
 
 // Calls run.template operator()<HeadDim>() with the smallest head dim that the kernels are built for and both fit in.

@@ -1,0 +1,50 @@
+// Launching kernels on torch's current stream, over the stable ABI.
+//
+// A kernel is a struct: `Params` (passed by value), `Shared` (what a block shares), `static int64_t blocks(const
+// Params&)` and `__device__ static void run(const Params&, Shared&)`, run by kThreads threads. What it does is then
+// free of launch syntax, and any executor of the CUDA model can run it.
+#pragma once
+
+#include "csrc/core/checks.h"
+#include "csrc/cuda/tile.cuh"
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+namespace ptk::cuda {
+
+template <typename Kernel>
+__global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerMultiprocessor)
+    kernel_entry(const __grid_constant__ typename Kernel::Params params) {
+  __shared__ typename Kernel::Shared shared;
+  Kernel::run(params, shared);
+}
+
+// Makes a device current for its lifetime and launches on the stream that torch has current there.
+class StreamLauncher {
+ public:
+  explicit StreamLauncher(int32_t device_index) : guard_(device_index) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <typename Kernel>
+  void run(const typename Kernel::Params& params) const {
+    constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+    const int64_t blocks = Kernel::blocks(params);
+    PTK_CHECK(0 < blocks && blocks <= kMaxBlocks, "ptkernels: got a problem of ", blocks,
+              " thread blocks, expected 1 to ", kMaxBlocks);
+    kernel_entry<Kernel><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(params);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace ptk::cuda

@@ -1,0 +1,20 @@
+// The CUDA kernels of attention as its glue sees them: one pair of functions per dtype, each built in a file of its
+// own. Launcher is StreamLauncher, or an executor of the same interface.
+#pragma once
+
+#include "csrc/ops/attention/attention.h"
+
+namespace ptk::cuda {
+
+struct AttentionBackwardParams {
+  BackwardParams base;
+  void* delta = nullptr;  // scratch, [batch, heads_q, len_q] contiguous, in the dtype of lse
+};
+
+template <typename Scalar, typename Launcher>
+void run_attention_forward(const ForwardParams& params, const Launcher& launcher);
+
+template <typename Scalar, typename Launcher>
+void run_attention_backward(const AttentionBackwardParams& params, const Launcher& launcher);
+
+}  // namespace ptk::cuda

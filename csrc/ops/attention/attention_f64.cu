@@ -1,0 +1,9 @@
+#include "csrc/cuda/launch.cuh"
+#include "csrc/ops/attention/attention_dispatch.cuh"
+
+namespace ptk::cuda {
+
+template void run_attention_forward<double>(const ForwardParams&, const StreamLauncher&);
+template void run_attention_backward<double>(const AttentionBackwardParams&, const StreamLauncher&);
+
+}  // namespace ptk::cuda
