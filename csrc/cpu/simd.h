@@ -24,6 +24,15 @@
 #define PTK_X86_AVX2 (defined(__AVX2__))
 #define PTK_X86_AVX512 (PTK_ISA_LEVEL >= 2 && !PTK_EMULATE)
 
+// Hides a vector's value from the optimiser without moving it.
+#if PTK_EMULATE
+#define PTK_OPAQUE(v) asm volatile("" : "+m"(v))
+#elif defined(__aarch64__)
+#define PTK_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define PTK_OPAQUE(v) asm volatile("" : "+v"(v))
+#endif
+
 #define PTK_INLINE static inline __attribute__((always_inline))
 
 namespace ptk {

@@ -36,7 +36,10 @@ PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t
 #endif
 }
 
-// The last rows, fewer than kMr: in binary steps, so that five kernels cover every remainder.
+// The last rows, fewer than kMr: in binary steps, so that four kernels cover every remainder.
+template <class T>
+inline constexpr int kLargestTail = GemmTraits<T>::kMr > 8 ? 8 : GemmTraits<T>::kMr > 4 ? 4 : 1;
+
 template <class T, int M, class Epilogue>
 static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
                              int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
@@ -79,7 +82,7 @@ static inline void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blo
     if constexpr (!detail::kUsesTiles<T>) {
       for (; row + mr <= m; row += mr)
         detail::vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
-      if (row < m) detail::tail_rows<T, (mr > 8 ? 8 : mr / 2)>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
+      if (row < m) detail::tail_rows<T, detail::kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
     }
   }
 }

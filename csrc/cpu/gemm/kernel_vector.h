@@ -186,9 +186,11 @@ struct Wide {
 };
 
 PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
-#if PTK_ISA_LEVEL == 1
+#if PTK_X86_AVX512
+  return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif PTK_ISA_LEVEL == 1
   return (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
+#elif PTK_ISA_LEVEL == 0 && defined(__SSE2__)
   return (Vec<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
   Vec<int32_t> x = bit_cast<Vec<int32_t>>(a), y = bit_cast<Vec<int32_t>>(b);

@@ -50,7 +50,7 @@ struct Gemm8Traits {
   static constexpr bool kTiles = PTK_ISA_LEVEL >= 5;
   static constexpr int kPack = 4, kKStep = kTiles ? 64 : 4, kRowPad = kTiles ? 16 : 1;
   static constexpr int kNr = 2 * kLanes<int32_t>;
-  static constexpr int kMr = kTiles ? 32 : PTK_ISA_LEVEL >= 3 ? 12 : 2;
+  static constexpr int kMr = kTiles ? 32 : PTK_ISA_LEVEL >= 3 ? 12 : PTK_ISA_LEVEL == 2 ? 6 : 2;
 };
 template <>
 struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};
