@@ -37,7 +37,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
-add_library(ptkernels_cuda SHARED ${cuda_sources})
+add_library(ptkernels_cuda SHARED ${cuda_sources} csrc/core/manylinux.cpp)
 target_include_directories(ptkernels_cuda PRIVATE ${CMAKE_SOURCE_DIR})
 target_compile_definitions(ptkernels_cuda PRIVATE USE_CUDA)
 target_compile_options(ptkernels_cuda PRIVATE

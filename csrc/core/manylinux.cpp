@@ -14,4 +14,17 @@ template class std::basic_ostringstream<char>;
 extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 
+#if defined(__x86_64__)
+// glibc 2.29 gave exp and log versions that leave errno alone; the older ones return the same values.
+#define PTK_USE_OLD(function)                                                                                          \
+  __asm__(".symver ptk_old_" #function ", " #function "@GLIBC_2.2.5");                                                 \
+  extern "C" double ptk_old_##function(double);                                                                        \
+  extern "C" double function(double x) noexcept {                                                                      \
+    return ptk_old_##function(x);                                                                                      \
+  }
+
+PTK_USE_OLD(exp)
+PTK_USE_OLD(log)
+#endif
+
 #endif
