@@ -74,7 +74,7 @@ def samples_of(spec: OpSpec) -> list[Sample]:
 def attempt(spec: OpSpec, sample: Sample, check: Check, fast: bool) -> Outcome:
     """Run one check; whatever it raises becomes the outcome's message."""
     names = sample.grad_inputs
-    named = bind(spec.function, sample.args, sample.kwargs)
+    named = bind(spec.reference, sample.args, sample.kwargs)
 
     def function(*inputs: Tensor) -> Any:
         return spec.function(**{**named, **dict(zip(names, inputs, strict=True))})

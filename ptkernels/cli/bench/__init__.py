@@ -1,11 +1,13 @@
 """Check every operator against its float64 reference, then time it against its peers on shapes of real models.
 
-``ptkernels bench compare BEFORE.json AFTER.json`` puts two result files side by side.
+``ptkernels bench compare BEFORE.json AFTER.json`` puts two result files side by side; ``ptkernels bench page FILE.json
+FILE.html`` draws one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -24,7 +26,7 @@ from . import compare, limits
 from .peers import peers_of
 from .problem import dtype_name
 from .report import print_report
-from .results import Results, commit_id
+from .results import Results, commit_id, load
 from .runner import FULL, QUICK, Runner, Selection
 
 EXTRA = "pip install ptkernels[bench]"
@@ -33,12 +35,16 @@ EXTRA = "pip install ptkernels[bench]"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
     parser.set_defaults(action=measure)
-    actions = parser.add_subparsers(metavar="[compare]")
+    actions = parser.add_subparsers(metavar="[compare | page]")
     comparison = actions.add_parser("compare", help="put two result files side by side", description=compare.__doc__)
     comparison.add_argument("before", metavar="BEFORE.json")
     comparison.add_argument("after", metavar="AFTER.json")
     comparison.add_argument("--html", metavar="FILE", help="also write a page with a plot")
     comparison.set_defaults(action=compare.run)
+    drawing = actions.add_parser("page", help="write the page of a result file", description=page.__doc__)
+    drawing.add_argument("results", metavar="FILE.json")
+    drawing.add_argument("html", metavar="FILE.html")
+    drawing.set_defaults(action=page)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> int:
     """Run the benchmark; 0 when every case passed its check, 1 when one failed, 130 when interrupted."""
-    _require_extra(arguments.html is not None)
+    _require_extra(page=arguments.html is not None)
     specs = [_registry.get(name) for name in arguments.op or _registry.all_ops()]
     selection = _selection(arguments, specs)
     if arguments.threads is not None:
@@ -75,19 +81,24 @@ def measure(arguments: argparse.Namespace) -> int:
 
     effort = QUICK if arguments.quick else FULL
     runner = Runner(specs, selection, effort, arguments.quick, measured, torch.get_num_threads(), results, save)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        runner.run()
-    except KeyboardInterrupt:
-        results.status = "interrupted"
-        # A second Ctrl-C must not cut short the writing of what was measured.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    save()
-    if arguments.html:
-        from .html import report_page
+        try:
+            runner.run()
+        except KeyboardInterrupt:
+            results.status = "interrupted"
+            # A second Ctrl-C must not cut short the writing of what was measured.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        save()
+        if arguments.html:
+            from .html import report_page
 
-        write_atomically(arguments.html, report_page(results))
-    print_report(results)
+            write_atomically(arguments.html, report_page(results))
+        print_report(results)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if results.status == "interrupted":
         print("interrupted: the results are partial", file=sys.stderr)
         return 130
@@ -96,13 +107,22 @@ def measure(arguments: argparse.Namespace) -> int:
     return 1 if results.failures() else 0
 
 
+def page(arguments: argparse.Namespace) -> int:
+    """Write the self-contained page of a result file."""
+    _require_extra(page=True)
+    from .html import report_page
+
+    write_atomically(arguments.html, report_page(load(arguments.results)))
+    return 0
+
+
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _require_extra(page: bool) -> None:
     needed = ["rich", *(["matplotlib"] if page else [])]
-    missing = [name for name in needed if machine.version_of(name) is None]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"bench needs {' and '.join(missing)}: {EXTRA}")
 

@@ -50,29 +50,21 @@ def _label(row: Row) -> str:
 def speedups(rows: list[Row]) -> str:
     """Bars: ratio to the best peer; markers: ratio to every peer."""
     rows = [row for row in rows if row.ratio is not None]
-    figure, axes = _figure(10, 1.2 + 0.28 * len(rows))
-    positions = list(range(len(rows)))
-    axes.barh(
-        positions,
-        [row.ratio or 0.0 for row in rows],
-        color=[DTYPE_COLOURS.get(row.dtype, OURS_COLOUR) for row in rows],
-        alpha=0.55,
-    )
+    figure, axes = _figure(10, 1.6 + 0.28 * len(rows))
+    ratios = [row.ratio or 1.0 for row in rows]
+    colours = [DTYPE_COLOURS.get(row.dtype, OURS_COLOUR) for row in rows]
+    axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours, alpha=0.55)
     for index, peer in enumerate(dict.fromkeys(name for row in rows for name in row.peers)):
-        timed = [
-            (row.peers[peer] / row.seconds, at)
-            for at, row in zip(positions, rows, strict=True)
-            if peer in row.peers and row.seconds
-        ]
+        timed = [(row.peers[peer] / (row.seconds or 1), at) for at, row in enumerate(rows) if peer in row.peers]
         marker = PEER_MARKERS[index % len(PEER_MARKERS)]
         axes.plot(*zip(*timed, strict=True), marker, label=peer, color="#333333", markersize=4, fillstyle="none")
     axes.axvline(1.0, color=LINE_COLOUR, linewidth=1)
     axes.set_xscale("log")
     _plain_ticks(axes)
-    axes.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("peer's time / ours: above 1, ours is faster (bar: best peer)")
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=6)
     return _svg(figure)
 
 
@@ -115,7 +107,7 @@ def roofline(rows: list[Row], limits: dict[str, Any]) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of compulsory traffic")
     axes.set_ylabel("FLOP/s")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=6)
     return _svg(figure)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ptkernels._registry import OpSpec
-from ptkernels.cli.arguments import bind
 from ptkernels.models.sentence_encoder import AttentionFunction, SentenceEncoder, load_sentence_encoder
 
 from .peers import EAGER, SDPA
@@ -187,5 +186,4 @@ def _explained(spec: OpSpec, model: SentenceEncoder, corpus: Corpus) -> str:
     batch = corpus.batches[-1]
     heads, size = model.config.num_heads, model.config.hidden_size
     states = torch.zeros(*batch.ids.shape, heads, size // heads).transpose(1, 2)
-    named = bind(spec.function, (states, states, states, batch.mask[:, None, None, :]), {})
-    return spec.explain(**named).kernel
+    return spec.explain(states, states, states, batch.mask[:, None, None, :]).kernel

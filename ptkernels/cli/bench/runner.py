@@ -37,6 +37,14 @@ class Selection:
     def cases(self, spec: OpSpec) -> list[BenchCase]:
         return [case for case in spec.bench_cases() if self._takes(case)]
 
+    def takes_model(self) -> bool:
+        """Whether the pretrained model (float32, forward) belongs to the selection."""
+        return (
+            not self.patterns
+            and (not self.dtypes or "float32" in self.dtypes)
+            and (not self.directions or "forward" in self.directions)
+        )
+
     def _takes(self, case: BenchCase) -> bool:
         return (
             (not self.patterns or any(fnmatch.fnmatch(case.name, f"*{pattern}*") for pattern in self.patterns))
@@ -108,7 +116,7 @@ class Runner:
     def run(self) -> None:
         """Run every selected case and the pretrained model; the results are complete up to the last finished row."""
         plan = [(spec, case) for spec in self.specs for case in self._cases(spec)]
-        with_model = not self.selection.patterns and any(spec.name == "attention" for spec in self.specs)
+        with_model = self.selection.takes_model() and any(spec.name == "attention" for spec in self.specs)
         with progress("bench", len(plan) + with_model) as bar:
             for done, (spec, case) in enumerate(plan):
                 bar.describe(label(case))
@@ -132,7 +140,7 @@ class Runner:
             return cases
         chosen = quick_cases([case for case in cases if case.work_flops <= self.effort.max_flops])
         if len(chosen) < len(cases):
-            self._note("all others", f"--quick runs {len(chosen)} of {len(cases)} cases: the smallest of every model")
+            self._note("selection", f"--quick runs {len(chosen)} of {len(cases)} cases: the smallest of every model")
         return chosen
 
     def _out_of_time(self) -> bool:
