@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ptkernels import reference
 from ptkernels.cli import main
-from ptkernels.cli.bench import peers, pretrained, results
+from ptkernels.cli.bench import peers, pretrained, results, runner
 from ptkernels.cli.bench.gate import Oracle
 from ptkernels.cli.bench.peers import attention as attention_peers
-from ptkernels.cli.bench.problem import Problem
+from ptkernels.cli.bench.problem import Problem, UnsupportedError
 
 pytest.importorskip("rich")
 
@@ -52,6 +52,7 @@ def test_json_has_the_documented_form(tmp_path: Path) -> None:
     assert content["status"] == "complete"
     assert {"cpu", "cores", "threads", "isa", "versions", "limits"} <= set(content["machine"])
     assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["machine"]["limits"]["unknown"] == {}
     assert len(content["rows"]) == len(tiny.cases())
     for row in content["rows"]:
         assert tuple(row) == results.ROW_KEYS
@@ -59,6 +60,7 @@ def test_json_has_the_documented_form(tmp_path: Path) -> None:
         assert row["best_peer"] == min(row["peers"], key=row["peers"].get)
         assert row["ratio"] == pytest.approx(row["peers"][row["best_peer"]] / row["seconds"])
         assert 0 <= row["error"] <= row["error_bound"]
+        assert row["limit_fraction"] > 0
     page = html.read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert all(row["case"] in page for row in content["rows"])
@@ -180,6 +182,29 @@ def test_checking_parts_sees_every_part(direction: str) -> None:
                 damaged = [one.clone() for one in outputs]
                 damaged[index][corner][0, 0] += 0.1 * (1 + output.abs().max())
                 assert not oracle.check(tuple(damaged)).passed
+
+
+def test_a_peer_that_needs_too_much_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tiny.replaced():
+        spec = attention_spec()
+        problem = Problem(spec, tiny.cases()[0])
+        eager = next(peer for peer in peers.peers_of(spec) if peer.name == peers.EAGER)
+        scores = 2 * tiny.HEADS * tiny.LENGTH**2 * 4
+        monkeypatch.setattr(attention_peers, "available_memory", lambda: 4 * scores)
+        eager.prepare(problem, 1)
+        monkeypatch.setattr(attention_peers, "available_memory", lambda: 4 * scores - 1)
+        with pytest.raises(UnsupportedError, match="MiB are free"):
+            eager.prepare(problem, 1)
+
+
+def test_a_case_that_needs_too_much_memory_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(runner, "available_memory", lambda: 4 * tiny.cases()[0].work_bytes - 1)
+    with tiny.replaced():
+        assert run_bench("--direction", "forward", "--peers", "none", "--json", str(path)) == 0
+    content = read(path)
+    assert {row["dtype"] for row in content["rows"]} == {"bfloat16"}
+    assert all(note["text"].startswith("skipped: needs about") for note in content["notes"])
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_the_encoder_is_the_published_model(directory: Path) -> None:
 
 
 def test_exchanging_the_attention_keeps_embeddings_and_neighbours(directory: Path) -> None:
-    section, row = pretrained.run(get("attention"), 0.1, every=16)
+    section, row = pretrained.run(get("attention"), 0.1, every=43)
     assert section.error <= section.error_bound
     assert section.neighbours_changed == 0
     assert set(section.seconds) == {pretrained.OURS, EAGER, SDPA}
@@ -112,7 +112,7 @@ def test_a_wrong_attention_is_caught(directory: Path) -> None:
         return F.scaled_dot_product_attention(query, key, value)
 
     spec = dataclasses.replace(get("attention"), function=without_mask)
-    section, row = pretrained.run(spec, 0.1, every=16)
+    section, row = pretrained.run(spec, 0.1, every=43)
     assert section.error > section.error_bound
     assert section.seconds == {}
     assert row.seconds is None

@@ -54,7 +54,7 @@ def machine_lines(results: Results) -> list[str]:
     isa, versions = machine["isa"], machine["versions"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"ISA {isa['active']} (detected {isa['detected']})",
+        f"ISA {isa['active']} (detected {isa['detected']}{', emulated' if isa['emulated'] else ''})",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"commit {results.commit or 'unknown'}",
     ]

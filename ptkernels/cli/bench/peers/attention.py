@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptkernels.cli.bench.gate import Part
+from ptkernels.cli.bench.limits import available_memory
 from ptkernels.cli.bench.problem import Contender, Peer, Problem, UnsupportedError
 
 from . import EAGER, SDPA, compile_peer, torch_peer
@@ -60,11 +62,26 @@ def sdpa(
 def peers() -> list[Peer]:
     return [
         torch_peer(SDPA, sdpa),
-        torch_peer(EAGER, composition),
-        compile_peer(composition),
-        Peer("onnxruntime", _onnxruntime_version, _onnxruntime),
+        _holding_scores(torch_peer(EAGER, composition)),
+        _holding_scores(compile_peer(composition)),
+        _holding_scores(Peer("onnxruntime", _onnxruntime_version, _onnxruntime)),
         Peer("openvino", _openvino_version, _openvino),
     ]
+
+
+def _holding_scores(peer: Peer) -> Peer:
+    """A peer that stores all scores: it is left out where they might not fit into memory."""
+
+    def prepare(problem: Problem, threads: int) -> Contender:
+        batch, heads, length = problem.named["query"].shape[:3]
+        copies = 8 if problem.backward else 4
+        needed = copies * batch * heads * length * problem.named["key"].shape[2] * 4
+        free = available_memory()
+        if free is not None and needed > free:
+            raise UnsupportedError(f"its scores take about {needed >> 20} MiB, {free >> 20} MiB are free")
+        return peer.prepare(problem, threads)
+
+    return dataclasses.replace(peer, prepare=prepare)
 
 
 def parts(problem: Problem, flops: float) -> list[Part]:
