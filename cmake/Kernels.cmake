@@ -2,7 +2,8 @@
 # level's namespace. The objects form the target ptk_kernels, which knows nothing of torch.
 
 # gcc warns about its own intrinsics headers (undefined pass-through operands) and about 512-bit vectors on AVX2.
-set(PTK_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-maybe-uninitialized -Wno-psabi)
+set(PTK_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-array-bounds
+    -Wno-psabi)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(PTK_LEVELS baseline avx2 avx512 avx512_vnni avx512_bf16 amx)

@@ -26,4 +26,16 @@ template <typename Body>
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
+// Calls body(i) for every i < count, each thread taking the next index when it has finished one: for items of unequal
+// cost whose results do not depend on who computes them.
+template <typename Body>
+[[gnu::always_inline]] inline void parallel_items(int64_t count, Body&& body) {
+  int64_t next = 0;
+  parallel_for(0, num_threads() < count ? num_threads() : count, [&](int64_t, int64_t) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) {
+      body(i);
+    }
+  });
+}
+
 }  // namespace ptk

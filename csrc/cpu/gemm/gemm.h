@@ -15,6 +15,8 @@
 
 namespace ptk::PTK_ISA {
 
+inline constexpr int64_t kMaxGemmBlocks = 64;
+
 namespace detail {
 
 template <class T, int M, class Epilogue>
@@ -56,16 +58,15 @@ static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t 
 template <class T>
 inline constexpr bool kUsesTiles = GemmTraits<T>::kKStep * sizeof(Element<T>) == 64;
 
-}  // namespace detail
+// Types that are widened at packing share the kernels of the type they are widened to.
+template <class T>
+using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma, Element<T>, T>;
 
-// C[0:m, 0:n] over `count` blocks of depth k; panel p of block i lies at blocks[i].b + p * panel_stride.
-// For tiled types the caller holds a TileScope.
 template <class T, class Epilogue>
-static inline void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
-                        int64_t panel_stride, Epilogue&& epilogue) {
+static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
+                        int64_t panel_stride, Epilogue epilogue) {
   constexpr int mr = GemmTraits<T>::kMr, nr = GemmTraits<T>::kNr;
-  constexpr int64_t kMaxBlocks = 64;
-  GemmBlock<T> panel[kMaxBlocks];
+  GemmBlock<T> panel[kMaxGemmBlocks];
   k = padded_k<T>(k);
   for (int64_t n0 = 0; n0 < n; n0 += nr) {
     const int64_t offset = n0 / nr * panel_stride;
@@ -73,26 +74,35 @@ static inline void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blo
     const int64_t columns = n - n0 < nr ? n - n0 : nr;
     int64_t row = 0;
 #if PTK_ISA_LEVEL >= 5
-    if constexpr (detail::kUsesTiles<T>) {
+    if constexpr (kUsesTiles<T>) {
       for (; row < m; row += mr)
-        detail::tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr, n0, columns, epilogue);
+        tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr, n0, columns, epilogue);
       continue;
     }
 #endif
-    if constexpr (!detail::kUsesTiles<T>) {
-      for (; row + mr <= m; row += mr)
-        detail::vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
-      if (row < m) detail::tail_rows<T, detail::kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
+    if constexpr (!kUsesTiles<T>) {
+      for (; row + mr <= m; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
+      if (row < m) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
     }
   }
 }
 
+}  // namespace detail
+
+// C[0:m, 0:n] over `count` <= kMaxGemmBlocks blocks of depth k; panel p of block i lies at blocks[i].b + p * panel_stride.
+// For tiled types the caller holds a TileScope.
+template <class T, class Epilogue>
+PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
+                     int64_t panel_stride, const Epilogue& epilogue) {
+  detail::gemm_panels<detail::KernelType<T>>(m, n, k, blocks, count, lda, panel_stride, epilogue);
+}
+
 // One block.
 template <class T, class Epilogue>
-static inline void gemm(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
-                        int64_t panel_stride, Epilogue&& epilogue) {
-  GemmBlock<T> block{a, b};
-  gemm<T>(m, n, k, &block, 1, lda, panel_stride, static_cast<Epilogue&&>(epilogue));
+PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
+                     int64_t panel_stride, const Epilogue& epilogue) {
+  const GemmBlock<T> block{a, b};
+  gemm<T>(m, n, k, &block, 1, lda, panel_stride, epilogue);
 }
 
 // ---- epilogues ----------------------------------------------------------------------------------------------------

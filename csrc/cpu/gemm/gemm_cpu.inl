@@ -25,6 +25,7 @@ using SourceB = std::conditional_t<sizeof(T) == 1, int8_t, T>;
 // One item's last step: partial sums + bias, activation, conversion.
 template <class T>
 struct Finish {
+  static constexpr bool kLarge = true;
   const Sum<T>* partial;
   int64_t ld_partial;
   const Sum<T>* bias;
@@ -60,9 +61,10 @@ struct Product {
   void pack_panel(int64_t r, int64_t step, int64_t panel) const {
     const auto* b = static_cast<const SourceB<T>*>(p.b) + r * p.stride_b[0];
     const int64_t k0 = step * kDepth, n0 = panel * GemmTraits<T>::kNr;
-    pack_b_panel<T>(b + k0 * p.stride_b[1] + n0 * p.stride_b[2], p.stride_b[1], p.stride_b[2],
-                    least(kDepth, p.k - k0), least(GemmTraits<T>::kNr, p.n - n0),
-                    packed_b + (r * depth_steps + step) * step_stride + panel * panel_stride);
+    const int64_t k = least(kDepth, p.k - k0);
+    pack_b_panel<T>(b + k0 * p.stride_b[1] + n0 * p.stride_b[2], p.stride_b[1], p.stride_b[2], k,
+                    least(GemmTraits<T>::kNr, p.n - n0),
+                    packed_b + (r * depth_steps + step) * step_stride + panel * panel_stride, padded_k<T>(k));
   }
 
   static constexpr int64_t kLda = kDepth + 64 / sizeof(Element<T>);
@@ -93,15 +95,6 @@ struct Product {
   }
 };
 
-// Runs body(i) for i < count on torch's threads, one index at a time.
-template <class Body>
-void deal_out(int64_t count, const Body& body) {
-  int64_t next = 0;
-  parallel_for(0, num_threads() < count ? num_threads() : count, [&](int64_t, int64_t) {
-    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i);
-  });
-}
-
 template <class T>
 bool multiply(const GemmProblem& problem) {
   Product<T> product{problem};
@@ -109,13 +102,13 @@ bool multiply(const GemmProblem& problem) {
   if (!packed) return false;
   product.packed_b = reinterpret_cast<ElementB<T>*>(round_up(reinterpret_cast<intptr_t>(packed), 64));
   const int64_t panels = padded_n<T>(problem.n) / GemmTraits<T>::kNr;
-  deal_out(problem.reduce * product.depth_steps * panels, [&](int64_t i) {
+  parallel_items(problem.reduce * product.depth_steps * panels, [&](int64_t i) {
     const int64_t step = i / panels;
     product.pack_panel(step / product.depth_steps, step % product.depth_steps, i % panels);
   });
   const int64_t columns = (problem.n + kN - 1) / kN, rows = (problem.m + kM - 1) / kM;
   bool ok = true;
-  deal_out(rows * columns, [&](int64_t i) {
+  parallel_items(rows * columns, [&](int64_t i) {
     if (void* scratch = thread_scratch(Product<T>::kScratch)) {
       product.item(i / columns * kM, i % columns * kN, scratch);
     } else {
@@ -221,30 +214,67 @@ double peak_rate(double seconds) {
   });
 }
 
+// A level compiles the types whose products it does anew; the rest is inherited from the level below.
+#if PTK_ISA_LEVEL == 3
+constexpr bool is_own(GemmType type) { return type == GemmType::s8 || type == GemmType::u8; }
+const GemmKernels& below() { return avx512::gemm_kernels(); }
+#elif PTK_ISA_LEVEL == 4
+constexpr bool is_own(GemmType type) { return type == GemmType::bf16; }
+const GemmKernels& below() { return avx512_vnni::gemm_kernels(); }
+#elif PTK_ISA_LEVEL == 5
+constexpr bool is_own(GemmType type) { return type == GemmType::bf16 || type == GemmType::s8 || type == GemmType::u8; }
+const GemmKernels& below() { return avx512_bf16::gemm_kernels(); }
+#else
+constexpr bool is_own(GemmType) { return true; }
+#endif
+
 template <template <class> class Call, class... Args>
 auto by_type(GemmType type, Args... args) {
+#define PTK_CASE(name, T)               \
+  case GemmType::name:                  \
+    if constexpr (is_own(GemmType::name)) return Call<T>::run(args...); \
+    break
   switch (type) {
-    case GemmType::f64: return Call<double>::run(args...);
-    case GemmType::f32: return Call<float>::run(args...);
-    case GemmType::bf16: return Call<bf16>::run(args...);
-    case GemmType::f16: return Call<f16>::run(args...);
-    case GemmType::s8: return Call<int8_t>::run(args...);
-    case GemmType::u8: return Call<uint8_t>::run(args...);
+    PTK_CASE(f64, double);
+    PTK_CASE(f32, float);
+    PTK_CASE(bf16, bf16);
+    PTK_CASE(f16, f16);
+    PTK_CASE(s8, int8_t);
+    PTK_CASE(u8, uint8_t);
   }
+#undef PTK_CASE
+#if PTK_ISA_LEVEL >= 3
+  return Call<void>::run(below(), type, args...);
+#else
   __builtin_unreachable();
+#endif
 }
 
 template <class T>
 struct CallMultiply {
   static bool run(const GemmProblem* p) { return multiply<T>(*p); }
 };
+template <>
+struct CallMultiply<void> {
+  static bool run(const GemmKernels& kernels, GemmType, const GemmProblem* p) { return kernels.gemm(*p); }
+};
 template <class T>
 struct CallWarm {
   static double run(int64_t m, int64_t n, int64_t k, double seconds) { return warm_rate<T>(m, n, k, seconds); }
 };
+template <>
+struct CallWarm<void> {
+  static double run(const GemmKernels& kernels, GemmType type, int64_t m, int64_t n, int64_t k, double seconds) {
+    return kernels.warm(type, m, n, k, seconds);
+  }
+};
 template <class T>
 struct CallPeak {
   static double run(double seconds) { return peak_rate<T>(seconds); }
+};
+template <>
+struct CallPeak<void> {
+  static double run(const GemmKernels& kernels, GemmType type, double seconds) { return kernels.peak(type, seconds); }
 };
 
 int64_t read(const void* data, int64_t bytes) {

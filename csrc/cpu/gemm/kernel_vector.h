@@ -9,11 +9,13 @@
 namespace ptk::PTK_ISA {
 
 // One term of the batch reduction: A_i at row 0, and B_i's panel.
-template <class T>
-struct GemmBlock {
-  const Element<T>* a;
-  const ElementB<T>* b;
+template <class A, class B>
+struct BlockPair {
+  const A* a;
+  const B* b;
 };
+template <class T>
+using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
 
 namespace detail {
 
@@ -45,21 +47,36 @@ struct RowPointers {
   }
 };
 
-template <int M, class V, class Epilogue>
-PTK_INLINE void finish(V (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
-  constexpr int lanes = sizeof(V) / sizeof(sum[0][0][0]);
-  if (columns >= 2 * lanes) {
+// An epilogue that marks itself `kLarge` is called from one place in a loop instead of once per register: the sums take a
+// turn through the stack, the code stays small.
+template <class Epilogue>
+concept LargeEpilogue = requires { Epilogue::kLarge; };
+
+template <int M, class S, class Epilogue>
+PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int lanes = kLanes<S>;
+  if constexpr (!LargeEpilogue<Epilogue>) {
+    if (columns >= 2 * lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      epilogue(row + i, column, sum[i][0], lanes);
-      epilogue(row + i, column + lanes, sum[i][1], lanes);
+      for (int i = 0; i < M; ++i) {
+        epilogue(row + i, column, sum[i][0], lanes);
+        epilogue(row + i, column + lanes, sum[i][1], lanes);
+      }
+      return;
     }
-    return;
   }
+  alignas(64) S buffer[M][2][lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    epilogue(row + i, column, sum[i][0], columns < lanes ? columns : lanes);
-    if (columns > lanes) epilogue(row + i, column + lanes, sum[i][1], columns - lanes);
+    store(buffer[i][0], sum[i][0]);
+    store(buffer[i][1], sum[i][1]);
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < M; ++i) {
+    for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
+      const int64_t left = columns - half * lanes;
+      epilogue(row + i, column + half * lanes, load(buffer[i][half]), left < lanes ? left : lanes);
+    }
   }
 }
 
@@ -87,7 +104,7 @@ PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k,
       b += nr;
     }
   }
-  finish<M>(sum, row, column, columns, epilogue);
+  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 
 #if PTK_ISA_LEVEL == 4
@@ -123,7 +140,7 @@ PTK_INLINE void dot_bf16_kernel(const GemmBlock<T>* blocks, int64_t count, int64
       b += nr;
     }
   }
-  finish<M>(sum, row, column, columns, epilogue);
+  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif
 
@@ -173,7 +190,7 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
       sum[m][1] -= column_sum[1] << 7;
     }
   }
-  finish<M>(sum, row, column, columns, epilogue);
+  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif
 
@@ -229,7 +246,7 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
     for (int n = 0; n < 2 * lanes; ++n) column_sum[n] = lane[2 * n] + lane[2 * n + 1];
     std::memcpy(sum[m], column_sum, sizeof column_sum);
   }
-  finish<M>(sum, row, column, columns, epilogue);
+  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif
 

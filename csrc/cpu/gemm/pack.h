@@ -96,13 +96,12 @@ static inline void pack_panel_any(const T* src, int64_t stride_k, int64_t stride
 
 }  // namespace detail
 
-// One panel: up to kNr columns of B[k, n] with the given strides.
+// One panel: up to kNr columns of B[k, n] with the given strides, zeros from k to k_padded (a multiple of kKStep).
 template <class T, class Source = T>
 static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t stride_n, int64_t k, int64_t columns,
-                                ElementB<T>* dst) {
+                                ElementB<T>* dst, int64_t k_padded) {
   using Traits = GemmTraits<T>;
   using E = ElementB<T>;
-  const int64_t k_padded = padded_k<T>(k);
   if (stride_k == 1 && k > 1) return detail::pack_panel_k_contiguous(src, stride_n, k, k_padded, columns, dst);
   if (stride_n == 1 && columns == Traits::kNr) {
     if constexpr (Traits::kPack == 1) {
@@ -127,14 +126,14 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
   detail::pack_panel_any(src, stride_k, stride_n, k, k_padded, columns, Traits::kPack, Traits::kNr, dst);
 }
 
-// All of B[k, n]; panel p starts at dst + p * panel_stride (padded_k * kNr where the panels are dense).
+// All of B[k, n], in dense panels of k_padded rows: panel p starts at dst + p * k_padded * kNr.
 template <class T, class Source = T>
 static inline void pack_b(const Source* src, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, ElementB<T>* dst,
-                          int64_t panel_stride) {
+                          int64_t k_padded) {
   constexpr int nr = GemmTraits<T>::kNr;
   for (int64_t n0 = 0; n0 < n; n0 += nr)
     pack_b_panel<T, Source>(src + n0 * stride_n, stride_k, stride_n, k, n - n0 < nr ? n - n0 : nr,
-                            dst + n0 / nr * panel_stride);
+                            dst + n0 * k_padded, k_padded);
 }
 
 }  // namespace ptk::PTK_ISA

@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value,
   params.value = view(value);
   params.out = mutable_view(out);
   params.lse = lse.mutable_data_ptr();
-  PTK_DISPATCH(attention_kernels).forward(params);
+  PTK_CHECK(PTK_DISPATCH(attention_kernels).forward(params), "attention: out of memory");
   return {out, lse};
 }
 
@@ -237,7 +237,7 @@ OptionalTensors3 attention_backward_cpu(Tensor grad_out, std::optional<Tensor> g
   params.grad_query = optional_view(grad_query);
   params.grad_key = optional_view(grad_key);
   params.grad_value = optional_view(grad_value);
-  PTK_DISPATCH(attention_kernels).backward(params);
+  PTK_CHECK(PTK_DISPATCH(attention_kernels).backward(params), "attention: out of memory");
   return gradients;
 }
 

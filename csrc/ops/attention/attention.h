@@ -64,9 +64,11 @@ struct BackwardParams {
 };
 
 struct AttentionKernels {
-  void (*forward)(const ForwardParams&);
-  void (*backward)(const BackwardParams&);
-  const char* (*describe)(const Problem&);  // name of the kernel that forward would run
+  // False when memory ran out.
+  bool (*forward)(const ForwardParams&);
+  bool (*backward)(const BackwardParams&);
+  // Name of the kernel that forward would run on operands whose rows are contiguous.
+  const char* (*describe)(const Problem&);
 };
 
 PTK_DECLARE_KERNELS(AttentionKernels, attention_kernels)
