@@ -131,7 +131,14 @@ def _require_inference(problem: Problem) -> None:
         raise UnsupportedError("does not return the log-sum-exp")
 
 
-# ONNX Runtime
+def _fold_groups(named: dict[str, Any]) -> Tensor:
+    """The query with the heads that share a key head as further rows of it, where no mask tells the rows apart."""
+    query: Tensor = named["query"]
+    kv_heads = named["key"].shape[1]
+    if query.shape[1] == kv_heads or named["is_causal"] or named["attn_mask"] is not None:
+        return query
+    folded: Tensor = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    return folded
 
 
 def _onnxruntime_version() -> str:
@@ -205,8 +212,7 @@ def _onnx_attention(problem: Problem, threads: int) -> tuple[OnnxSession, Callab
     named = problem.named
     inputs = {"q": named["query"], "k": named["key"], "v": named["value"], **dict(_mask_input(named))}
     if "mask" in inputs:
-        batch, heads = named["query"].shape[:2]
-        inputs["mask"] = inputs["mask"].expand(batch, heads, named["query"].shape[2], named["key"].shape[2])
+        inputs["mask"] = inputs["mask"].expand(-1, -1, named["query"].shape[2], named["key"].shape[2])
     node = helper.make_node("Attention", list(inputs), ["out"], is_causal=int(named["is_causal"]), scale=_scale(named))
     shape = [*named["query"].shape[:3], named["value"].shape[3]]
     return OnnxSession(_onnx_graph([node], inputs, shape), {"": 23}, inputs, threads), lambda out: out
@@ -243,7 +249,7 @@ def _onnx_matmul(problem: Problem, threads: int) -> tuple[OnnxSession, Callable[
     from onnx import helper
 
     named = problem.named
-    query, key, value = named["query"], named["key"], named["value"]
+    query, key, value = _fold_groups(named), named["key"], named["value"]
     if query.shape[1] != key.shape[1]:
         raise UnsupportedError("the plain form would have to repeat the grouped heads")
     mask = next((mask for _, mask in _mask_input(named)), None)
@@ -262,10 +268,8 @@ def _onnx_matmul(problem: Problem, threads: int) -> tuple[OnnxSession, Callable[
     nodes.append(helper.make_node("Softmax", [nodes[-1].output[0]], ["weights"], axis=-1))
     nodes.append(helper.make_node("MatMul", ["weights", "v"], ["out"]))
     shape = [*query.shape[:3], value.shape[3]]
-    return OnnxSession(_onnx_graph(nodes, inputs, shape), {"": 17}, inputs, threads), lambda out: out
-
-
-# OpenVINO
+    session = OnnxSession(_onnx_graph(nodes, inputs, shape), {"": 17}, inputs, threads)
+    return session, lambda out: out.reshape(*named["query"].shape[:3], value.shape[3])
 
 
 def _openvino_version() -> str:
@@ -275,18 +279,18 @@ def _openvino_version() -> str:
 
 
 def _openvino(problem: Problem, threads: int) -> Contender:
-    """OpenVINO's ScaledDotProductAttention; grouped heads are broadcast in the graph, as exported models do."""
+    """OpenVINO's fused operator; grouped heads that cannot be folded are broadcast, as in exported models."""
     _require_inference(problem)
     import openvino
     from openvino import opset13 as ops
 
     named = problem.named
-    inputs = {name: named[name] for name in ("query", "key", "value")}
+    inputs = {"query": _fold_groups(named), "key": named["key"], "value": named["value"]}
     mask, causal = _openvino_mask(named)
     if mask is not None:
         inputs["mask"] = mask
     parameters = {name: ops.parameter(list(t.shape), openvino_type(t.dtype), name=name) for name, t in inputs.items()}
-    heads, kv_heads = named["query"].shape[1], named["key"].shape[1]
+    heads, kv_heads = inputs["query"].shape[1], named["key"].shape[1]
     nodes: dict[str, Any] = dict(parameters)
     if heads != kv_heads:
         for name in ("key", "value"):
@@ -301,7 +305,7 @@ def _openvino(problem: Problem, threads: int) -> Contender:
 
     def outputs() -> tuple[Tensor, ...]:
         request.run()
-        return (request.output(),)
+        return (request.output().reshape(*named["query"].shape[:3], named["value"].shape[3]),)
 
     return Contender("openvino", request.run, outputs, "ScaledDotProductAttention")
 
