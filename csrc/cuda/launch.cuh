@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
 
 namespace ptk::cuda {
 
@@ -26,6 +27,10 @@ __global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerMultiprocessor)
 // Makes a device current for its lifetime and launches on the stream that torch has current there.
 class StreamLauncher {
  public:
+  static constexpr const char* kDevice = "cuda";
+
+  static bool owns(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
   explicit StreamLauncher(int32_t device_index) : guard_(device_index) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));

@@ -169,6 +169,25 @@ __device__ void add_weighted_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Sc
   }
 }
 
+// Largest `value` among the kGrid lanes that share a row. A NaN does not win here; it reaches the result through exp.
+template <typename Acc>
+__device__ Acc row_max(Acc value) {
+#pragma unroll
+  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
+    value = std::fmax(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  }
+  return value;
+}
+
+template <typename Acc>
+__device__ Acc row_sum(Acc value) {
+#pragma unroll
+  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, lane);
+  }
+  return value;
+}
+
 // Writes factor[i] * outputs where they lie inside a matrix of unit column stride.
 template <int Rows, int Chunks, typename Acc, typename Scalar>
 __device__ void store_outputs(const Acc (&outputs)[Chunks][Rows][kQuad], const Acc (&factor)[Rows], Scalar* data,

@@ -1,12 +1,13 @@
-// Attention backward on the CUDA cores. With p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile:
+// Attention backward on the CUDA cores. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile:
 //
 //   grad_value[j] = sum_i p[i, j] grad_out[i]
 //   grad_s[i, j]  = p[i, j] (<grad_out[i], value[j]> - delta[i])        delta[i] = <grad_out[i], out[i]> - grad_lse[i]
 //   grad_query[i] = scale sum_j grad_s[i, j] key[j]                     grad_key[j] = scale sum_i grad_s[i, j] query[i]
 //
-// Three launches: delta; one block per tile of keys for grad_key and grad_value, walking over the queries of every query
-// head that shares them; one block per tile of queries for grad_query. Each gradient entry is summed by one thread in a
-// fixed order: no atomics, the same bits on every run. The price is that p and grad_s are computed twice.
+// Four launches: delta; what rounding of lse does to p; one block per tile of keys for grad_key and grad_value, walking
+// over the queries of every query head that shares them; one block per tile of queries for grad_query. Each gradient
+// entry is summed by one thread in a fixed order: no atomics, the same bits on every run. The price is that p and grad_s
+// are computed twice.
 // Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
 #pragma once
 
@@ -20,6 +21,70 @@ template <typename Acc>
 __device__ Acc attention_weight(Acc score, Acc lse) {
   return lse == -INFINITY ? Acc(0) : std::exp(score - lse);
 }
+
+// What the weights of a row have to be multiplied by to sum to 1. An lse of -1e9, from a mask that blocks the row with a
+// large number, has no digit left for the logarithm of the sum: exp(s - lse) is then 1 for every key. Rows whose lse is
+// within kExact of 0 have a weight_scale of 1, and a tile of nothing but such rows costs nothing.
+template <typename Scalar>
+struct AttentionWeightScale {
+  using Params = AttentionBackwardParams;
+  using Acc = AccumulatorOf<Scalar>;
+  using Geometry = AttentionTile<Acc, kChunk, 1>;
+  static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
+  static constexpr int kRows = Geometry::kRows;
+  static constexpr int kCols = Geometry::kCols;
+  static constexpr Acc kExact = 64;  // rounding of lse then changes the weights by 32 ulp at most
+  using Shared = Tiles<Acc, kRows, kCols>;
+
+  static int64_t blocks(const Params& params) {
+    const Problem& problem = params.base.problem;
+    return problem.batch * problem.heads_q * tile_count(problem.len_q, Geometry::kBlockRows);
+  }
+
+  __device__ static bool exact(Acc lse) { return lse == -INFINITY || std::fabs(lse) <= kExact; }
+
+  __device__ static void run(const Params& params, Shared& tiles) {
+    const BackwardParams& base = params.base;
+    const Problem& problem = base.problem;
+    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
+    const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
+    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
+    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
+    const int64_t mask = mask_offset(problem, batch, head);
+    const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
+
+    bool all_exact = true;  // the same in every thread, as the barriers below require
+    for (int row = row0; row < min(query.rows, row0 + Geometry::kBlockRows); ++row) {
+      all_exact = all_exact && exact(lse[row]);
+    }
+    const int keys = problem.is_causal ? min(key.rows, row0 + Geometry::kBlockRows) : key.rows;
+    Acc sum[kRows] = {};
+    for (int col0 = 0; col0 < keys && !all_exact; col0 += Geometry::kBlockCols) {
+      Acc products[kRows][kCols] = {};
+      product_of_rows(tiles, query, row0, key, col0, products);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = row0 + thread_row() * kRows + i;
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+          const int col = col0 + thread_col() + kGrid * j;
+          const Acc score = masked_score<Scalar>(problem, mask, row, col, products[i][j]);
+          sum[i] += attention_weight(score, lse[min(row, query.rows - 1)]);
+        }
+      }
+    }
+
+    Acc* weight_scale = static_cast<Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = row0 + thread_row() * kRows + i;
+      const Acc total = row_sum(sum[i]);
+      if (thread_col() == 0 && row < query.rows) {
+        weight_scale[row] = exact(lse[row]) ? Acc(1) : 1 / total;
+      }
+    }
+  }
+};
 
 // One warp per row.
 template <typename Scalar>
@@ -93,6 +158,8 @@ struct AttentionGradQuery {
     const int64_t mask = mask_offset(problem, batch, head);
     const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
     const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
+    const Acc* weight_scale =
+        static_cast<const Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
 
     Acc grad[Geometry::kChunks][kRows][kQuad] = {};
     const int keys = problem.is_causal ? min(key.rows, row0 + Geometry::kBlockRows) : key.rows;
@@ -106,7 +173,8 @@ struct AttentionGradQuery {
         for (int j = 0; j < kCols; ++j) {
           const int col = col0 + thread_col() + kGrid * j;
           const Acc score = masked_score<Scalar>(problem, mask, row, col, weights[i][j]);
-          weights[i][j] = attention_weight(score, lse[min(row, query.rows - 1)]);
+          const int inside = min(row, query.rows - 1);
+          weights[i][j] = attention_weight(score, lse[inside]) * weight_scale[inside];
         }
       }
       store_weights(tiles, weights);  // read back below: they do not fit in registers beside grad_scores
@@ -165,6 +233,8 @@ struct AttentionGradKeyValue {
     const int64_t mask = mask_offset(problem, batch, head);
     const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
     const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
+    const Acc* weight_scale =
+        static_cast<const Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
 
     const int first = problem.is_causal ? row0 / Geometry::kBlockCols * Geometry::kBlockCols : 0;
     for (int col0 = first; col0 < query.rows; col0 += Geometry::kBlockCols) {
@@ -177,7 +247,8 @@ struct AttentionGradKeyValue {
         for (int i = 0; i < kRows; ++i) {
           const int row = row0 + thread_row() * kRows + i;
           const Acc score = masked_score<Scalar>(problem, mask, col, row, weights[i][j]);
-          weights[i][j] = attention_weight(score, lse[min(col, query.rows - 1)]);
+          const int inside = min(col, query.rows - 1);
+          weights[i][j] = attention_weight(score, lse[inside]) * weight_scale[inside];
         }
       }
       store_weights(tiles, weights);

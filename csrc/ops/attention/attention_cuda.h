@@ -8,7 +8,9 @@ namespace ptk::cuda {
 
 struct AttentionBackwardParams {
   BackwardParams base;
-  void* delta = nullptr;  // scratch, [batch, heads_q, len_q] contiguous, in the dtype of lse
+  // Scratch, laid out like lse and in its dtype.
+  void* delta = nullptr;
+  void* weight_scale = nullptr;
 };
 
 template <typename Scalar, typename Launcher>

@@ -16,6 +16,7 @@ void run_attention_forward(const ForwardParams& params, const Launcher& launcher
 template <typename Scalar, typename Launcher>
 void run_attention_backward(const AttentionBackwardParams& params, const Launcher& launcher) {
   launcher.template run<AttentionDelta<Scalar>>(params);
+  launcher.template run<AttentionWeightScale<Scalar>>(params);
   with_head_dim(params.base.problem, [&]<int HeadDim>() {
     if (params.base.grad_key.data != nullptr || params.base.grad_value.data != nullptr) {
       launcher.template run<AttentionGradKeyValue<Scalar, HeadDim>>(params);

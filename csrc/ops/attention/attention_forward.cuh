@@ -12,25 +12,6 @@
 
 namespace ptk::cuda {
 
-// Largest `value` among the kGrid lanes that share a row. A NaN does not win here; it reaches the result through exp.
-template <typename Acc>
-__device__ Acc row_max(Acc value) {
-#pragma unroll
-  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
-    value = std::fmax(value, __shfl_xor_sync(0xffffffffu, value, lane));
-  }
-  return value;
-}
-
-template <typename Acc>
-__device__ Acc row_sum(Acc value) {
-#pragma unroll
-  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, lane);
-  }
-  return value;
-}
-
 template <typename Scalar, int HeadDim>
 struct AttentionForward {
   using Params = ForwardParams;

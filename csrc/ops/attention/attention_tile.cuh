@@ -60,24 +60,25 @@ __device__ inline int64_t row_statistics_offset(const Problem& problem, int64_t 
 }
 
 // Scaled and masked score of one (row, col) of a head; -inf where row may not attend to col or either is outside.
+// The same bits in every kernel, so that exp(score - lse) cannot overflow however large the mask is.
 template <typename Scalar, typename Acc>
 __device__ Acc masked_score(const Problem& problem, int64_t mask_offset, int row, int col, Acc product) {
   if (row >= problem.len_q || col >= problem.len_k || (problem.is_causal && col > row)) {
     return -INFINITY;
   }
-  const Acc score = static_cast<Acc>(problem.scale) * product;
+  const Acc scale = static_cast<Acc>(problem.scale);
   const int64_t offset = mask_offset + row * problem.mask.strides[2] + col * problem.mask.strides[3];
   switch (problem.mask_kind) {
   case MaskKind::boolean:
-    return static_cast<const uint8_t*>(problem.mask.data)[offset] ? score : static_cast<Acc>(-INFINITY);
+    return static_cast<const uint8_t*>(problem.mask.data)[offset] ? scale * product : static_cast<Acc>(-INFINITY);
   case MaskKind::same_dtype:
-    return score + static_cast<Acc>(static_cast<const Scalar*>(problem.mask.data)[offset]);
+    return std::fma(scale, product, static_cast<Acc>(static_cast<const Scalar*>(problem.mask.data)[offset]));
   case MaskKind::f32:
-    return score + static_cast<const float*>(problem.mask.data)[offset];
+    return std::fma(scale, product, static_cast<Acc>(static_cast<const float*>(problem.mask.data)[offset]));
   case MaskKind::none:
     break;
   }
-  return score;
+  return scale * product;
 }
 
 __device__ inline int64_t mask_offset(const Problem& problem, int64_t batch, int64_t head) {
