@@ -40,7 +40,7 @@ def unavailable(name: str) -> str | None:
 class backend(contextlib.ContextDecorator):  # noqa: N801 - used as a function, like torch.no_grad
     """Run every operator on one backend, or fail: a context manager, also usable as a decorator.
 
-    The choice holds for the whole process while the context is entered, as with ``torch.backends`` flags; contexts nest.
+    The choice holds for the whole process while the context is entered, as ``torch.backends`` flags do; contexts nest.
     ``PTKERNELS_BACKEND`` sets the choice the process starts with. Without one, each call takes the fastest kernel for
     its device, which :func:`ptkernels.explain` names.
 

@@ -10,12 +10,13 @@ from torch.autograd import forward_ad
 
 from ptkernels._backend import state as _state
 from ptkernels.ops.attention import checks, reference, register, routing, shapes
+from ptkernels.ops.attention.library import attention_op
 
 __all__ = ["attention"]
 
-_attention_op = register.attention_op
+# The overload's own callable: one Python frame less than the overload.
+_op = attention_op._op
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_any_requires_grad = torch._C._any_requires_grad
 _in_transform = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -84,8 +85,8 @@ def attention(
 
     Returns:
         ``out`` of shape ``[..., Hq, Lq, Dv]`` in the query's dtype, laid out so that
-        ``out.transpose(-3, -2).flatten(-2)`` copies nothing. With ``return_lse`` also ``lse`` ``[..., Hq, Lq]``, natural
-        logarithm, float32 (float64 for float64). Both are differentiable.
+        ``out.transpose(-3, -2).flatten(-2)`` copies nothing. With ``return_lse`` also ``lse``, of shape
+        ``[..., Hq, Lq]``, natural logarithm, float32 (float64 for float64). Both are differentiable.
 
     Raises:
         TypeError: an argument is not a dense tensor, or has a dtype or Python type attention does not take.
@@ -115,23 +116,30 @@ def attention(
         >>> lse.shape
         torch.Size([2, 8, 100])
     """
-    # The first attempt validates nothing that the operator validates itself. Whatever goes wrong in it is left to the
-    # second, which handles every case and words every error.
+    # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
+    # which handles every case and words every error.
     if not dropout_p and _state.backend is None and not _is_compiling():
         try:
-            if query.dim() == 4 and (enable_gqa or query.shape[1] == key.shape[1]):
-                if _in_transform() or forward_ad._current_level >= 0 or (
-                    _is_grad_enabled() and _any_requires_grad(query, key, value, attn_mask)
+            shape = query.shape
+            if len(shape) == 4 and (enable_gqa or shape[1] == key.shape[1]):
+                if _in_transform() or forward_ad._current_level >= 0:
+                    result = _op(query, key, value, attn_mask, is_causal, scale)
+                elif _is_grad_enabled() and (
+                    query.requires_grad
+                    or key.requires_grad
+                    or value.requires_grad
+                    or (attn_mask is not None and attn_mask.requires_grad)
                 ):
-                    result = _attention_op(query, key, value, attn_mask, is_causal, scale)
+                    result = register.record(query, key, value, attn_mask, is_causal, scale)
                 else:
-                    # Nothing to record: skipping the autograd kernel, which is Python, halves the latency.
+                    # Nothing to record: the autograd kernel, which is Python, would double the latency.
                     with _BelowAutograd():
-                        result = _attention_op(query, key, value, attn_mask, is_causal, scale)
+                        result = _op(query, key, value, attn_mask, is_causal, scale)
                 return result if return_lse else result[0]  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError, AttributeError):
             pass
-    return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+    out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return (out, lse) if return_lse else out
 
 
 def _attention(
@@ -143,19 +151,19 @@ def _attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    checks.check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if routing.runs_on_reference(query, key, value, attn_mask, dropout_p):
-        # Autocast has been applied; inside the composition it would round the weights as well.
-        with torch.autocast(query.device.type, enabled=False):
-            out, lse = reference.attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse=True
-            )
-    else:
+    args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if dropout_p:
+        checks.check_inputs(*args)
+    try:
+        if routing.runs_on_reference(query, key, value, attn_mask, dropout_p):
+            checks.check_inputs(*args)
+            # Autocast has been applied; inside the composition it would round the weights as well.
+            with torch.autocast(query.device.type, enabled=False):
+                return reference.attention(*args, return_lse=True)
         call = shapes.normalize(query, key, value, attn_mask, enable_gqa)
-        out, lse = call.restore(
-            *_attention_op(call.query, call.key, call.value, call.attn_mask, is_causal, scale)
-        )
-    return (out, lse) if return_lse else out
+        return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, is_causal, scale))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        checks.check_inputs(*args)
+        raise

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels.ops.attention.shapes import lead_shape
+
 OP = "attention"
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -124,8 +126,11 @@ def _check_broadcast(name: str, sizes: _Sizes, like: str, others: _Sizes, heads_
 
 def _check_lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     kept = -3 if enable_gqa else -2
-    for name, tensor, like, other in (("key", key, "query", query), ("value", value, "key", key),
-                                      ("value", value, "query", query)):
+    for name, tensor, like, other in (
+        ("key", key, "query", query),
+        ("value", value, "key", key),
+        ("value", value, "query", query),
+    ):
         heads_last = not enable_gqa and tensor.dim() > 3
         _check_broadcast(name, tensor.shape[:kept], like, other.shape[:kept], heads_last)
 
@@ -140,20 +145,13 @@ def _check_mask(query: Tensor, mask: Any, scores: _Sizes) -> None:
         raise TypeError(f"{OP}: attn_mask: got dtype {_dtype_name(mask.dtype)}, expected one of {expected}{hint}")
     _check_like_query("attn_mask", mask, query)
     broadcasts = mask.dim() <= len(scores) and all(
-        _is_one(size) or _holds(size == full) for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
+        _is_one(size) or _holds(size == full)
+        for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not broadcasts:
         raise ValueError(
             f"{OP}: attn_mask: got shape {list(mask.shape)}, expected one that broadcasts to {list(scores)}"
         )
-
-
-def score_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> _Sizes:
-    """``[..., heads, Lq, Lk]``: what ``attn_mask`` must broadcast to."""
-    kept = -3 if enable_gqa else -2
-    lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
-    heads = query.shape[-3:-2] if enable_gqa else ()
-    return (*lead, *heads, query.size(-2), key.size(-2))
 
 
 def check_inputs(
@@ -182,11 +180,12 @@ def check_inputs(
         _check_grouped_heads(query, key, value)
     _check_lead(query, key, value, enable_gqa)
     if attn_mask is not None:
-        _check_mask(query, attn_mask, score_shape(query, key, value, enable_gqa))
+        lead = lead_shape(query, key, value, enable_gqa)
+        _check_mask(query, attn_mask, (*lead, query.size(-2), key.size(-2)))
 
 
 def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> None:
-    """:func:`check_inputs` for ``torch.ops.ptkernels.attention``, which takes four dimensions and no batch broadcast."""
+    """:func:`check_inputs` for the operator itself, which takes four dimensions and broadcasts no batch."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{OP}: {name}: got {tensor.dim()} dimensions, expected 4: [batch, heads, length, dim]")

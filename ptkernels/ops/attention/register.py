@@ -13,30 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function
+from torch.overrides import has_torch_function
 
-from ptkernels import _backend, _loader
-from ptkernels.ops.attention import reference
+from ptkernels import _backend
+from ptkernels.ops.attention import batching, reference
 from ptkernels.ops.attention.checks import OP, check_op_inputs
-
-_loader.load()
-
-attention_op = torch.ops.ptkernels.attention.default
-backward_op = torch.ops.ptkernels._attention_backward.default
-
-DEVICES = ("meta",) + tuple(
-    device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("ptkernels::attention", key)
-)
-"""Types of device whose calls reach an implementation; on meta that is shape propagation."""
+from ptkernels.ops.attention.library import attention_op, backward_op
 
 _FORWARD_MODE = "forward-mode differentiation has no kernel"
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-# --- shape propagation
 
 
 def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
@@ -73,11 +60,15 @@ def _fake_backward(
 ) -> Gradients:
     check_op_inputs(query, key, value, attn_mask, scale)
     inputs = (query, key, value)
-    grads = [_heads_inside(tensor, *tensor.shape) if needed else None for tensor, needed in zip(inputs, output_mask)]
+    grads = [
+        _heads_inside(tensor, *tensor.shape) if needed else None
+        for tensor, needed in zip(inputs, output_mask, strict=True)
+    ]
     return grads[0], grads[1], grads[2]
 
 
-# --- autograd
+def _in_transform() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
@@ -87,7 +78,10 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def _below_autograd(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
+    """Go on below autograd: from ``keyset`` within a dispatch, from the top where it is None."""
     with torch._C._AutoDispatchBelowAutograd():
+        if keyset is None:
+            return op(*args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
 
 
@@ -136,7 +130,11 @@ class _Attention(Function):
         if grad_out is None:
             grad_out = out.new_zeros(()).expand_as(out)
         needed = ctx.needs_input_grad[1:4]
-        grads = backward_op(grad_out, grad_lse, query, key, value, out, lse, attn_mask, *ctx.options, needed)
+        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *ctx.options, needed)
+        if torch.is_grad_enabled() or _in_transform() or torch.compiler.is_compiling():
+            grads = backward_op(*args)
+        else:
+            grads = _below_autograd(backward_op, None, *args)
         return (None, *grads, None, None, None)
 
 
@@ -181,7 +179,7 @@ class _AttentionBackward(Function):
             return tuple(results[index] for index in given)
 
         primals = (grad_out, query, key, value, *(() if grad_lse is None else (grad_lse,)))
-        _, pullback = torch.func.vjp(gradients, *primals)
+        pullback: Any = torch.func.vjp(gradients, *primals)[1]
         grad_grad_out, *grad_qkv, grad_grad_lse = (*pullback(tuple(grads[index] for index in given)), None)[:5]
         return (None, grad_grad_out, grad_grad_lse, *grad_qkv, *(None,) * 6)
 
@@ -207,6 +205,27 @@ def _autograd_attention(
     return result
 
 
+def record(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Call the operator where a gradient will be needed, outside functorch transforms and forward-mode levels.
+
+    Unless something above autograd wants to see the call, it is recorded without the dispatcher's detour through
+    :func:`_autograd_attention`, which does the same.
+    """
+    seen_above = torch._C._is_any_autocast_enabled() or has_torch_function((query, key, value, attn_mask))
+    if seen_above or (attn_mask is not None and attn_mask.requires_grad):
+        result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, is_causal, scale)
+    else:
+        result = super(Function, _Attention).apply(None, query, key, value, attn_mask, is_causal, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _autograd_backward(
     keyset: Any,
     grad_out: Tensor,
@@ -225,7 +244,7 @@ def _autograd_backward(
     if _has_tangent(*differentiated):
         _backend.fallback(OP, _FORWARD_MODE)
         results = reference.attention_gradients(*differentiated, attn_mask, is_causal, scale)
-        grads = [grad if needed else None for grad, needed in zip(results, output_mask)]
+        grads = [grad if needed else None for grad, needed in zip(results, output_mask, strict=True)]
         return grads[0], grads[1], grads[2]
     args = (*differentiated, out, lse, attn_mask, is_causal, scale, output_mask)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
@@ -242,68 +261,14 @@ def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return _FORWARD_MODE if _has_tangent(query, key, value, attn_mask) else None
 
 
-# --- vmap: the mapped dimension becomes part of the batch
-
-
-def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _merge(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    return None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
-
-
-def _merge_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
-    if mask is None or (dim is None and (mask.dim() < 4 or mask.size(0) == 1)):
-        return mask
-    mask = _mapped_first(mask, dim, size)
-    mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
-    return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
-
-
-def _vmap_attention(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *options: Any,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    size = info.batch_size
-    operands = [_merge(tensor, dim, size) for tensor, dim in zip((query, key, value), in_dims)]
-    assert operands[0] is not None
-    batch = operands[0].size(0) // max(size, 1)
-    mask = _merge_mask(attn_mask, in_dims[3] if len(in_dims) > 3 else None, size, batch)
-    out, lse = attention_op(*operands, mask, *options)
-    return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
-
-
-def _vmap_backward(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    operands = [_merge(tensor, dim, size) for tensor, dim in zip(args[:7], in_dims)]
-    assert operands[0] is not None
-    batch = operands[0].size(0) // max(size, 1)
-    mask = _merge_mask(args[7], in_dims[7], size, batch) if len(args) > 7 else None
-    grads = backward_op(*operands, mask, *args[8:])
-    return (
-        tuple(None if grad is None else grad.unflatten(0, (size, batch)) for grad in grads),
-        tuple(None if grad is None else 0 for grad in grads),
-    )
-
-
-# --- autocast
-
-
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast casts for torch's own attention: floating tensors to the region's dtype, but not from float64."""
+    """Cast as autocast does for torch's own attention: floating tensors to the region's dtype, float64 not at all."""
     if tensors[0] is None or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.device.type == device_type
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.device.type == device_type
         else tensor
         for tensor in tensors
     )
@@ -324,7 +289,8 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..
         query: Tensor, key_: Tensor, value: Tensor, attn_mask: Tensor | None = None, *options: Any
     ) -> tuple[Tensor, Tensor]:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            result: tuple[Tensor, Tensor] = attention_op(*autocast(device_type, query, key_, value, attn_mask), *options)
+            cast = autocast(device_type, query, key_, value, attn_mask)
+            result: tuple[Tensor, Tensor] = attention_op(*cast, *options)
             return result
 
     return kernel
@@ -335,7 +301,8 @@ torch.library.register_fake("ptkernels::attention", _fake_attention, lib=_librar
 torch.library.register_fake("ptkernels::_attention_backward", _fake_backward, lib=_library)
 _library.impl("attention", _autograd_attention, "Autograd", with_keyset=True)
 _library.impl("_attention_backward", _autograd_backward, "Autograd", with_keyset=True)
-torch.library.register_vmap("ptkernels::attention", _vmap_attention, lib=_library)
-torch.library.register_vmap("ptkernels::_attention_backward", _vmap_backward, lib=_library)
+torch.library.register_vmap("ptkernels::attention", batching.vmap_attention, lib=_library)
+torch.library.register_vmap("ptkernels::_attention_backward", batching.vmap_backward, lib=_library)
+_library.impl("_attention_backward", batching.legacy_vmap_backward, "Batched")
 _library.impl("attention", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
 _library.impl("attention", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")

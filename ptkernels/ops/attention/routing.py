@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ptkernels import _backend, _loader
 from ptkernels._registry import Explanation, KernelInfo
-from ptkernels.ops.attention import register
+from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
 from ptkernels.ops.attention.shapes import normalize
 
+_COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
@@ -20,7 +21,8 @@ def fallback_reason(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
-    if query.device.type not in register.DEVICES:
+    # On the meta device a call is shape propagation, which the operators have for every device.
+    if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
     if dropout_p > 0.0:
         return "dropout_p > 0 has no kernel"
@@ -107,12 +109,12 @@ def explain(
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if _backend.state.backend == "reference":
-        return Explanation(OP, "plain torch composition", "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
+        return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
     if reason := fallback_reason(query, key, value, attn_mask, dropout_p):
         faster = [_REMEDIES[reason]] if reason in _REMEDIES else []
-        return Explanation(OP, "plain torch composition", "reference", reason, faster)
+        return Explanation(OP, _COMPOSITION, "reference", reason, faster)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
@@ -138,5 +140,5 @@ def kernels() -> list[KernelInfo]:
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
-        KernelInfo("plain torch composition", "reference", dtypes, True),
+        KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

@@ -11,32 +11,37 @@ from torch import Tensor
 
 
 class Normalized(NamedTuple):
-    """Operands of the operator, and the leading shape of its results."""
+    """Operands of the operator, and the leading shape of its results where that is not the operator's own."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None
-    lead: Sequence[int]
+    lead: Sequence[int] | None
 
     def restore(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Results of the operator in the shape that the caller's operands imply; always views."""
+        if self.lead is None:
+            return out, lse
         return out.view(*self.lead, *out.shape[-2:]), lse.view(*self.lead, lse.size(-1))
 
 
 def lead_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Sequence[int]:
     """Leading dimensions of the result, heads included: broadcast, except that grouped heads follow the query."""
     kept = -3 if enable_gqa else -2
-    lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
+    lead = query.shape[:kept]
+    if not lead == key.shape[:kept] == value.shape[:kept]:
+        lead = torch.broadcast_shapes(lead, key.shape[:kept], value.shape[:kept])
     return (*lead, query.size(-3)) if enable_gqa else lead
 
 
 def normalize(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> Normalized:
-    """Bring checked operands of any rank to ``[batch, heads, length, dim]``, copying only where views cannot do it."""
+    """Bring checked operands of any rank to ``[batch, heads, length, dim]``, copying only where no view does."""
+    if query.dim() == 4 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return Normalized(query, key, value, attn_mask, None)
     lead = lead_shape(query, key, value, enable_gqa)
-    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0) == value.size(0):
-        if enable_gqa or query.size(1) == key.size(1) == value.size(1):
-            return Normalized(query, key, value, attn_mask, lead)
+    if attn_mask is not None and attn_mask.dim() > len(lead) + 2:
+        raise ValueError("attn_mask has more dimensions than the scores")
     if len(lead) < 2 and not enable_gqa:
         # One leading dimension is more often a batch than heads, and as a batch its result is contiguous.
         operands = [_fold(tensor.unsqueeze(-3), lead) for tensor in (query, key, value)]
