@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .plots import comparison, figures
-from .report import FIRST_NUMBER, HEADER, cells, machine_lines, model_lines, note_lines
+from .report import FIRST_NUMBER, HEADER, cells, machine_lines, milliseconds, model_lines, note_lines
 from .results import Results, Row
 
 _STYLE = """
@@ -63,19 +63,20 @@ def _lines(lines: Sequence[str]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    header = "".join(f"<th{_number(index)}>{escape(name)}</th>" for index, name in enumerate(HEADER))
-    return (
-        f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n'
-        + "\n".join(map(_table_row, rows))
-        + "\n</tbody></table></div>"
-    )
+    """The rows as printed, then the time of every peer."""
+    peers = tuple(dict.fromkeys(name for row in rows for name in row.peers))
+    names = (*HEADER, *(f"{name} ms" for name in peers))
+    header = "".join(f"<th{_number(index)}>{escape(name)}</th>" for index, name in enumerate(names))
+    body = "\n".join(_table_row(row, peers) for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _table_row(row: Row) -> str:
+def _table_row(row: Row, peers: Sequence[str]) -> str:
     ratio_class = "" if row.ratio is None else " fast" if row.ratio >= 1 else " slow"
+    times = (milliseconds(row.peers.get(name)) for name in peers)
     content = "".join(
-        f"<td{_number(index, ratio_class if HEADER[index] == 'ratio' else '')}>{escape(cell)}</td>"
-        for index, cell in enumerate(cells(row))
+        f"<td{_number(index, ratio_class if index == HEADER.index('ratio') else '')}>{escape(cell)}</td>"
+        for index, cell in enumerate((*cells(row), *times))
     )
     return f"<tr{' class=failed' if row.seconds is None else ''}>{content}</tr>"
 

@@ -79,7 +79,7 @@ QUICK = Effort(
     compiled_cases=1,
     max_flops=2e10,
     model_seconds=6.0,
-    model_every=4,
+    model_every=8,
 )
 
 
