@@ -2,8 +2,14 @@
 # level's namespace. The objects form the target ptk_kernels, which knows nothing of torch.
 
 # gcc warns about its own intrinsics headers (undefined pass-through operands) and about 512-bit vectors on AVX2.
-set(PTK_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math 
-    -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-array-bounds -Wno-psabi)
+set(PTK_KERNEL_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math
+    -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread -Wno-restrict -Wno-array-bounds -Wno-psabi)
+if(PTKERNELS_EMULATE_ISA)
+  # Their logic is what matters; -O3 spends minutes on 512-bit vectors that the target does not have.
+  list(APPEND PTK_KERNEL_FLAGS -O1)
+else()
+  list(APPEND PTK_KERNEL_FLAGS -O3)
+endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(PTK_LEVELS baseline avx2 avx512 avx512_vnni avx512_bf16 amx)
@@ -15,8 +21,7 @@ set(PTK_FLAGS_baseline)
 set(PTK_FLAGS_avx2 -mavx2 -mfma -mf16c)
 if(PTKERNELS_EMULATE_ISA)
   foreach(level IN ITEMS avx512 avx512_vnni avx512_bf16 amx)
-    # Their logic is what matters; -O3 spends minutes on 512-bit vectors that the target does not have.
-    set(PTK_FLAGS_${level} ${PTK_FLAGS_avx2} -O1)
+    set(PTK_FLAGS_${level} ${PTK_FLAGS_avx2})
   endforeach()
 else()
   set(PTK_FLAGS_avx512 ${PTK_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)

@@ -191,7 +191,7 @@ void test_attention(DType dtype) {
   f.value = contiguous<ConstView>(value.data(), p.heads_kv, p.len_k, p.dim_v);
   f.out = contiguous<View>(out.data(), p.heads_q, p.len_q, p.dim_v);
   f.lse = lse.data();
-  PTK_DISPATCH(attention_kernels).forward(f);
+  failures += !PTK_DISPATCH(attention_kernels).forward(f);
 
   BackwardParams b;
   b.problem = p;
@@ -204,7 +204,7 @@ void test_attention(DType dtype) {
   b.grad_query = contiguous<View>(grad_query.data(), p.heads_q, p.len_q, p.dim_qk);
   b.grad_key = contiguous<View>(grad_key.data(), p.heads_kv, p.len_k, p.dim_qk);
   b.grad_value = contiguous<View>(grad_value.data(), p.heads_kv, p.len_k, p.dim_v);
-  PTK_DISPATCH(attention_kernels).backward(b);
+  failures += !PTK_DISPATCH(attention_kernels).backward(b);
 
   expect_close("attention out", dtype, decode(dtype, out), expected.out);
   expect_close("attention lse", dtype, decode(lse_dtype, lse), expected.lse);
