@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
 from ptkernels._registry import Sample
@@ -20,10 +22,8 @@ from ptkernels.ops.attention.spec import SPEC
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
-OPTIONS = (("attn_mask", None), ("is_causal", False), ("scale", None))
-RESULTS = ("out", "lse", "query", "key", "value")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+SELECTION = ("113x203-causal", "dim-111", "dim-512", "dims-192-128", "grouped-heads", "empty-rows", "bias", "no-keys")
 
 
 @pytest.fixture(scope="session")
@@ -32,99 +32,50 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("needs a C++ compiler")
     torch_dir = Path(torch.__file__).parent
     library = tmp_path_factory.mktemp("cuda_host") / "libattention_host.so"
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
-    sanitizers = ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
-    flags = [
-        "-std=c++20",
-        "-O2",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        *sanitizers,
-    ]
-    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
+    flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
+    includes = [f"-I{ROOT}", "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     source = str(ROOT / "tests/cuda_host/attention_host.cpp")
     link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *flags, *defines, source, *link], check=True)
+    subprocess.run([COMPILER, *flags, *includes, source, *link], check=True)
     torch.ops.load_library(library)
     return torch.ops.ptkernels_cuda_host
 
 
-def differentiate(call: Any, sample: Sample, dtype: torch.dtype, grads: tuple[Tensor, Tensor]) -> SimpleNamespace:
-    """out, lse and the gradients of a function with the public signature, its inputs taken in `dtype`."""
-    operands = [tensor.detach().to(dtype).requires_grad_() for tensor in sample.args]
-    out, lse = call(*operands, **sample.kwargs, return_lse=True)
-    wanted = [grad.to(t.dtype) for grad, t in zip(grads, (out, lse), strict=True)]
-    query, key, value = torch.autograd.grad((out, lse), operands, wanted)
-    return SimpleNamespace(out=out.detach(), lse=lse.detach(), query=query, key=key, value=value)
+def options(sample: Sample) -> tuple[Tensor | None, bool, float | None]:
+    return sample.kwargs.get("attn_mask"), sample.kwargs.get("is_causal", False), sample.kwargs.get("scale")
+
+
+def forward(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    return host.attention(*(tensor.detach() for tensor in sample.args), *options(sample))
+
+
+def gradients_for(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    return random_gradients(*forward(host, sample))
 
 
 def on_host(
-    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: list[bool] | None = None
+    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool] = (True, True, True)
 ) -> SimpleNamespace:
-    mask, causal, scale = (sample.kwargs.get(name, default) for name, default in OPTIONS)
     operands = [tensor.detach() for tensor in sample.args]
-    out, lse = host.attention(*operands, mask, causal, scale)
-    gradients = host._attention_backward(
-        grads[0], grads[1], *operands, out, lse, mask, causal, scale, wanted or [True, True, True]
-    )
+    out, lse = forward(host, sample)
+    gradients = host._attention_backward(*grads, *operands, out, lse, *options(sample), wanted)
     return SimpleNamespace(out=out, lse=lse, **dict(zip(("query", "key", "value"), gradients, strict=True)))
-
-
-def grads_like(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    mask, causal, scale = (sample.kwargs.get(name, default) for name, default in OPTIONS)
-    out, lse = host.attention(*(tensor.detach() for tensor in sample.args), mask, causal, scale)
-    generator = torch.Generator().manual_seed(1)
-    grad_out, grad_lse = (
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, lse)
-    )
-    # torch.logsumexp differentiates to exp(score - lse), which for the lse of a row blocked with finfo.min is 1.
-    return grad_out, grad_lse.masked_fill(lse.abs() > 1e30, 0.0)
 
 
 def contract_samples() -> Iterator[Any]:
     """Every quick sample in float32; the other dtypes, which differ in tile shape or in conversion, on a selection."""
-    selection = {
-        "113x203-causal",
-        "dim-111",
-        "dim-512",
-        "dims-192-128",
-        "grouped-heads",
-        "empty-rows",
-        "bias",
-        "no-keys",
-    }
-    for name, dtype in DTYPES.items():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if dtype == torch.float32 or sample.name in selection:
-                yield pytest.param(sample, dtype, id=f"{name}-{sample.name}")
+            if dtype == torch.float32 or sample.name in SELECTION:
+                yield pytest.param(sample, dtype, id=f"{str(dtype)[6:]}-{sample.name}")
 
 
 @pytest.mark.parametrize(("sample", "dtype"), list(contract_samples()))
 def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype) -> None:
-    grads = grads_like(host, sample)
-    ours = on_host(host, sample, grads)
-    expected = differentiate(SPEC.reference, sample, torch.float64, grads)
-    peer = differentiate(SPEC.baseline, sample, dtype, grads)
-    for name in RESULTS:
-        got, want = getattr(ours, name).double(), getattr(expected, name)
-        assert got.shape == want.shape
-        assert torch.equal(got.isinf(), want.isinf()), name
-        finite = want.isfinite()
-        if not finite.any():
-            continue
-        peer_error = (getattr(peer, name).double() - want)[finite].abs().max().item()
-        bound = SPEC.tolerances.bound(
-            peer_error=peer_error,
-            magnitude=want[finite].abs().max().item(),
-            dtype=torch.promote_types(dtype, torch.float32) if name == "lse" else dtype,
-            gradient=name not in ("out", "lse"),
-        )
-        compute = torch.promote_types(dtype, torch.float32)
-        bound += 32 * torch.finfo(compute).eps * max(1.0, want[finite].abs().max().item())
-        assert (got - want)[finite].abs().max().item() <= bound, name
+    grads = gradients_for(host, sample)
+    assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
 
 
 def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: Any) -> Sample:
@@ -137,7 +88,7 @@ def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: 
 def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype) -> None:
     mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
     sample = make((1, 4, 70, 130), (1, 2, 90, 130), (1, 2, 90, 70), dtype=dtype, attn_mask=mask, is_causal=True)
-    grads = grads_like(host, sample)
+    grads = gradients_for(host, sample)
     results = []
     for order in ORDERS.values():
         host.set_order(order)
@@ -150,7 +101,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtyp
 
 def test_layouts_put_heads_inside(host: Any) -> None:
     sample = make((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3))
-    result = on_host(host, sample, grads_like(host, sample))
+    result = on_host(host, sample, gradients_for(host, sample))
     for name, heads in {"out": 4, "query": 4, "key": 2, "value": 2}.items():
         tensor = getattr(result, name)
         assert tensor.transpose(1, 2).is_contiguous(), name
@@ -158,10 +109,10 @@ def test_layouts_put_heads_inside(host: Any) -> None:
     assert result.lse.is_contiguous()
 
 
-@pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False, False, True], [False] * 3])
-def test_only_the_gradients_asked_for(host: Any, wanted: list[bool]) -> None:
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)))
+def test_only_the_gradients_asked_for(host: Any, wanted: tuple[bool, bool, bool]) -> None:
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
-    grads = grads_like(host, sample)
+    grads = gradients_for(host, sample)
     everything = on_host(host, sample, grads)
     some = on_host(host, sample, grads, wanted)
     for name, asked in zip(("query", "key", "value"), wanted, strict=True):
@@ -189,7 +140,7 @@ def test_offsets_beyond_31_bits(host: Any, large: str) -> None:
     wide = storage.as_strided(sizes, stride)
     wide.copy_(torch.randn(sizes, generator=torch.Generator().manual_seed(0)))
     packed = wide.contiguous()
-    grads = grads_like(host, Sample("packed", (packed, packed, packed)))
+    grads = gradients_for(host, Sample("packed", (packed, packed, packed)))
     got = on_host(host, Sample("wide", (wide, wide, wide)), grads)
     expected = on_host(host, Sample("packed", (packed, packed, packed)), grads)
     assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in RESULTS)

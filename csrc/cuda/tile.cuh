@@ -123,9 +123,9 @@ __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scal
   }
 }
 
+// No barrier of its own: between the add_weighted_rows that read the last weights and this lies a product_of_rows.
 template <int Rows, int Cols, typename Acc>
 __device__ void store_weights(Tiles<Acc, Rows, Cols>& tiles, const Acc (&weights)[Rows][Cols]) {
-  __syncthreads();  // nobody still reads the weights that are about to be overwritten
 #pragma unroll
   for (int i = 0; i < Rows; ++i) {
 #pragma unroll

@@ -6,8 +6,8 @@
 //
 // Four launches: delta; what rounding of lse does to p; one block per tile of keys for grad_key and grad_value, walking
 // over the queries of every query head that shares them; one block per tile of queries for grad_query. Each gradient
-// entry is summed by one thread in a fixed order: no atomics, the same bits on every run. The price is that p and grad_s
-// are computed twice.
+// entry is summed by one thread in a fixed order: no atomics, the same bits on every run. The price: p and grad_s are
+// computed twice.
 // Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
 #pragma once
 
@@ -22,9 +22,9 @@ __device__ Acc attention_weight(Acc score, Acc lse) {
   return lse == -INFINITY ? Acc(0) : std::exp(score - lse);
 }
 
-// What the weights of a row have to be multiplied by to sum to 1. An lse of -1e9, from a mask that blocks the row with a
-// large number, has no digit left for the logarithm of the sum: exp(s - lse) is then 1 for every key. Rows whose lse is
-// within kExact of 0 have a weight_scale of 1, and a tile of nothing but such rows costs nothing.
+// What the weights of a row have to be multiplied by to sum to 1. An lse of -1e9, from a mask that blocks the row with
+// a large number, has no digit left for the logarithm of the sum: exp(s - lse) is then 1 for every key. Rows whose lse
+// is within kExact of 0 have a weight_scale of 1, and a tile of nothing but such rows costs nothing.
 template <typename Scalar>
 struct AttentionWeightScale {
   using Params = AttentionBackwardParams;

@@ -1,0 +1,61 @@
+"""Comparing attention kernels with the float64 reference, where test_contract.py does not reach: the CUDA kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptkernels._registry import OpSpec, Sample
+
+RESULTS = ("out", "lse", "query", "key", "value")
+
+
+def random_gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for the two results, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    grad_out, grad_lse = (
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in (out, lse)
+    )
+    # torch.logsumexp differentiates to exp(score - lse), which for the lse of a row blocked with finfo.min is 1.
+    return grad_out, grad_lse.masked_fill(lse.abs() > 1e30, 0.0)
+
+
+def differentiate(call: Any, sample: Sample, dtype: torch.dtype, grads: tuple[Tensor, Tensor]) -> SimpleNamespace:
+    """out, lse and the gradients of a function with the public signature, its operands taken in `dtype`."""
+    operands = [tensor.detach().to(dtype).requires_grad_() for tensor in sample.args]
+    out, lse = call(*operands, **sample.kwargs, return_lse=True)
+    wanted = [grad.to(t.dtype) for grad, t in zip(grads, (out, lse), strict=True)]
+    query, key, value = torch.autograd.grad((out, lse), operands, wanted)
+    return SimpleNamespace(out=out.detach(), lse=lse.detach(), query=query, key=key, value=value)
+
+
+def assert_within_rule(
+    spec: OpSpec, ours: SimpleNamespace, sample: Sample, dtype: torch.dtype, grads: tuple[Tensor, Tensor]
+) -> None:
+    """The rule of the spec, with some units in the last place of the accumulator for sums in another order.
+
+    Those matter where PyTorch happens to be exact or nearly so (one key, float64 against itself), never for 16 bits.
+    """
+    expected = differentiate(spec.reference, sample, torch.float64, grads)
+    peer = differentiate(spec.baseline, sample, dtype, grads)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    for name in RESULTS:
+        got, want = getattr(ours, name).double(), getattr(expected, name)
+        assert got.shape == want.shape, name
+        assert torch.equal(got.isinf(), want.isinf()), name
+        finite = want.isfinite()
+        if not finite.any():
+            continue
+        magnitude = want[finite].abs().max().item()
+        bound = spec.tolerances.bound(
+            peer_error=(getattr(peer, name).double() - want)[finite].abs().max().item(),
+            magnitude=magnitude,
+            dtype=accumulator if name == "lse" else dtype,
+            gradient=name not in ("out", "lse"),
+        )
+        bound += 32 * torch.finfo(accumulator).eps * max(1.0, magnitude)
+        error = (got - want)[finite].abs().max().item()
+        assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"

@@ -1,0 +1,163 @@
+"""libptkernels_cuda.so as built: which GPUs it holds code for, and what the compiler made of the kernels.
+
+Read from the ELF images inside the library, with neither a GPU nor the CUDA toolkit's disassemblers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "ptkernels" / "lib" / "libptkernels_cuda.so"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="libptkernels_cuda.so was not built")
+
+THREADS = 256  # per block, in every kernel
+REGISTERS = 65536  # per multiprocessor
+STATIC_SHARED = 48 << 10  # bytes a block may declare, on any GPU
+
+
+@dataclass
+class Kernel:
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+
+
+def images(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(architecture, ELF image) of every piece of machine code in a file that nvcc linked."""
+    magic = struct.pack("<I", 0xBA55ED50)
+    start = data.find(magic)
+    while start >= 0:
+        _, header_size, size = struct.unpack_from("<HHQ", data, start + 4)
+        entry, end = start + header_size, start + header_size + size
+        while header_size == 16 and entry < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", data, entry)
+            arch, flags = struct.unpack_from("<I8xI", data, entry + 28)
+            image = data[entry + entry_header : entry + entry_header + entry_size]
+            if kind == 2:  # machine code; 1 is PTX
+                assert image.startswith(b"\x7fELF"), "compressed machine code: this test reads it plain"
+                yield f"sm_{arch}{'a' if flags >> 20 & 1 else ''}", image
+            entry += entry_header + entry_size
+        start = data.find(magic, start + 4)
+
+
+def kernels(image: bytes) -> dict[str, Kernel]:
+    """Resources of each kernel in an ELF image of machine code, by its mangled name."""
+
+    def text(offset: int) -> str:
+        return image[offset : image.index(b"\0", offset)].decode()
+
+    (table,) = struct.unpack_from("<Q", image, 40)
+    count, names_index = struct.unpack_from("<HH", image, 60)
+    rows = [struct.unpack_from("<II16xQQI", image, table + 64 * index) for index in range(count)]
+    names = rows[names_index][2]
+    sections = {text(names + row[0]): row for row in rows}
+    found = {name[6:]: Kernel() for name in sections if name.startswith(".text.")}
+    for name, kernel in found.items():
+        if f".nv.shared.{name}" in sections:
+            kernel.shared = sections[f".nv.shared.{name}"][3]
+    _, _, symbols, _, strings = sections[".symtab"]
+    # Attributes: format, kind, size of what follows; those of format 4 and 8 bytes are (symbol, value).
+    _, _, position, size, _ = sections[".nv.info"]
+    end = position + size
+    while position < end:
+        form, attribute, length = struct.unpack_from("<BBH", image, position)
+        position += 4
+        if form != 4:
+            continue
+        if length == 8 and attribute in (0x2F, 0x11):
+            symbol, value = struct.unpack_from("<II", image, position)
+            (offset,) = struct.unpack_from("<I", image, symbols + 24 * symbol)
+            kernel = found.get(text(rows[strings][2] + offset))
+            if kernel is not None:
+                setattr(kernel, {0x2F: "registers", 0x11: "stack"}[attribute], value)
+        position += length
+    return found
+
+
+@functools.cache
+def built() -> dict[str, dict[str, Kernel]]:
+    found: dict[str, dict[str, Kernel]] = {}
+    for arch, image in images(LIBRARY.read_bytes()):
+        found.setdefault(arch, {}).update(kernels(image))
+    return found
+
+
+@pytest.mark.skipif(NVCC is None or os.environ.get("PTKERNELS_CUDA") == "0", reason="needs nvcc")
+def test_library_is_built_where_nvcc_is() -> None:
+    assert LIBRARY.is_file()
+
+
+@needs_library
+def test_holds_code_for_the_architectures_asked_for() -> None:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    wanted = {f"sm_{major}{minor}" for major, minor in re.findall(r"(\d+)\.(\d+a?)", asked)}
+    assert set(built()) == wanted
+
+
+@needs_library
+def test_holds_every_kernel_for_every_architecture() -> None:
+    for arch, found in built().items():
+        count = {
+            name: sum(f"{len(name)}{name}I" in mangled for mangled in found)
+            for name in ("AttentionForward", "AttentionGradQuery", "AttentionGradKeyValue", "AttentionDelta")
+        }
+        # Four dtypes, and head dims up to 64, 128, 256 and 512.
+        expected = {
+            "AttentionForward": 16,
+            "AttentionGradQuery": 16,
+            "AttentionGradKeyValue": 16,
+            "AttentionDelta": 4,
+        }
+        assert count == expected, arch
+
+
+@needs_library
+def test_no_kernel_spills_registers() -> None:
+    spilling = [(arch, name) for arch, found in built().items() for name, kernel in found.items() if kernel.stack]
+    assert not spilling
+
+
+@needs_library
+def test_every_kernel_fits_a_multiprocessor() -> None:
+    for arch, found in built().items():
+        for name, kernel in found.items():
+            assert 0 < kernel.registers * THREADS <= REGISTERS, (arch, name)
+            assert kernel.shared <= STATIC_SHARED, (arch, name)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_a_kernel_with_local_memory_is_seen(tmp_path: Path) -> None:
+    """The reader of the images, on a kernel that indexes a local array at run time."""
+    source = tmp_path / "local.cu"
+    source.write_text(
+        """
+        __global__ void local(float* p, int n) {
+          __shared__ float s[100];
+          float a[32];
+          for (int i = 0; i < 32; ++i) a[i] = p[i];
+          s[threadIdx.x] = a[n];
+          __syncthreads();
+          for (int i = 0; i < 32; ++i) p[i] = a[(i * n) % 32] + s[i];
+        }
+        """
+    )
+    target = tmp_path / "local.o"
+    subprocess.run([str(NVCC), "-gencode", "arch=compute_90a,code=sm_90a", "-c", source, "-o", target], check=True)
+    ((arch, image),) = images(target.read_bytes())
+    ((name, kernel),) = kernels(image).items()
+    assert (arch, "local" in name) == ("sm_90a", True)
+    assert kernel.stack == 128
+    assert kernel.shared >= 400
+    assert kernel.registers > 0
