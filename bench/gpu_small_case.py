@@ -1,0 +1,23 @@
+"""Every CUDA kernel once, on small awkward shapes: what gpu_check.sh puts under compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+import ptkernels as ptk
+
+# (heads, kv heads, Lq, Lk, D, Dv): tails in every direction, one per head-dim bucket of the kernels.
+SHAPES = [(4, 2, 65, 70, 33, 64), (2, 2, 33, 129, 128, 65), (2, 1, 70, 17, 200, 131), (1, 1, 20, 37, 300, 512)]
+
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for heads, kv_heads, len_q, len_k, dim, dim_v in SHAPES:
+        sizes = ((heads, len_q, dim), (kv_heads, len_k, dim), (kv_heads, len_k, dim_v))
+        query, key, value = (torch.randn(1, *size, device="cuda", dtype=dtype, requires_grad=True) for size in sizes)
+        blocked = torch.zeros(len_q, len_k, device="cuda").index_fill(0, torch.tensor([3], device="cuda"), -1e9)
+        for mask in (None, torch.rand(len_q, len_k, device="cuda") < 0.5, blocked):
+            out, lse = ptk.attention(query, key, value, mask, is_causal=True, enable_gqa=True, return_lse=True)
+            gradients = torch.autograd.grad(
+                (out, lse), (query, key, value), (torch.ones_like(out), torch.ones_like(lse))
+            )
+            assert all(gradient.isfinite().all() for gradient in gradients)
+torch.cuda.synchronize()
