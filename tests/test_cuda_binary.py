@@ -11,11 +11,13 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "ptkernels" / "lib" / "libptkernels_cuda.so"
@@ -108,19 +110,16 @@ def test_holds_code_for_the_architectures_asked_for() -> None:
 
 @needs_library
 def test_holds_every_kernel_for_every_architecture() -> None:
+    dtypes, head_dims = 4, 4
+    expected = {
+        "AttentionForward": dtypes * head_dims,
+        "AttentionGradQuery": dtypes * head_dims,
+        "AttentionGradKeyValue": dtypes * head_dims,
+        "AttentionDelta": dtypes,
+        "AttentionWeightScale": dtypes,
+    }
     for arch, found in built().items():
-        count = {
-            name: sum(f"{len(name)}{name}I" in mangled for mangled in found)
-            for name in ("AttentionForward", "AttentionGradQuery", "AttentionGradKeyValue", "AttentionDelta")
-        }
-        # Four dtypes, and head dims up to 64, 128, 256 and 512.
-        expected = {
-            "AttentionForward": 16,
-            "AttentionGradQuery": 16,
-            "AttentionGradKeyValue": 16,
-            "AttentionDelta": 4,
-        }
-        assert count == expected, arch
+        assert {name: sum(f"{len(name)}{name}I" in mangled for mangled in found) for name in expected} == expected, arch
 
 
 @needs_library
@@ -135,6 +134,30 @@ def test_every_kernel_fits_a_multiprocessor() -> None:
         for name, kernel in found.items():
             assert 0 < kernel.registers * THREADS <= REGISTERS, (arch, name)
             assert kernel.shared <= STATIC_SHARED, (arch, name)
+
+
+@needs_library
+def test_loads_and_registers_for_the_cuda_key(tmp_path: Path) -> None:
+    """Under a torch without CUDA, with a libtorch_cuda.so that has the symbols and none of the function."""
+    compiler = shutil.which("c++")
+    if compiler is None or torch.version.cuda is not None:
+        pytest.skip("needs a C++ compiler and a torch without CUDA")
+    missing = ("aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg")
+    source = tmp_path / "stand_in.cpp"
+    source.write_text("".join(f'extern "C" int {name}() {{ return 1; }}\n' for name in missing))
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "libtorch_cuda.so"], check=True)
+    code = f"""
+import ctypes, torch, ptkernels
+ctypes.CDLL({str(tmp_path / "libtorch_cuda.so")!r}, ctypes.RTLD_GLOBAL)
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+ops = ["ptkernels::attention", "ptkernels::_attention_backward"]
+before = [has(op, "CUDA") for op in ops]
+torch.ops.load_library({str(LIBRARY)!r})
+print(before, [has(op, "CUDA") for op in ops])
+"""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[False, False] [True, True]"
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
