@@ -39,7 +39,8 @@ def _load(path: Path) -> None:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f"ptkernels: cannot load {path} under torch {torch.__version__} (needs torch >= 2.10): {error}"
+            f"ptkernels: cannot load {path} under torch {torch.__version__} (needs torch >= 2.10): "
+            f"{error.__cause__ or error}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels.ops.attention.reference import compute_dtype
 from ptkernels.ops.attention.shapes import lead_shape
 
 OP = "attention"
@@ -71,8 +72,8 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_scalars(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> None:
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
-            raise TypeError(f"{OP}: {name}: got {flag!r} of type {type(flag).__name__}, expected a bool")
-    for name, number, expected in (("dropout_p", dropout_p, "a float"), ("scale", scale, "a float or None")):
+            raise TypeError(f"{OP}: {name}: got {type(flag).__name__}, expected bool")
+    for name, number, expected in (("dropout_p", dropout_p, "float"), ("scale", scale, "float or None")):
         if name == "scale" and number is None:
             continue
         if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
@@ -192,3 +193,34 @@ def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
         if not _holds(tensor.size(0) == query.size(0)):
             raise ValueError(f"{OP}: {name}: got batch size {tensor.size(0)}, expected {query.size(0)} like query")
     check_inputs(query, key, value, attn_mask, scale=scale, enable_gqa=True)
+
+
+def check_backward_inputs(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+) -> None:
+    """The same for ``torch.ops.ptkernels._attention_backward``."""
+    check_op_inputs(query, key, value, attn_mask, scale)
+    out_like = ((*query.shape[:3], value.size(3)), query.dtype)
+    lse_like = (tuple(query.shape[:3]), compute_dtype(query.dtype))
+    for name, tensor, (shape, dtype) in (
+        ("grad_out", grad_out, out_like),
+        ("grad_lse", grad_lse, lse_like),
+        ("out", out, out_like),
+        ("lse", lse, lse_like),
+    ):
+        if tensor is None:
+            continue
+        _check_like_query(name, tensor, query)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected {_dtype_name(dtype)}")
+        sizes = zip(tensor.shape, shape, strict=False)
+        if tensor.dim() != len(shape) or not all(_holds(size == wanted) for size, wanted in sizes):
+            raise ValueError(f"{OP}: {name}: got shape {list(tensor.shape)}, expected {list(shape)}")

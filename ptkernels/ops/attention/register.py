@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 
 from ptkernels import _backend
 from ptkernels.ops.attention import batching, reference
-from ptkernels.ops.attention.checks import OP, check_op_inputs
+from ptkernels.ops.attention.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.attention.library import attention_op, backward_op
 
 _FORWARD_MODE = "forward-mode differentiation has no kernel"
@@ -58,7 +58,7 @@ def _fake_backward(
     scale: float | None = None,
     output_mask: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
-    check_op_inputs(query, key, value, attn_mask, scale)
+    check_backward_inputs(grad_out, grad_lse, query, key, value, out, lse, attn_mask, scale)
     inputs = (query, key, value)
     grads = [
         _heads_inside(tensor, *tensor.shape) if needed else None
@@ -276,7 +276,7 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
 
 def autocast_if_enabled(*tensors: Any) -> tuple[Any, ...]:
     """Apply the enclosing autocast region, if any, to arguments that are not known to be tensors yet."""
-    if not all(tensor is None or isinstance(tensor, Tensor) for tensor in tensors):
+    if not all(isinstance(tensor, Tensor) or (index == 3 and tensor is None) for index, tensor in enumerate(tensors)):
         return tensors
     device_type = tensors[0].device.type
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):

@@ -285,8 +285,10 @@ def torch_attention(
 ) -> Any:
     """PyTorch's own attention, and the written-out one for what that refuses or answers with NaN."""
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    mixed = attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)
-    if return_lse or mixed or (is_causal and attn_mask is not None) or 0 in (query.size(-3), key.size(-2)):
+    refused = attn_mask is not None and (
+        is_causal or attn_mask.dim() < 2 or attn_mask.dtype not in (torch.bool, query.dtype)
+    )
+    if return_lse or refused or 0 in (query.size(-3), key.size(-2)):
         return composition(*args, return_lse=return_lse)
     out = F.scaled_dot_product_attention(*args[:6], scale=scale, enable_gqa=enable_gqa)
     return composition(*args) if out.isnan().any() else out

@@ -1,0 +1,601 @@
+"""What attention promises beyond the contract of every operator."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ptkernels as ptk
+from ptkernels.errors import FallbackWarning
+from ptkernels.ops.attention.spec import torch_attention
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Query and key lengths on which other implementations have leaked future keys or dropped the last block.
+LENGTHS = [(1, 1), (1, 7), (7, 1), (239, 1), (113, 203), (203, 113), (65, 64), (64, 65), (192, 192), (255, 257)]
+
+
+def operands(lq: int, lk: int, d: int = 16, *, heads: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(2, heads, length, d, dtype=torch.float64).to(dtype) for length in (lq, lk, lk)]
+
+
+def exact(*tensors: Tensor, **options: Any) -> Any:
+    return ptk.reference.attention(*(tensor.double() for tensor in tensors), **options)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).abs().max().item() if actual.numel() else 0.0
+
+
+# Masks
+
+
+MASK_SHAPES = [
+    tuple(size if kept else 1 for size, kept in zip((2, 3, 5, 7), pattern, strict=True))[-rank or 4 :]
+    for rank in range(1, 5)
+    for pattern in itertools.product((False, True), repeat=4)
+    if not any(pattern[: 4 - rank])
+]
+
+
+@pytest.mark.parametrize("shape", [(), *dict.fromkeys(MASK_SHAPES)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float", "float32 beside bfloat16"])
+def test_mask_broadcasts(shape: tuple[int, ...], kind: str) -> None:
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    query, key, value = (tensor.to(dtype) for tensor in operands(5, 7, heads=3))
+    mask = torch.rand(shape) < 0.6 if kind == "bool" else torch.randn(shape)
+    out, lse = ptk.attention(query, key, value, mask, return_lse=True)
+    full = mask.expand(2, 3, 5, 7).contiguous()
+    expected, expected_lse = ptk.attention(query, key, value, full, return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact(query, key, value, attn_mask=full), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows_dim", ["contiguous", "transposed", "every other", "offset"])
+def test_mask_of_any_strides(rows_dim: str) -> None:
+    query, key, value = operands(33, 47)
+    mask = torch.rand(33, 47) < 0.5
+    view = {
+        "contiguous": lambda: mask,
+        "transposed": lambda: mask.t().contiguous().t(),
+        "every other": lambda: torch.stack([mask, ~mask], -1)[..., 0],
+        "offset": lambda: torch.cat([~mask[:, :1], mask], 1)[:, 1:],
+    }[rows_dim]()
+    assert torch.equal(ptk.attention(query, key, value, view), ptk.attention(query, key, value, mask))
+
+
+@each_dtype
+@pytest.mark.parametrize("spelling", ["bool", "minus infinity"])
+def test_rows_without_keys(dtype: torch.dtype, spelling: str) -> None:
+    """Output 0, lse -inf and gradients 0; rows beside them are not touched, and nothing is NaN."""
+    query, key, value = (tensor.requires_grad_() for tensor in operands(37, 41, dtype=dtype))
+    keep = torch.rand(37, 41) < 0.5
+    keep[[0, 5, 36]] = False
+    keep[3, 0] = True
+    mask = keep if spelling == "bool" else torch.zeros(37, 41, dtype=dtype).masked_fill(~keep, -math.inf)
+    out, lse = ptk.attention(query, key, value, mask, return_lse=True)
+    dead = ~keep.any(-1)
+    assert torch.equal(lse == -math.inf, dead.expand_as(lse))
+    assert (out[..., dead, :] == 0).all()
+    assert out.isfinite().all()
+    assert out[..., ~dead, :].any(-1).all()
+
+    grad_lse = torch.ones_like(lse).masked_fill(dead, math.nan)  # what a loss that uses lse = -inf sends back
+    grads = torch.autograd.grad((out, lse), (query, key, value), (torch.ones_like(out), grad_lse))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][..., dead, :] == 0).all()
+    alive = [
+        tensor.detach()[..., ~dead, :].requires_grad_() if tensor is query else tensor for tensor in (query, key, value)
+    ]
+    alone = ptk.attention(*alive, keep[~dead], return_lse=True)
+    torch.testing.assert_close(out[..., ~dead, :], alone[0], rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-3)
+    expected = torch.autograd.grad(alone, alive, [torch.ones_like(result) for result in alone])
+    for grad, want in zip(grads[1:], expected[1:], strict=True):
+        torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
+
+
+@each_dtype
+def test_no_keys_at_all(dtype: torch.dtype) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in operands(5, 0, dtype=dtype))
+    out, lse = ptk.attention(query, key, value, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    grads = torch.autograd.grad(out.sum() + lse.exp().sum(), (query, key, value))
+    assert (grads[0] == 0).all()
+    assert grads[1].shape == key.shape
+
+
+@each_dtype
+@pytest.mark.parametrize("lowest", [-1e4, -1e9, torch.finfo(torch.float32).min], ids=str)
+def test_rows_masked_by_a_large_number_are_not_masked(lowest: float, dtype: torch.dtype) -> None:
+    """A finite bias on a whole row cancels out, but for what rounding loses, and derivatives agree with the output.
+
+    lse holds no more of such a row than the bias: a backward that rebuilds its weights from lse gives them a sum of
+    Lk instead of 1. Weights are read off the gradient of value here, as d sum(out[row]) / d value[j] = weights[row, j].
+    """
+    row = 2
+    query, key, value = (tensor.requires_grad_() for tensor in operands(9, 40, dtype=dtype))
+    mask = torch.zeros(9, 40)
+    mask[row] = lowest
+    mask[4, ::2] = lowest
+    out, lse = ptk.attention(query, key, value, mask, return_lse=True)
+    assert lse.isfinite().all()
+    grad = torch.zeros_like(out)
+    grad[..., row, :] = 1.0
+    grad_query, grad_key, grad_value = (
+        tensor.double() for tensor in torch.autograd.grad(out, (query, key, value), grad)
+    )
+    tolerance = 1e-3 if dtype.itemsize > 2 else 2e-2
+    weights = grad_value[..., :1].mT
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=tolerance, atol=0)
+    torch.testing.assert_close((weights @ value.double())[..., 0, :], out[..., row, :].double(), rtol=0, atol=tolerance)
+
+    grad_weights = value.detach().double().sum(-1)[..., None, :]
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) / math.sqrt(query.size(-1))
+    expected = (grad_scores @ key.double(), grad_scores.mT @ query.double()[..., row : row + 1, :])
+    for actual, want in zip((grad_query[..., row : row + 1, :], grad_key), expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+# Causality
+
+
+@pytest.mark.parametrize(("lq", "lk"), LENGTHS)
+@pytest.mark.parametrize("mask", [None, "last block"])
+@each_dtype
+def test_future_keys_do_not_leak(lq: int, lk: int, mask: str | None, dtype: torch.dtype) -> None:
+    """Whatever stands at key j, rows before j give the same bits, and so does the gradient of earlier keys."""
+    query, key, value = operands(lq, lk, dtype=dtype)
+    keep = None
+    if mask is not None:
+        keep = torch.ones(lq, lk, dtype=torch.bool)
+        keep[:, -min(lk, 32) :: 2] = False
+        keep[:, 0] = True
+    before = ptk.attention(query, key, value, keep, is_causal=True)
+    for j in {1, lk // 2, lk - 1, min(lq, lk) - 1} & set(range(1, lk)):
+        changed_key, changed_value = key.clone(), value.clone()
+        changed_key[..., j:, :] = 50 * torch.randn(changed_key[..., j:, :].shape).to(dtype)
+        changed_value[..., j:, :] = 1e4
+        after = ptk.attention(query, changed_key, changed_value, keep, is_causal=True)
+        assert torch.equal(after[..., :j, :], before[..., :j, :])
+        if mask is None and lq > j:
+            assert not torch.equal(after[..., j:, :], before[..., j:, :])
+
+
+@pytest.mark.parametrize(("lq", "lk"), LENGTHS)
+def test_causal_is_a_lower_triangle_from_the_top_left(lq: int, lk: int) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in operands(lq, lk, dtype=torch.float64))
+    triangle = torch.ones(lq, lk, dtype=torch.bool).tril()
+    bias = torch.randn(lq, lk, dtype=torch.float64)
+    for mask in (None, torch.rand(2, 1, lq, lk) < 0.5, bias):
+        both = triangle if mask is None else triangle & mask if mask.dtype == torch.bool else None
+        if both is None:
+            both = bias.masked_fill(~triangle, -math.inf)
+        actual = ptk.attention(query, key, value, mask, is_causal=True, return_lse=True)
+        expected = ptk.attention(query, key, value, both, return_lse=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        grad = torch.randn_like(actual[0])
+        for ours, want in zip(
+            torch.autograd.grad(actual[0], (query, key, value), grad),
+            torch.autograd.grad(expected[0], (query, key, value), grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+
+
+def test_causal_gradients_do_not_leak() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in operands(113, 203))
+    out = ptk.attention(query, key, value, is_causal=True)
+    grads = torch.autograd.grad(out[..., :40, :].sum(), (query, key, value))
+    assert not grads[0][..., 40:, :].any()
+    assert not grads[1][..., 40:, :].any()
+    assert not grads[2][..., 40:, :].any()
+    assert grads[2][..., :40, :].any(-1).all()
+
+
+# Log-sum-exp
+
+
+@each_dtype
+@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (65, 130), (7, 257)])
+def test_lse(dtype: torch.dtype, lq: int, lk: int) -> None:
+    """As accurate as float32 (float64) allows, whatever the dtype of the inputs."""
+    query, key, value = operands(lq, lk, dtype=dtype)
+    _, lse = ptk.attention(query, key, value, return_lse=True)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    assert lse.dtype == statistics
+    assert lse.shape == query.shape[:-1]
+    assert lse.is_contiguous()
+    expected = exact(query, key, value, return_lse=True)[1]
+    assert error(lse, expected) <= 16 * torch.finfo(statistics).eps * expected.abs().max().item()
+
+
+@each_dtype
+@pytest.mark.parametrize("causal", [False, True])
+def test_lse_gradient(dtype: torch.dtype, causal: bool) -> None:
+    """Alone, and together with the gradient of out."""
+    tensors = [tensor.requires_grad_() for tensor in operands(33, 47, dtype=dtype)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    ours = ptk.attention(*tensors, is_causal=causal, return_lse=True)
+    want = ptk.reference.attention(*wide, is_causal=causal, return_lse=True)
+    weights = torch.randn(ours[1].shape)
+    for scale_out in (0.0, 1.0):
+        sums = [((scale_out * out.sin().sum()) + (lse * weights).sum()) for out, lse in (ours, want)]
+        actual = torch.autograd.grad(sums[0], tensors, retain_graph=True)
+        expected = torch.autograd.grad(sums[1], wide, retain_graph=True)
+        for grad, reference in zip(actual, expected, strict=True):
+            assert error(grad, reference) <= 4 * torch.finfo(dtype).eps * max(reference.abs().max().item(), 1.0)
+    only_lse = torch.autograd.grad(ours[1].sum(), tensors, retain_graph=True)
+    assert not only_lse[2].any()
+
+
+def test_lse_merges_partial_results() -> None:
+    """Two halves of the keys, combined by their lse, are the whole: what context parallelism and decoding rest on."""
+    query, key, value = operands(9, 60)
+    whole, whole_lse = ptk.attention(query, key, value, return_lse=True)
+    halves = zip(key.split(25, 2), value.split(25, 2), strict=True)
+    parts = [ptk.attention(query, *half, return_lse=True) for half in halves]
+    lse = torch.stack([part[1] for part in parts])
+    weights = torch.softmax(lse, 0)[..., None]
+    torch.testing.assert_close((weights * torch.stack([part[0] for part in parts])).sum(0), whole)
+    torch.testing.assert_close(lse.logsumexp(0), whole_lse)
+
+
+# Shapes and layouts
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((5, 8), (7, 8), (7, 3)),
+        ((4, 5, 8), (4, 7, 8), (4, 7, 3)),
+        ((4, 5, 8), (1, 7, 8), (1, 7, 3)),
+        ((4, 5, 8), (7, 8), (7, 3)),
+        ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 3)),
+        ((2, 1, 5, 8), (2, 4, 7, 8), (1, 4, 7, 3)),
+        ((2, 4, 5, 8), (4, 7, 8), (7, 3)),
+        ((1, 4, 5, 8), (3, 4, 7, 8), (3, 1, 7, 3)),
+        ((2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 3)),
+        ((2, 3, 4, 5, 8), (3, 4, 7, 8), (2, 1, 4, 7, 3)),
+        ((2, 1, 4, 5, 8), (3, 1, 7, 8), (7, 3)),
+        ((2, 0, 4, 5, 8), (2, 1, 4, 7, 8), (2, 1, 4, 7, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_rank_as_torch_takes_it(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], masked: bool
+) -> None:
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (query, key, value)]
+    mask = None
+    if masked:
+        lead = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+        mask = torch.rand((*lead, 5, 7)) < 0.7
+        mask[..., 0] = True
+    actual, lse = ptk.attention(*tensors, mask, return_lse=True)
+    expected = F.scaled_dot_product_attention(*tensors, mask)
+    assert lse.shape == expected.shape[:-1]
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    for ours, want in zip(
+        torch.autograd.grad(actual, tensors, grad), torch.autograd.grad(expected, tensors, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("rank", [3, 4, 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 1), (6, 2), (6, 3), (6, 6)])
+def test_grouped_heads_are_repeated_heads(rank: int, heads: int, kv_heads: int) -> None:
+    lead = (2, 3)[: rank - 3]
+    query = torch.randn(*lead, heads, 9, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(*lead, kv_heads, 11, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    actual = ptk.attention(query, key, value, is_causal=True, enable_gqa=True)
+    repeated = [tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value)]
+    expected = ptk.attention(query, *repeated, is_causal=True)
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(actual)
+    for ours, want in zip(
+        torch.autograd.grad(actual, (query, key, value), grad),
+        torch.autograd.grad(expected, (query, key, value), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, want)
+
+
+@each_dtype
+def test_heads_merge_without_a_copy(dtype: torch.dtype) -> None:
+    """For the output, and for each gradient on its way back into a projection."""
+    tensors = [tensor.requires_grad_() for tensor in operands(5, 7, heads=3, dtype=dtype)]
+    out = ptk.attention(*tensors)
+    for tensor in (out, *torch.autograd.grad(out.sum(), tensors)):
+        merged = tensor.transpose(1, 2).flatten(2)
+        assert merged.is_contiguous()
+        assert merged.data_ptr() == tensor.data_ptr()
+
+
+def test_one_leading_dimension_gives_a_contiguous_output() -> None:
+    assert ptk.attention(*(torch.randn(3, 5, 8) for _ in range(3))).is_contiguous()
+    assert ptk.attention(*(torch.randn(5, 8) for _ in range(3))).is_contiguous()
+
+
+def test_expanded_inputs_are_not_copied() -> None:
+    """The gradient of an expanded tensor still sums over what it was expanded to."""
+    base = torch.randn(1, 1, 9, 8, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(function(query, base.expand(2, 3, 9, 8), base.expand(2, 3, 9, 8)).sin().sum(), base)[0]
+        for function in (ptk.attention, ptk.reference.attention)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    """Within the error rule of float32 for whatever sizes, heads, masks and layouts come together."""
+    draw = data.draw
+    batch, kv_heads, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    lq, lk = draw(st.integers(0, 90)), draw(st.integers(0, 90))
+    d, dv = draw(st.integers(1, 72)), draw(st.integers(1, 72))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def tensor(heads: int, length: int, dim: int) -> Tensor:
+        order = draw(st.permutations(range(4)))
+        shape = (batch, heads, length, dim)
+        dense = torch.randn([shape[axis] for axis in order], generator=generator)
+        return dense.permute([order.index(axis) for axis in range(4)]).requires_grad_()
+
+    tensors = [tensor(kv_heads * groups, lq, d), tensor(kv_heads, lk, d), tensor(kv_heads, lk, dv)]
+    options: dict[str, Any] = {"is_causal": draw(st.booleans()), "enable_gqa": True}
+    kind = draw(st.sampled_from(["none", "bool", "float"]))
+    if kind != "none":
+        full = (batch, kv_heads * groups, lq, lk)
+        shape = [size if draw(st.booleans()) else 1 for size in full][draw(st.integers(0, 3)) :]
+        mask = torch.randn(shape, generator=generator)
+        options["attn_mask"] = mask < 0.8 if kind == "bool" else mask
+    grad = torch.randn(batch, kv_heads * groups, lq, dv, generator=generator)
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        cast = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        out = function(*cast, **options)
+        return [out, *torch.autograd.grad(out, cast, grad.to(dtype))]
+
+    expected = run(ptk.reference.attention, torch.float64)
+    peer, ours = run(torch_attention, torch.float32), run(ptk.attention, torch.float32)
+    for actual, other, reference in zip(ours, peer, expected, strict=True):
+        magnitude = reference.abs().max().item() if reference.numel() else 0.0
+        assert error(actual, reference) <= 2 * error(other, reference) + 4e-7 * magnitude
+
+
+# Numbers
+
+
+@each_dtype
+def test_scale_zero_is_the_mean(dtype: torch.dtype) -> None:
+    query, key, value = operands(5, 64, dtype=dtype)
+    out, lse = ptk.attention(query, key, value, scale=0.0, return_lse=True)
+    mean = value.double().mean(2, keepdim=True).expand(out.shape)
+    torch.testing.assert_close(out.double(), mean, rtol=0, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(64)))
+
+
+@each_dtype
+def test_huge_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    query, key, value = operands(5, 64, dtype=dtype)
+    out, lse = ptk.attention(query * 50, key * 50, value, return_lse=True)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    assert out.abs().max() <= value.abs().max()
+
+
+@each_dtype
+def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    query, key, value = operands(37, 70, dtype=dtype)
+    expected = ptk.attention(query, key, value)
+    query[0, 1, 5, 3] = math.nan
+    out, lse = ptk.attention(query, key, value, return_lse=True)
+    assert out[0, 1, 5].isnan().all()
+    assert lse[0, 1, 5].isnan()
+    out[0, 1, 5] = expected[0, 1, 5]
+    assert torch.equal(out, expected)
+
+
+@each_dtype
+def test_nan_in_a_key_or_value_reaches_every_row(dtype: torch.dtype) -> None:
+    query, key, value = operands(37, 70, dtype=dtype)
+    for spoiled in (key, value):
+        clean = spoiled[1, 0, 66, 2].clone()
+        spoiled[1, 0, 66, 2] = math.nan
+        out = ptk.attention(query, key, value)
+        assert out[1, 0, :, 2].isnan().all()
+        assert out[0].isfinite().all()
+        spoiled[1, 0, 66, 2] = clean
+
+
+def test_infinite_scores_are_those_of_torch() -> None:
+    query, key, value = operands(3, 6)
+    query[0, 0, 0, 0] = math.inf
+    torch.testing.assert_close(
+        ptk.attention(query, key, value), ptk.reference.attention(query, key, value), equal_nan=True
+    )
+
+
+def test_precision_of_16_bit_gradients() -> None:
+    """Accumulated in float32: many small contributions are not lost."""
+    query = torch.zeros(1, 1, 4096, 16, dtype=torch.bfloat16)
+    key, value = (torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    out = ptk.attention(query, key, value)
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    torch.testing.assert_close(grad, torch.full_like(grad, 1024.0))
+
+
+# What runs on the reference
+
+
+def test_dropout_draws_as_torch_does() -> None:
+    """The same weights are dropped as by torch's composition after the same seed."""
+    query, key, value = operands(13, 17)
+    torch.manual_seed(5)
+    with pytest.warns(FallbackWarning, match="dropout_p > 0 has no kernel"):
+        actual = ptk.attention(query, key, value, dropout_p=0.3)
+    torch.manual_seed(5)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(query, key, value, dropout_p=0.3)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.equal(actual, ptk.attention(query, key, value, dropout_p=0.3))
+
+
+def test_dropout_extremes() -> None:
+    query, key, value = operands(13, 17)
+    assert not ptk.attention(query, key, value, dropout_p=1.0).any()
+    assert torch.equal(ptk.attention(query, key, value, dropout_p=0), ptk.attention(query, key, value))
+    out, lse = ptk.attention(query, key, value, dropout_p=0.5, return_lse=True)
+    torch.testing.assert_close(lse, ptk.attention(query, key, value, return_lse=True)[1])
+    assert out.shape == query.shape
+
+
+def test_dropout_is_replayed_by_checkpointing() -> None:
+    tensors = [tensor.requires_grad_() for tensor in operands(13, 17)]
+
+    def call(*args: Tensor) -> Tensor:
+        return ptk.attention(*args, dropout_p=0.4)
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(call(*tensors).sin().sum(), tensors)
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(call, *tensors, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(out.sin().sum(), tensors), expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (2, 1, 3, 4), (2, 2, 3, 1)], ids=str)
+def test_mask_gradient(shape: tuple[int, ...]) -> None:
+    tensors = [tensor.requires_grad_() for tensor in operands(3, 4, 2, dtype=torch.float64)]
+    mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(FallbackWarning, match="the gradient of attn_mask has no kernel"):
+        ptk.attention(*tensors, mask)
+    assert torch.autograd.gradcheck(ptk.attention, (*tensors, mask), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradcheck(torch.ops.ptkernels.attention, (*tensors, mask), fast_mode=True)
+    with torch.no_grad():
+        assert torch.equal(ptk.attention(*tensors, mask), ptk.attention(*tensors, mask.detach()))
+
+
+def test_double_backward_with_lse_and_mask() -> None:
+    tensors = [tensor.requires_grad_() for tensor in operands(3, 4, 2, dtype=torch.float64)]
+    mask = torch.tensor([[True, False, True, True], [False] * 4, [False, True, False, False]])
+
+    def call(*args: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ptk.attention(*args, mask, return_lse=True)
+        return out, lse.masked_fill(~mask.any(-1), 0.0)
+
+    assert torch.autograd.gradcheck(call, tensors, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tensors, check_fwd_over_rev=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *args: call(*args)[1], tensors, fast_mode=True)
+
+
+def test_forward_mode_outside_functorch() -> None:
+    query, key, value = operands(3, 4, dtype=torch.float64)
+    tangent = torch.randn_like(key)
+    expected = torch.func.jvp(lambda k: ptk.reference.attention(query, k, value), (key,), (tangent,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(key, tangent)
+        for function in (ptk.attention, lambda *args: torch.ops.ptkernels.attention(*args)[0]):
+            actual = torch.autograd.forward_ad.unpack_dual(function(query, dual, value)).tangent
+            torch.testing.assert_close(actual, expected)
+        assert ptk.explain("attention", query, dual, value).backend == "reference"
+        # An active level alone changes nothing.
+        assert ptk.explain("attention", query, key, value).backend == "cpu"
+        assert torch.autograd.forward_ad.unpack_dual(ptk.attention(query, key, value)).tangent is None
+
+
+def test_second_derivatives_by_vectorised_jacobians() -> None:
+    """Through the older vmap behind torch.autograd.functional."""
+    query, key, value = operands(2, 3, 2, dtype=torch.float64)
+
+    def ours(x: Tensor) -> Tensor:
+        return ptk.attention(x, key, value).sin().sum()
+
+    def reference(x: Tensor) -> Tensor:
+        return ptk.reference.attention(x, key, value).sin().sum()
+
+    for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+        torch.testing.assert_close(derivative(ours, query, vectorize=True), derivative(reference, query))
+
+
+def test_reference_agrees_with_torch() -> None:
+    """The oracle against an implementation that is not ours."""
+    query, key, value = operands(33, 47, dtype=torch.float64)
+    bias = torch.randn(33, 47, dtype=torch.float64)
+    for options in ({}, {"is_causal": True}, {"attn_mask": bias}, {"attn_mask": bias > 0}, {"scale": 0.3}):
+        torch.testing.assert_close(
+            ptk.reference.attention(query, key, value, **options),
+            F.scaled_dot_product_attention(query, key, value, **options),
+        )
+
+
+# What explain says
+
+
+def test_explain_names_reasons_and_remedies() -> None:
+    query, key, value = operands(33, 47)
+    account = ptk.explain(ptk.attention, query, key, value)
+    assert (account.op, account.backend, account.faster) == ("attention", "cpu", account.faster)
+    account = ptk.explain(ptk.attention, query, key, value, dropout_p=0.1)
+    assert (account.backend, account.reason) == ("reference", "dropout_p > 0 has no kernel")
+    assert account.faster == ["dropout_p=0.0 runs on the fused kernel"]
+    account = ptk.explain("attention", query, key, value, torch.zeros(33, 47, requires_grad=True))
+    assert account.faster == ["attn_mask.detach() runs on the fused kernel"]
+    account = ptk.explain("attention", query.mT.contiguous().mT, key, value)
+    assert any("query" in hint and "stride 33" in hint for hint in account.faster)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            ptk.explain("attention", query, key, value).kernel
+            == ptk.explain("attention", query.bfloat16(), key.bfloat16(), value.bfloat16()).kernel
+        )
+    on_meta = ptk.explain("attention", *(tensor.to("meta") for tensor in (query, key, value)))
+    assert on_meta.kernel == "shape propagation"
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_is_linear_in_the_length(dtype: str, causal: bool) -> None:
+    """Peak resident memory of a process, where the scores alone would be 1 GiB in float32."""
+    code = f"""
+import resource, torch, ptkernels as ptk
+torch.set_num_threads(2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def step(length, grad):
+    tensors = [torch.randn(1, 1, length, 64, dtype=torch.{dtype}, requires_grad=grad) for _ in range(3)]
+    out = ptk.attention(*tensors, is_causal={causal})
+    if grad:
+        out.backward(torch.ones_like(out))
+step(256, True)
+start = peak()
+step(16384, False)
+forward = peak()
+step(16384, True)
+print(forward - start, peak() - start)
+"""
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    forward, backward = map(int, result.stdout.split())
+    # Operands, gradients and statistics are 4 MiB each at most: three and one forward, eight backward.
+    assert forward <= 32, f"{forward} MiB in forward"
+    assert backward <= 64, f"{backward} MiB in forward and backward"
