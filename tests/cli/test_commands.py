@@ -32,7 +32,7 @@ def test_env_json_says_what_runs_here() -> None:
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert content["versions"]["torch"] == torch.__version__
-    assert content["settings"] == {"PTKERNELS_MAX_ISA": "baseline", "PTKERNELS_STRICT": True}
+    assert content["settings"].items() >= {"PTKERNELS_MAX_ISA": "baseline", "PTKERNELS_STRICT": True}.items()
     assert content["isa"]["cap"] == "baseline"
     if content["build"]:
         assert content["isa"]["active"] == "baseline"

@@ -20,6 +20,7 @@ import ptkernels
 from ptkernels import _registry
 from ptkernels._registry import BenchCase, Direction
 from ptkernels.cli import bench, main
+from ptkernels.cli.bench import limits
 
 HEADS, KV_HEADS, LENGTH, DIM = 4, 2, 24, 16
 
@@ -61,13 +62,13 @@ def environment(**changes: str) -> dict[str, str]:
 @contextmanager
 def replaced(**changes: Callable[..., Any]) -> Iterator[None]:
     """Attention's spec with other fields and with the tiny cases, and ``--quick`` with next to no time for each."""
-    spec, effort = _registry._ops["attention"], bench.QUICK
+    spec, effort, repeats = _registry._ops["attention"], bench.QUICK, limits.REPEATS
     _registry._ops["attention"] = dataclasses.replace(spec, **{"bench_cases": cases, **changes})
-    bench.QUICK = dataclasses.replace(effort, contender_seconds=0.01)
+    bench.QUICK, limits.REPEATS = dataclasses.replace(effort, contender_seconds=0.01), 1
     try:
         yield
     finally:
-        _registry._ops["attention"], bench.QUICK = spec, effort
+        _registry._ops["attention"], bench.QUICK, limits.REPEATS = spec, effort, repeats
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ MIN_SAMPLE_SECONDS = 2e-4
 SHORT_CALL_SECONDS = 0.05
 """Below this a block starts with one untimed call: it wakes the contender's threads and refills the caches."""
 LONG_CALL_SECONDS = 0.5
-"""From here on the first call, already warmed by the check, is estimate enough."""
+"""From here on the first call, already warmed by the check, is a sample like any other."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 
@@ -37,8 +37,9 @@ def _time(call: Call, repeats: int) -> float:
 
 def _calibrate(call: Call, block_seconds: float) -> _Series:
     estimate = _time(call, 1)
-    if estimate < LONG_CALL_SECONDS:
-        estimate = max(_time(call, 1), 1e-9)
+    if estimate >= LONG_CALL_SECONDS:
+        return _Series(call, estimate=estimate, samples=[estimate])
+    estimate = max(_time(call, 1), 1e-9)
     if estimate < MIN_SAMPLE_SECONDS:
         # One call alone is dominated by its own variance; a second look gives the loop count.
         estimate = max(_time(call, 20), 1e-9)
@@ -60,7 +61,7 @@ def interleave(calls: dict[str, Call], budget: float, pause: float = 0.005) -> d
     Args:
         calls: what each contender runs.
         budget: seconds to spend on all contenders together. Three blocks each are run as long as that takes no more
-            than twice the budget, and one in any case.
+            than twice the budget, and one call in any case.
         pause: seconds of sleep between blocks, in which the previous contender's idle threads stop spinning.
 
     Returns:
@@ -77,7 +78,8 @@ def interleave(calls: dict[str, Call], budget: float, pause: float = 0.005) -> d
     try:
         for round_index in range(MAX_ROUNDS):
             spent = time.perf_counter() - start
-            if round_index > 0 and spent >= (budget if round_index >= MIN_ROUNDS else 2 * budget):
+            limit = budget if round_index >= MIN_ROUNDS else 2 * budget
+            if spent >= limit and all(one.samples for one in series.values()):
                 break
             # The start rotates so that nobody always runs right after the same neighbour warmed or cooled the machine.
             shift = round_index % len(order)
