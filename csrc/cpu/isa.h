@@ -1,4 +1,5 @@
-// Instruction-set levels of the CPU kernels and the choice between them. Torch-free.
+// Instruction-set levels of the CPU kernels and the choice between them.
+// Torch-free.
 #pragma once
 
 #include <array>
@@ -10,7 +11,8 @@
 #define PTK_X86 0
 #endif
 
-// The few symbols of libptkernels.so that the introspection module uses; everything else is hidden.
+// The few symbols of libptkernels.so that the introspection module uses;
+// everything else is hidden.
 #define PTK_EXPORT __attribute__((visibility("default")))
 
 namespace ptk {
@@ -22,47 +24,55 @@ inline constexpr int kIsaCount = 6;
 // Highest level that both this CPU and its operating system support.
 PTK_EXPORT Isa detected_isa();
 
-// Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for the process by the first call.
+// Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for
+// the process by the first call.
 PTK_EXPORT Isa active_isa();
 
-PTK_EXPORT const char* isa_name(Isa isa);
+PTK_EXPORT const char *isa_name(Isa isa);
 
-// Caps active_isa(). Throws std::runtime_error on an unknown name, or when the level was fixed already and differs.
+// Caps active_isa(). Throws std::runtime_error on an unknown name, or when the
+// level was fixed already and differs.
 void set_max_isa(std::string_view name);
 
-// True in builds where every level above avx2 runs in portable C++ on 256-bit vectors (PTKERNELS_EMULATE_ISA).
+// True in builds where every level above avx2 runs in portable C++ on 256-bit
+// vectors (PTKERNELS_EMULATE_ISA).
 PTK_EXPORT bool emulated_isa();
 
-// CPU features that the levels rest on, space separated, as found by CPUID and the operating system.
-PTK_EXPORT const char* cpu_features();
+// CPU features that the levels rest on, space separated, as found by CPUID and
+// the operating system.
+PTK_EXPORT const char *cpu_features();
 
-}  // namespace ptk
+} // namespace ptk
 
-// Declares `const Table& function();`, which the kernel source defines in the namespace of its level, for all levels.
-// PTK_DISPATCH(function) then returns the active level's table. Both are used inside namespace ptk.
-#define PTK_DECLARE_LEVEL(level, Table, function)                                                                      \
-  namespace level {                                                                                                    \
-  const Table& function();                                                                                             \
+// Declares `const Table& function();`, which the kernel source defines in the
+// namespace of its level, for all levels. PTK_DISPATCH(function) then returns
+// the active level's table. Both are used inside namespace ptk.
+#define PTK_DECLARE_LEVEL(level, Table, function)                              \
+  namespace level {                                                            \
+  const Table &function();                                                     \
   }
 
 #if PTK_X86
-#define PTK_DECLARE_KERNELS(Table, function)                                                                           \
-  PTK_DECLARE_LEVEL(baseline, Table, function)                                                                         \
-  PTK_DECLARE_LEVEL(avx2, Table, function)                                                                             \
-  PTK_DECLARE_LEVEL(avx512, Table, function)                                                                           \
-  PTK_DECLARE_LEVEL(avx512_vnni, Table, function)                                                                      \
-  PTK_DECLARE_LEVEL(avx512_bf16, Table, function)                                                                      \
+#define PTK_DECLARE_KERNELS(Table, function)                                   \
+  PTK_DECLARE_LEVEL(baseline, Table, function)                                 \
+  PTK_DECLARE_LEVEL(avx2, Table, function)                                     \
+  PTK_DECLARE_LEVEL(avx512, Table, function)                                   \
+  PTK_DECLARE_LEVEL(avx512_vnni, Table, function)                              \
+  PTK_DECLARE_LEVEL(avx512_bf16, Table, function)                              \
   PTK_DECLARE_LEVEL(amx, Table, function)
-#define PTK_LEVELS(function)                                                                                           \
-  std::array {                                                                                                         \
-    &::ptk::baseline::function, &::ptk::avx2::function, &::ptk::avx512::function, &::ptk::avx512_vnni::function,       \
-        &::ptk::avx512_bf16::function, &::ptk::amx::function                                                           \
+#define PTK_LEVELS(function)                                                   \
+  std::array {                                                                 \
+    &::ptk::baseline::function, &::ptk::avx2::function,                        \
+        &::ptk::avx512::function, &::ptk::avx512_vnni::function,               \
+        &::ptk::avx512_bf16::function, &::ptk::amx::function                   \
   }
 #else
-#define PTK_DECLARE_KERNELS(Table, function) PTK_DECLARE_LEVEL(baseline, Table, function)
-#define PTK_LEVELS(function)                                                                                           \
+#define PTK_DECLARE_KERNELS(Table, function)                                   \
+  PTK_DECLARE_LEVEL(baseline, Table, function)
+#define PTK_LEVELS(function)                                                   \
   std::array { &::ptk::baseline::function }
 #endif
 
-#define PTK_DISPATCH_AT(isa, function) (PTK_LEVELS(function)[static_cast<size_t>(isa)]())
+#define PTK_DISPATCH_AT(isa, function)                                         \
+  (PTK_LEVELS(function)[static_cast<size_t>(isa)]())
 #define PTK_DISPATCH(function) PTK_DISPATCH_AT(::ptk::active_isa(), function)

@@ -1,7 +1,9 @@
-// Micro-kernels whose accumulators live in vector registers: M rows x 2 vectors of columns.
+// Micro-kernels whose accumulators live in vector registers: M rows x 2 vectors
+// of columns.
 //
-// Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14 with 32 registers (28 sums, 2 B, 1-2 A),
-// M = 6 with 16 (12 sums, 2 B, 1-2 A); smaller M serve the last rows.
+// Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14
+// with 32 registers (28 sums, 2 B, 1-2 A), M = 6 with 16 (12 sums, 2 B, 1-2 A);
+// smaller M serve the last rows.
 #pragma once
 
 #include "layout.h"
@@ -9,29 +11,28 @@
 namespace ptk::PTK_ISA {
 
 // One term of the batch reduction: A_i at row 0, and B_i's panel.
-template <class A, class B>
-struct BlockPair {
-  const A* a;
-  const B* b;
+template <class A, class B> struct BlockPair {
+  const A *a;
+  const B *b;
 };
-template <class T>
-using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
+template <class T> using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
 
 namespace detail {
 
-// Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86 addressing modes, 14 rows need 5 pointers.
-template <class E, int M>
-struct RowPointers {
+// Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86
+// addressing modes, 14 rows need 5 pointers.
+template <class E, int M> struct RowPointers {
   static constexpr int kBases = (M + 2) / 3;
-  const char* base[kBases];
+  const char *base[kBases];
   int64_t ld_bytes;
 
-  PTK_INLINE RowPointers make(const E* a, int64_t ld) {
+  PTK_INLINE RowPointers make(const E *a, int64_t ld) {
     RowPointers rows;
     rows.ld_bytes = ld * static_cast<int64_t>(sizeof(E));
     for (int i = 0; i < kBases; ++i) {
-      rows.base[i] = reinterpret_cast<const char*>(a) + 3 * i * rows.ld_bytes;
-      // Keeps the compiler from folding the bases back into one pointer and 14 offsets.
+      rows.base[i] = reinterpret_cast<const char *>(a) + 3 * i * rows.ld_bytes;
+      // Keeps the compiler from folding the bases back into one pointer and 14
+      // offsets.
       asm("" : "+r"(rows.base[i]));
     }
     return rows;
@@ -43,17 +44,20 @@ struct RowPointers {
     return u;
   }
   inline __attribute__((always_inline)) void advance(int64_t bytes) {
-    for (int i = 0; i < kBases; ++i) base[i] += bytes;
+    for (int i = 0; i < kBases; ++i)
+      base[i] += bytes;
   }
 };
 
-// An epilogue that marks itself `kLarge` is called from one place in a loop instead of once per register: the sums take a
-// turn through the stack, the code stays small.
+// An epilogue that marks itself `kLarge` is called from one place in a loop
+// instead of once per register: the sums take a turn through the stack, the
+// code stays small.
 template <class Epilogue>
 concept LargeEpilogue = requires { Epilogue::kLarge; };
 
 template <int M, class S, class Epilogue>
-PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column,
+                       int64_t columns, Epilogue &epilogue) {
   constexpr int lanes = kLanes<S>;
   if constexpr (!LargeEpilogue<Epilogue>) {
     if (columns >= 2 * lanes) {
@@ -75,22 +79,24 @@ PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t
   for (int i = 0; i < M; ++i) {
     for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
       const int64_t left = columns - half * lanes;
-      epilogue(row + i, column + half * lanes, load(buffer[i][half]), left < lanes ? left : lanes);
+      epilogue(row + i, column + half * lanes, load(buffer[i][half]),
+               left < lanes ? left : lanes);
     }
   }
 }
 
 // f64, f32, and 16-bit floats widened at packing.
 template <class T, int M, class Epilogue>
-PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                           int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void fma_kernel(const GemmBlock<T> *blocks, int64_t count, int64_t k,
+                           int64_t lda, int64_t row, int64_t column,
+                           int64_t columns, Epilogue &epilogue) {
   using E = Element<T>;
   using V = Vec<E>;
   constexpr int nr = GemmTraits<T>::kNr;
   V sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<E, M>::make(blocks[block].a + row * lda, lda);
-    const E* b = blocks[block].b;
+    const E *b = blocks[block].b;
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; ++i) {
       V b0 = load(b), b1 = load(b + nr / 2);
@@ -115,18 +121,22 @@ PTK_INLINE Vec<float> dot_bf16(Vec<float> sum, uint32_t a, Vec<uint32_t> b) {
   Vec<uint32_t> x = broadcast(a);
   return sum + (high(x) * high(b) + low(x) * low(b));
 #else
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  return (Vec<float>)_mm512_dpbf16_ps(
+      (__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+      (__m512bh)b);
 #endif
 }
 
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_bf16_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void dot_bf16_kernel(const GemmBlock<T> *blocks, int64_t count,
+                                int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns,
+                                Epilogue &epilogue) {
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<float> sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<bf16, M>::make(blocks[block].a + row * lda, lda);
-    const auto* b = reinterpret_cast<const uint32_t*>(blocks[block].b);
+    const auto *b = reinterpret_cast<const uint32_t *>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 2) {
       Vec<uint32_t> b0 = load(b), b1 = load(b + nr / 2);
@@ -149,24 +159,29 @@ PTK_INLINE void dot_bf16_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 #if PTK_EMULATE
   for (int byte = 0; byte < 4; ++byte)
-    sum += static_cast<int32_t>(a >> 8 * byte & 0xff) * ((b << (24 - 8 * byte)) >> 24);
+    sum += static_cast<int32_t>(a >> 8 * byte & 0xff) *
+           ((b << (24 - 8 * byte)) >> 24);
   return sum;
 #else
-  return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+  return (Vec<int32_t>)_mm512_dpbusd_epi32(
+      (__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
 #endif
 }
 
-// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit flipped) and 128 * colsum(B) taken off
-// again; the column sums cost one more dot product with ones per vector of B.
+// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit
+// flipped) and 128 * colsum(B) taken off again; the column sums cost one more
+// dot product with ones per vector of B.
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
+                                int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns,
+                                Epilogue &epilogue) {
   constexpr bool is_signed = std::is_same_v<T, int8_t>;
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<T, M>::make(blocks[block].a + row * lda, lda);
-    const auto* b = reinterpret_cast<const int32_t*>(blocks[block].b);
+    const auto *b = reinterpret_cast<const int32_t *>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 4) {
       Vec<int32_t> b0 = load(b), b1 = load(b + nr / 2);
@@ -176,7 +191,8 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        uint32_t x = a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
+        uint32_t x =
+            a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
         sum[m][0] = dot_u8s8(sum[m][0], x, b0);
         sum[m][1] = dot_u8s8(sum[m][1], x, b1);
       }
@@ -195,9 +211,10 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 #endif
 
 #if PTK_ISA_LEVEL < 3
-// Without a four-way dot instruction: widen to 16 bits and multiply-add pairs (exact: |a * b| <= 255 * 128, and the 32-bit
-// sum of a pair cannot overflow), never the saturating 8-bit form. The sums of a column's even and odd pairs sit in
-// neighbouring lanes until the end.
+// Without a four-way dot instruction: widen to 16 bits and multiply-add pairs
+// (exact: |a * b| <= 255 * 128, and the 32-bit sum of a pair cannot overflow),
+// never the saturating 8-bit form. The sums of a column's even and odd pairs
+// sit in neighbouring lanes until the end.
 struct Wide {
   Vec<int32_t> half[2];
 };
@@ -216,25 +233,31 @@ PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
 }
 
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
+                                int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns,
+                                Epilogue &epilogue) {
   constexpr int lanes = kLanes<int32_t>, nr = 2 * lanes;
   using Bytes = typename VectorOf<int8_t, kVectorBytes / 2>::unaligned;
   using Quad = typename VectorOf<T, 4>::type;
   using Quad16 = typename VectorOf<int16_t, 8>::type;
   Vec<int32_t> pairs[M][4] = {};
   for (int64_t block = 0; block < count; ++block) {
-    const T* a = blocks[block].a + row * lda;
-    const int8_t* b = blocks[block].b;
+    const T *a = blocks[block].a + row * lda;
+    const int8_t *b = blocks[block].b;
     for (int64_t i = 0; i < k; i += 4) {
       Vec<int16_t> wide[4];
       for (int v = 0; v < 4; ++v)
-        wide[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(b + v * kVectorBytes / 2), Vec<int16_t>);
+        wide[v] = __builtin_convertvector(
+            *reinterpret_cast<const Bytes *>(b + v * kVectorBytes / 2),
+            Vec<int16_t>);
       for (int m = 0; m < M; ++m) {
         Quad quad;
         std::memcpy(&quad, a + m * lda + i, 4);
-        Vec<int64_t> x = broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
-        for (int v = 0; v < 4; ++v) pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
+        Vec<int64_t> x =
+            broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
+        for (int v = 0; v < 4; ++v)
+          pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
       }
       b += 4 * nr;
     }
@@ -243,12 +266,13 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
   for (int m = 0; m < M; ++m) {
     int32_t lane[4 * lanes], column_sum[2 * lanes];
     std::memcpy(lane, pairs[m], sizeof lane);
-    for (int n = 0; n < 2 * lanes; ++n) column_sum[n] = lane[2 * n] + lane[2 * n + 1];
+    for (int n = 0; n < 2 * lanes; ++n)
+      column_sum[n] = lane[2 * n] + lane[2 * n + 1];
     std::memcpy(sum[m], column_sum, sizeof column_sum);
   }
   finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif
 
-}  // namespace detail
-}  // namespace ptk::PTK_ISA
+} // namespace detail
+} // namespace ptk::PTK_ISA
