@@ -1,6 +1,6 @@
 """The matrix-product engine behind every CPU operator, through the private op that drives it.
 
-Floating point: the error against float64 stays within what summation in the accumulation type allows. Integers: equal to
+Floating point: the error against float64 stays within what summing in the accumulation type allows. Integers: equal to
 the exact result, at every ISA level, over the full range of values.
 """
 
