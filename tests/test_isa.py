@@ -28,6 +28,10 @@ introspection = _loader.introspection()
 DETECTED = "baseline" if introspection is None else introspection.detected_isa()
 NATIVE = _env.ISA_LEVELS[: _env.ISA_LEVELS.index(DETECTED) + 1]
 
+each_native_level = pytest.mark.parametrize(
+    "level", [pytest.param(name, marks=pytest.mark.amx if name == "amx" else []) for name in NATIVE]
+)
+
 
 def run_suites(level: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", SUBSET, *SUITES]
@@ -41,7 +45,7 @@ def run_suites(level: str, **environment: str) -> None:
         assert re.search(rf"ISA {level}\b", result.stdout), "the tests ran at another level"
 
 
-@pytest.mark.parametrize("level", [pytest.param(name, marks=pytest.mark.amx if name == "amx" else []) for name in NATIVE])
+@each_native_level
 def test_operators_at_level(level: str) -> None:
     run_suites(level)
 
@@ -102,7 +106,7 @@ def assert_passes(output: str, level: str) -> None:
     assert output.strip().endswith("passed")
 
 
-@pytest.mark.parametrize("level", NATIVE)
+@each_native_level
 def test_kernels_alone(selftest: Path, level: str) -> None:
     result = subprocess.run([selftest, level], capture_output=True, text=True)
     assert_passes(result.stdout, level)

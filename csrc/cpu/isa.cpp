@@ -18,8 +18,7 @@
 namespace ptk {
 namespace {
 
-constexpr const char *kNames[kIsaCount] = {
-    "baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 constexpr int kUnset = -1;
 
 struct Cpu {
@@ -39,7 +38,9 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   return r;
 }
 
-constexpr bool bit(uint64_t word, int index) { return (word >> index) & 1; }
+constexpr bool bit(uint64_t word, int index) {
+  return (word >> index) & 1;
+}
 
 // Register state that the operating system saves on a context switch. Without
 // it an instruction that CPUID announces faults or silently loses its
@@ -80,7 +81,7 @@ Cpu detect() {
   const bool tiles = (os & tile_state) == tile_state && bit(extended.edx, 24);
 
   Cpu cpu;
-  const auto has = [&cpu](const char *name, bool present) {
+  const auto has = [&cpu](const char* name, bool present) {
     if (present) {
       cpu.features += cpu.features.empty() ? name : std::string(" ") + name;
     }
@@ -88,20 +89,14 @@ Cpu detect() {
   };
   // Every feature is looked at, not only those up to the first that is missing:
   // the list is for bug reports.
-  const bool sse42 =
-      has("sse4_2", bit(basic.ecx, 20)) & has("popcnt", bit(basic.ecx, 23));
-  const bool avx2 = has("avx", ymm && bit(basic.ecx, 28)) &
-                    has("avx2", ymm && bit(extended.ebx, 5)) &
-                    has("fma", ymm && bit(basic.ecx, 12)) &
-                    has("f16c", ymm && bit(basic.ecx, 29));
-  const bool avx512 = has("avx512f", zmm && bit(extended.ebx, 16)) &
-                      has("avx512dq", zmm && bit(extended.ebx, 17)) &
-                      has("avx512bw", zmm && bit(extended.ebx, 30)) &
-                      has("avx512vl", zmm && bit(extended.ebx, 31));
+  const bool sse42 = has("sse4_2", bit(basic.ecx, 20)) & has("popcnt", bit(basic.ecx, 23));
+  const bool avx2 = has("avx", ymm && bit(basic.ecx, 28)) & has("avx2", ymm && bit(extended.ebx, 5)) &
+                    has("fma", ymm && bit(basic.ecx, 12)) & has("f16c", ymm && bit(basic.ecx, 29));
+  const bool avx512 = has("avx512f", zmm && bit(extended.ebx, 16)) & has("avx512dq", zmm && bit(extended.ebx, 17)) &
+                      has("avx512bw", zmm && bit(extended.ebx, 30)) & has("avx512vl", zmm && bit(extended.ebx, 31));
   const bool vnni = has("avx512_vnni", zmm && bit(extended.ecx, 11));
   const bool bf16 = has("avx512_bf16", zmm && bit(extended1.eax, 5));
-  const bool amx = has("amx_tile", tiles) &
-                   has("amx_bf16", tiles && bit(extended.edx, 22)) &
+  const bool amx = has("amx_tile", tiles) & has("amx_bf16", tiles && bit(extended.edx, 22)) &
                    has("amx_int8", tiles && bit(extended.edx, 25));
 
 #if PTK_EMULATE
@@ -122,11 +117,13 @@ Cpu detect() {
 
 #else
 
-Cpu detect() { return {}; }
+Cpu detect() {
+  return {};
+}
 
 #endif
 
-const Cpu &cpu() {
+const Cpu& cpu() {
   static const Cpu found = detect();
   return found;
 }
@@ -134,23 +131,25 @@ const Cpu &cpu() {
 std::atomic<int> max_level{kIsaCount - 1};
 std::atomic<int> fixed_level{kUnset};
 
-} // namespace
+}  // namespace
 
-Isa detected_isa() { return cpu().isa; }
+Isa detected_isa() {
+  return cpu().isa;
+}
 
 Isa active_isa() {
   int level = fixed_level.load(std::memory_order_acquire);
   if (level == kUnset) [[unlikely]] {
-    const int wanted =
-        std::min(static_cast<int>(detected_isa()), max_level.load());
+    const int wanted = std::min(static_cast<int>(detected_isa()), max_level.load());
     int expected = kUnset;
-    level = fixed_level.compare_exchange_strong(expected, wanted) ? wanted
-                                                                  : expected;
+    level = fixed_level.compare_exchange_strong(expected, wanted) ? wanted : expected;
   }
   return static_cast<Isa>(level);
 }
 
-const char *isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+  return kNames[static_cast<int>(isa)];
+}
 
 void set_max_isa(std::string_view name) {
   int level = 0;
@@ -159,13 +158,10 @@ void set_max_isa(std::string_view name) {
     known += (level == 0 ? "" : ", ") + std::string(kNames[level]);
     ++level;
   }
-  PTK_CHECK(level < kIsaCount, "max ISA: got '", name, "', expected one of ",
-            known);
+  PTK_CHECK(level < kIsaCount, "max ISA: got '", name, "', expected one of ", known);
   const int fixed = fixed_level.load();
-  PTK_CHECK(fixed == kUnset ||
-                fixed == std::min(level, static_cast<int>(detected_isa())),
-            "max ISA: got '", name, "' after kernels were chosen for ",
-            isa_name(static_cast<Isa>(fixed)),
+  PTK_CHECK(fixed == kUnset || fixed == std::min(level, static_cast<int>(detected_isa())), "max ISA: got '", name,
+            "' after kernels were chosen for ", isa_name(static_cast<Isa>(fixed)),
             ", expected a call before the first op");
   max_level = level;
 }
@@ -178,6 +174,8 @@ bool emulated_isa() {
 #endif
 }
 
-const char *cpu_features() { return cpu().features.c_str(); }
+const char* cpu_features() {
+  return cpu().features.c_str();
+}
 
-} // namespace ptk
+}  // namespace ptk

@@ -28,7 +28,7 @@ PTK_EXPORT Isa detected_isa();
 // the process by the first call.
 PTK_EXPORT Isa active_isa();
 
-PTK_EXPORT const char *isa_name(Isa isa);
+PTK_EXPORT const char* isa_name(Isa isa);
 
 // Caps active_isa(). Throws std::runtime_error on an unknown name, or when the
 // level was fixed already and differs.
@@ -40,39 +40,38 @@ PTK_EXPORT bool emulated_isa();
 
 // CPU features that the levels rest on, space separated, as found by CPUID and
 // the operating system.
-PTK_EXPORT const char *cpu_features();
+PTK_EXPORT const char* cpu_features();
 
-} // namespace ptk
+}  // namespace ptk
 
 // Declares `const Table& function();`, which the kernel source defines in the
 // namespace of its level, for all levels. PTK_DISPATCH(function) then returns
 // the active level's table. Both are used inside namespace ptk.
-#define PTK_DECLARE_LEVEL(level, Table, function)                              \
-  namespace level {                                                            \
-  const Table &function();                                                     \
+#define PTK_DECLARE_LEVEL(level, Table, function)                                                                      \
+  namespace level {                                                                                                    \
+  const Table& function();                                                                                             \
   }
 
 #if PTK_X86
-#define PTK_DECLARE_KERNELS(Table, function)                                   \
-  PTK_DECLARE_LEVEL(baseline, Table, function)                                 \
-  PTK_DECLARE_LEVEL(avx2, Table, function)                                     \
-  PTK_DECLARE_LEVEL(avx512, Table, function)                                   \
-  PTK_DECLARE_LEVEL(avx512_vnni, Table, function)                              \
-  PTK_DECLARE_LEVEL(avx512_bf16, Table, function)                              \
+#define PTK_DECLARE_KERNELS(Table, function)                                                                           \
+  PTK_DECLARE_LEVEL(baseline, Table, function)                                                                         \
+  PTK_DECLARE_LEVEL(avx2, Table, function)                                                                             \
+  PTK_DECLARE_LEVEL(avx512, Table, function)                                                                           \
+  PTK_DECLARE_LEVEL(avx512_vnni, Table, function)                                                                      \
+  PTK_DECLARE_LEVEL(avx512_bf16, Table, function)                                                                      \
   PTK_DECLARE_LEVEL(amx, Table, function)
-#define PTK_LEVELS(function)                                                   \
-  std::array {                                                                 \
-    &::ptk::baseline::function, &::ptk::avx2::function,                        \
-        &::ptk::avx512::function, &::ptk::avx512_vnni::function,               \
-        &::ptk::avx512_bf16::function, &::ptk::amx::function                   \
+#define PTK_LEVELS(function)                                                                                           \
+  std::array {                                                                                                         \
+    &::ptk::baseline::function, &::ptk::avx2::function, &::ptk::avx512::function, &::ptk::avx512_vnni::function,       \
+        &::ptk::avx512_bf16::function, &::ptk::amx::function                                                           \
   }
 #else
-#define PTK_DECLARE_KERNELS(Table, function)                                   \
-  PTK_DECLARE_LEVEL(baseline, Table, function)
-#define PTK_LEVELS(function)                                                   \
-  std::array { &::ptk::baseline::function }
+#define PTK_DECLARE_KERNELS(Table, function) PTK_DECLARE_LEVEL(baseline, Table, function)
+#define PTK_LEVELS(function)                                                                                           \
+  std::array {                                                                                                         \
+    &::ptk::baseline::function                                                                                         \
+  }
 #endif
 
-#define PTK_DISPATCH_AT(isa, function)                                         \
-  (PTK_LEVELS(function)[static_cast<size_t>(isa)]())
+#define PTK_DISPATCH_AT(isa, function) (PTK_LEVELS(function)[static_cast<size_t>(isa)]())
 #define PTK_DISPATCH(function) PTK_DISPATCH_AT(::ptk::active_isa(), function)

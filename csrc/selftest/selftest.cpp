@@ -273,8 +273,8 @@ int main(int argc, char** argv) {
     if (argc > 1) {
       ptk::set_max_isa(argv[1]);
     }
-    std::printf("detected %s, running %s%s; %s\n", ptk::isa_name(ptk::detected_isa()),
-                ptk::isa_name(ptk::active_isa()), ptk::emulated_isa() ? " (emulated)" : "", ptk::cpu_features());
+    std::printf("detected %s, running %s%s; %s\n", ptk::isa_name(ptk::detected_isa()), ptk::isa_name(ptk::active_isa()),
+                ptk::emulated_isa() ? " (emulated)" : "", ptk::cpu_features());
     for (const ptk::DType dtype : {ptk::DType::f64, ptk::DType::f32, ptk::DType::bf16, ptk::DType::f16}) {
       ptk::test_attention(dtype);
       ptk::test_gemm(dtype);

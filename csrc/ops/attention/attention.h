@@ -1,6 +1,7 @@
 // Fused attention: what the kernels are given. Torch-free.
 //
-//   scores[i, j] = scale * <query[i], key[j]> + mask[i, j]      out = softmax(scores) value      lse = logsumexp(scores)
+//   scores[i, j] = scale * <query[i], key[j]> + mask[i, j]      out = softmax(scores) value      lse =
+//   logsumexp(scores)
 //
 // Query head h attends to key and value head h / (heads_q / heads_kv).
 #pragma once
@@ -59,7 +60,7 @@ struct BackwardParams {
   ConstView grad_out;
   const void* grad_lse = nullptr;  // laid out like lse; null when lse was not differentiated
   ConstView query, key, value, out;
-  const void* lse = nullptr;                // as the forward gave it
+  const void* lse = nullptr;              // as the forward gave it
   View grad_query, grad_key, grad_value;  // uninitialised, stride 1 in dim; data is null where not asked for
 };
 
