@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerMultiprocessor)
 
 // Makes a device current for its lifetime and launches on the stream that torch has current there.
 class StreamLauncher {
- public:
+public:
   static constexpr const char* kDevice = "cuda";
 
   static bool owns(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
@@ -47,7 +47,7 @@ class StreamLauncher {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
- private:
+private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -34,7 +34,7 @@ struct Index {
 enum class Order { ascending, descending, shuffled };
 
 class Block {
- public:
+public:
   static constexpr int kWarp = 32;
 
   Block(int threads, Order order) : fibers_(threads), schedule_(threads) {
@@ -62,7 +62,7 @@ class Block {
     return other;
   }
 
- private:
+private:
   enum class Wait { none, warp, block, exited };
 
   struct Fiber {
