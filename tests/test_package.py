@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ptkernels as ptk
-from ptkernels import _backend
+from ptkernels import _backend, _env
 from ptkernels._registry import all_ops, register
 from ptkernels.errors import FallbackWarning
 
@@ -77,8 +77,8 @@ def test_library_that_does_not_load(content: bytes | None, tmp_path: Path) -> No
     ("name", "value"), [("PTKERNELS_BACKEND", "gpu"), ("PTKERNELS_STRICT", "yes"), ("PTKERNELS_MAX_ISA", "sse9")]
 )
 def test_environment_is_checked(name: str, value: str) -> None:
-    result = python("import ptkernels", **{name: value})
-    assert f"ValueError: {name}: got '{value}', expected one of" in result.stderr
+    with pytest.raises(ValueError, match=f"{name}: got '{value}', expected one of"):
+        _env.read({name: value})
 
 
 CALL = "import torch, ptkernels as ptk; x = torch.randn(1, 2, 3, 4)\n"
@@ -100,14 +100,12 @@ def test_unavailable_backend_from_the_environment() -> None:
     assert "BackendError: attention: backend 'cuda' was asked for and cannot run here" in result.stderr
 
 
-def test_strict_from_the_environment() -> None:
-    result = python(CALL + "ptk.attention(x, x, x, dropout_p=0.5)", PTKERNELS_STRICT="1")
-    assert "FallbackError: attention: no kernel for this call: dropout_p > 0" in result.stderr
-
-
-def test_fallback_warns_once() -> None:
-    result = python(CALL + "for _ in range(3): ptk.attention(x, x, x, dropout_p=0.5)")
+def test_fallback_warns_once_and_raises_where_strict() -> None:
+    call = CALL + "for _ in range(3): ptk.attention(x, x, x, dropout_p=0.5)"
+    result = python(call)
     assert result.stderr.count("FallbackWarning: attention: runs on the reference: dropout_p > 0") == 1
+    result = python(call, PTKERNELS_STRICT="1")
+    assert "FallbackError: attention: no kernel for this call: dropout_p > 0" in result.stderr
 
 
 def test_backend_nests_and_is_restored() -> None:

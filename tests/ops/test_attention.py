@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ptkernels as ptk
 from ptkernels.errors import FallbackWarning
-from ptkernels.ops.attention.spec import torch_attention
+from ptkernels.ops.attention.spec import SPEC, torch_attention
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,6 +104,7 @@ def test_rows_without_keys(dtype: torch.dtype, spelling: str) -> None:
     alone = ptk.attention(*alive, keep[~dead], return_lse=True)
     torch.testing.assert_close(out[..., ~dead, :], alone[0], rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-3)
     expected = torch.autograd.grad(alone, alive, [torch.ones_like(result) for result in alone])
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-4
     for grad, want in zip(grads[1:], expected[1:], strict=True):
         torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
 
@@ -232,13 +233,14 @@ def test_lse_gradient(dtype: torch.dtype, causal: bool) -> None:
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     ours = ptk.attention(*tensors, is_causal=causal, return_lse=True)
     want = ptk.reference.attention(*wide, is_causal=causal, return_lse=True)
-    weights = torch.randn(ours[1].shape)
+    weights = torch.randn_like(ours[1])
     for scale_out in (0.0, 1.0):
         sums = [((scale_out * out.sin().sum()) + (lse * weights).sum()) for out, lse in (ours, want)]
         actual = torch.autograd.grad(sums[0], tensors, retain_graph=True)
         expected = torch.autograd.grad(sums[1], wide, retain_graph=True)
         for grad, reference in zip(actual, expected, strict=True):
-            assert error(grad, reference) <= 4 * torch.finfo(dtype).eps * max(reference.abs().max().item(), 1.0)
+            slack = 2 * torch.finfo(dtype).eps + 16 * torch.finfo(weights.dtype).eps
+            assert error(grad, reference) <= slack * max(reference.abs().max().item(), 1.0)
     only_lse = torch.autograd.grad(ours[1].sum(), tensors, retain_graph=True)
     assert not only_lse[2].any()
 
@@ -343,7 +345,7 @@ def test_expanded_inputs_are_not_copied() -> None:
     torch.testing.assert_close(*grads)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     """Within the error rule of float32 for whatever sizes, heads, masks and layouts come together."""
@@ -376,9 +378,16 @@ def test_any_shape(data: st.DataObject) -> None:
 
     expected = run(ptk.reference.attention, torch.float64)
     peer, ours = run(torch_attention, torch.float32), run(ptk.attention, torch.float32)
-    for actual, other, reference in zip(ours, peer, expected, strict=True):
-        magnitude = reference.abs().max().item() if reference.numel() else 0.0
-        assert error(actual, reference) <= 2 * error(other, reference) + 4e-7 * magnitude
+    sizes = [reference.abs().max().item() if reference.numel() else 0.0 for reference in expected]
+    for index, (actual, other, reference) in enumerate(zip(ours, peer, expected, strict=True)):
+        bound = SPEC.tolerances.bound(
+            peer_error=error(other, reference),
+            magnitude=sizes[index],
+            largest=max(sizes[1:]) if index else sizes[0],
+            dtype=torch.float32,
+            gradient=index > 0,
+        )
+        assert error(actual, reference) <= bound
 
 
 # Numbers

@@ -136,8 +136,8 @@ def attention(
                     with _BelowAutograd():
                         result = _op(query, key, value, attn_mask, is_causal, scale)
                 return result if return_lse else result[0]  # type: ignore[no-any-return]
-        except Exception:
-            pass
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            pass  # what bad arguments raise and no more: checkpointing, for one, stops a recomputation by an exception
     out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return (out, lse) if return_lse else out
 
@@ -164,6 +164,6 @@ def _attention(
                 return reference.attention(*args, return_lse=True)
         call = shapes.normalize(query, key, value, attn_mask, enable_gqa)
         return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, is_causal, scale))
-    except Exception:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise

@@ -68,9 +68,13 @@ class _Draw:
         return torch.rand(shape, generator=self.generator, device=self.generator.device) < 0.7
 
     def blocked(self, value: float, dtype: torch.dtype) -> Tensor:
-        """``value``, cast to the dtype, where attention is refused and in all of row 0; 0 elsewhere."""
+        """``value``, cast to the dtype, where attention is refused; 0 elsewhere.
+
+        All of row 0 is refused where the scores are lost in such a value whatever the precision: the row is then the
+        mean, or nothing for -inf. A smaller value leaves some of the scores, by how they happen to be rounded.
+        """
         refused = ~self.keep(*self.shape[2:])
-        refused[:1] = True
+        refused[:1] = value <= -1e30
         return (
             torch.zeros(refused.shape, dtype=torch.float64, device=refused.device).masked_fill(refused, value).to(dtype)
         )
