@@ -87,6 +87,7 @@ class Tolerances:
     gradient: float = 2.0
     ulps: float = 2.0
     internal_ulps: float = 8.0
+    internal_ulps_float64: float = 64.0
 
     def bound(
         self,
@@ -101,7 +102,8 @@ class Tolerances:
         factor = self.gradient if gradient else self.forward
         internal = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         slack = self.ulps * torch.finfo(dtype).eps * magnitude
-        slack += self.internal_ulps * internal * (magnitude if largest is None else largest)
+        internal *= self.internal_ulps_float64 if dtype == torch.float64 else self.internal_ulps
+        slack += internal * (magnitude if largest is None else largest)
         return factor * peer_error + slack
 
 

@@ -515,6 +515,19 @@ def test_double_backward_with_lse_and_mask() -> None:
     assert torch.autograd.gradgradcheck(lambda *args: call(*args)[1], tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("frozen", [{"query"}, {"key", "value"}, {"value"}], ids=str)
+def test_double_backward_with_frozen_operands(frozen: set[str]) -> None:
+    names = ("query", "key", "value")
+    tensors = dict(zip(names, operands(3, 4, 2, dtype=torch.float64), strict=True))
+    needed = [tensors[name].requires_grad_() for name in names if name not in frozen]
+
+    def call(*args: Tensor) -> Tensor:
+        given = iter(args)
+        return ptk.attention(*(tensors[name] if name in frozen else next(given) for name in names))
+
+    assert torch.autograd.gradgradcheck(call, needed, fast_mode=True)
+
+
 def test_forward_mode_outside_functorch() -> None:
     query, key, value = operands(3, 4, dtype=torch.float64)
     tangent = torch.randn_like(key)

@@ -194,6 +194,7 @@ def _autograd_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     if reason := uncovered(query, key, value, attn_mask):
+        check_op_inputs(query, key, value, attn_mask, scale)
         _backend.fallback(OP, reason)
         return reference.attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True, return_lse=True
