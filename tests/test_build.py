@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 def build_in_place() -> str:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout[-10000:]
+    return result.stdout
 
 
 def test_second_build_does_nothing() -> None:
@@ -32,7 +34,8 @@ def test_second_build_does_nothing() -> None:
 @pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout[-10000:]
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
