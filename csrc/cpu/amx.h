@@ -40,13 +40,13 @@ public:
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }
-  TileScope(const TileScope &) = delete;
-  TileScope &operator=(const TileScope &) = delete;
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
 };
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA
 
-#else // PTK_EMULATE
+#else  // PTK_EMULATE
 
 namespace ptk::PTK_ISA {
 
@@ -62,69 +62,58 @@ struct Tile {
 };
 static thread_local Tile tiles[8];
 
-PTK_INLINE void tile_load(Tile &t, const void *p, int64_t stride) {
+PTK_INLINE void tile_load(Tile& t, const void* p, int64_t stride) {
   for (int i = 0; i < PTK_TILE_ROWS; ++i)
-    std::memcpy(t.row[i], static_cast<const uint8_t *>(p) + i * stride,
-                PTK_TILE_BYTES);
+    std::memcpy(t.row[i], static_cast<const uint8_t*>(p) + i * stride, PTK_TILE_BYTES);
 }
-PTK_INLINE void tile_store(const Tile &t, void *p, int64_t stride) {
-  for (int i = 0; i < PTK_TILE_ROWS; ++i)
-    std::memcpy(static_cast<uint8_t *>(p) + i * stride, t.row[i],
-                PTK_TILE_BYTES);
+PTK_INLINE void tile_store(const Tile& t, void* p, int64_t stride) {
+  for (int i = 0; i < PTK_TILE_ROWS; ++i) std::memcpy(static_cast<uint8_t*>(p) + i * stride, t.row[i], PTK_TILE_BYTES);
 }
 
-static inline void tile_dp_bf16(Tile &c, const Tile &a, const Tile &b) {
-  auto *sum = reinterpret_cast<float (*)[16]>(c.row);
-  auto *left = reinterpret_cast<const bf16(*)[32]>(a.row);
-  auto *right = reinterpret_cast<const bf16(*)[32]>(b.row);
+static inline void tile_dp_bf16(Tile& c, const Tile& a, const Tile& b) {
+  auto* sum = reinterpret_cast<float (*)[16]>(c.row);
+  auto* left = reinterpret_cast<const bf16(*)[32]>(a.row);
+  auto* right = reinterpret_cast<const bf16(*)[32]>(b.row);
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < 16; ++n)
-        sum[m][n] +=
-            to_float(left[m][2 * k]) * to_float(right[k][2 * n]) +
-            to_float(left[m][2 * k + 1]) * to_float(right[k][2 * n + 1]);
+        sum[m][n] += to_float(left[m][2 * k]) * to_float(right[k][2 * n]) +
+                     to_float(left[m][2 * k + 1]) * to_float(right[k][2 * n + 1]);
 }
 
 template <class A>
-static inline void tile_dp_8bit(Tile &c, const Tile &a, const Tile &b) {
-  auto *sum = reinterpret_cast<int32_t (*)[16]>(c.row);
-  auto *left = reinterpret_cast<const A(*)[64]>(a.row);
-  auto *right = reinterpret_cast<const int8_t (*)[64]>(b.row);
+static inline void tile_dp_8bit(Tile& c, const Tile& a, const Tile& b) {
+  auto* sum = reinterpret_cast<int32_t (*)[16]>(c.row);
+  auto* left = reinterpret_cast<const A(*)[64]>(a.row);
+  auto* right = reinterpret_cast<const int8_t (*)[64]>(b.row);
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < 16; ++n)
         for (int q = 0; q < 4; ++q)
-          sum[m][n] += static_cast<int32_t>(left[m][4 * k + q]) *
-                       static_cast<int32_t>(right[k][4 * n + q]);
+          sum[m][n] += static_cast<int32_t>(left[m][4 * k + q]) * static_cast<int32_t>(right[k][4 * n + q]);
 }
 
-} // namespace emulated
-} // namespace ptk::PTK_ISA
+}  // namespace emulated
+}  // namespace ptk::PTK_ISA
 
 #define PTK_TILE_ZERO(t) (emulated::tiles[t] = {})
-#define PTK_TILE_LOAD(t, p, stride)                                            \
-  emulated::tile_load(emulated::tiles[t], p, stride)
-#define PTK_TILE_STORE(t, p, stride)                                           \
-  emulated::tile_store(emulated::tiles[t], p, stride)
-#define PTK_TILE_DP_BF16(c, a, b)                                              \
-  emulated::tile_dp_bf16(emulated::tiles[c], emulated::tiles[a],               \
-                         emulated::tiles[b])
-#define PTK_TILE_DP_S8S8(c, a, b)                                              \
-  emulated::tile_dp_8bit<int8_t>(emulated::tiles[c], emulated::tiles[a],       \
-                                 emulated::tiles[b])
-#define PTK_TILE_DP_U8S8(c, a, b)                                              \
-  emulated::tile_dp_8bit<uint8_t>(emulated::tiles[c], emulated::tiles[a],      \
-                                  emulated::tiles[b])
+#define PTK_TILE_LOAD(t, p, stride) emulated::tile_load(emulated::tiles[t], p, stride)
+#define PTK_TILE_STORE(t, p, stride) emulated::tile_store(emulated::tiles[t], p, stride)
+#define PTK_TILE_DP_BF16(c, a, b) emulated::tile_dp_bf16(emulated::tiles[c], emulated::tiles[a], emulated::tiles[b])
+#define PTK_TILE_DP_S8S8(c, a, b)                                                                                      \
+  emulated::tile_dp_8bit<int8_t>(emulated::tiles[c], emulated::tiles[a], emulated::tiles[b])
+#define PTK_TILE_DP_U8S8(c, a, b)                                                                                      \
+  emulated::tile_dp_8bit<uint8_t>(emulated::tiles[c], emulated::tiles[a], emulated::tiles[b])
 
-#endif // PTK_EMULATE
+#endif  // PTK_EMULATE
 
-#else // no tiles at this level
+#else  // no tiles at this level
 
 namespace ptk::PTK_ISA {
 struct TileScope {
   TileScope() {}
   ~TileScope() {}
 };
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA
 
 #endif

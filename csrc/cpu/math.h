@@ -19,7 +19,8 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 //
 // Degree 6: < 1.1 ULP. Degree 4: relative error 2.9e-6, enough where the result
 // is rounded to 16 bits.
-template <int Degree = 6> PTK_INLINE Vec<float> exp2(Vec<float> x) {
+template <int Degree = 6>
+PTK_INLINE Vec<float> exp2(Vec<float> x) {
   static_assert(Degree == 4 || Degree == 6);
   constexpr float kMagic = 0x1.8p23f + 127.0f;
   x = max(broadcast(-127.0f), x);
@@ -43,7 +44,8 @@ template <int Degree = 6> PTK_INLINE Vec<float> exp2(Vec<float> x) {
 
 // Taylor of exp(r ln 2) to degree 13: truncation below 2^-57, < 1.5 ULP with
 // rounding.
-template <int Degree = 13> PTK_INLINE Vec<double> exp2(Vec<double> x) {
+template <int Degree = 13>
+PTK_INLINE Vec<double> exp2(Vec<double> x) {
   constexpr double kMagic = 0x1.8p52 + 1023.0;
   x = max(broadcast(-1023.0), x);
   Vec<double> shifted = x + kMagic;
@@ -64,4 +66,4 @@ template <int Degree = 13> PTK_INLINE Vec<double> exp2(Vec<double> x) {
   return p * bit_cast<Vec<double>>(bit_cast<Vec<int64_t>>(shifted) << 52);
 }
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

@@ -9,7 +9,7 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kKeep = size_t{64} << 20;
 
 struct Block {
-  void *data = nullptr;
+  void* data = nullptr;
   size_t bytes = 0;
 
   void release() {
@@ -22,9 +22,9 @@ struct Block {
 
 thread_local Block block;
 
-} // namespace
+}  // namespace
 
-void *thread_scratch(size_t bytes) noexcept {
+void* thread_scratch(size_t bytes) noexcept {
   if (bytes > block.bytes) {
     block.release();
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -35,8 +35,7 @@ void *thread_scratch(size_t bytes) noexcept {
 }
 
 void release_large_scratch() noexcept {
-  if (block.bytes > kKeep)
-    block.release();
+  if (block.bytes > kKeep) block.release();
 }
 
-} // namespace ptk
+}  // namespace ptk

@@ -9,7 +9,7 @@ namespace ptk {
 // At least `bytes`, aligned to 64, uninitialised; null when memory ran out.
 // Valid until the thread's next call. A block above 64 MiB is given back by
 // release_large_scratch() instead of being kept.
-void *thread_scratch(size_t bytes) noexcept;
+void* thread_scratch(size_t bytes) noexcept;
 void release_large_scratch() noexcept;
 
-} // namespace ptk
+}  // namespace ptk

@@ -47,82 +47,79 @@ struct f16 {
   uint16_t bits;
 };
 
-} // namespace ptk
+}  // namespace ptk
 
 namespace ptk::PTK_ISA {
 
-inline constexpr int kVectorBytes = PTK_ISA_LEVEL >= 2   ? 64
-                                    : PTK_ISA_LEVEL == 1 ? 32
-                                                         : 16;
+inline constexpr int kVectorBytes = PTK_ISA_LEVEL >= 2 ? 64 : PTK_ISA_LEVEL == 1 ? 32 : 16;
 
-template <class T, int Bytes> struct VectorOf {
+template <class T, int Bytes>
+struct VectorOf {
   typedef T type __attribute__((vector_size(Bytes)));
-  typedef T unaligned
-      __attribute__((vector_size(Bytes), aligned(1), may_alias));
+  typedef T unaligned __attribute__((vector_size(Bytes), aligned(1), may_alias));
 };
-template <class T> using Vec = typename VectorOf<T, kVectorBytes>::type;
+template <class T>
+using Vec = typename VectorOf<T, kVectorBytes>::type;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 // ---- loads and stores
 // -------------------------------------------------------------------------------------------
 
-template <class T> PTK_INLINE Vec<T> load(const T *p) {
-  return *reinterpret_cast<
-      const typename VectorOf<T, kVectorBytes>::unaligned *>(p);
+template <class T>
+PTK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T, kVectorBytes>::unaligned*>(p);
 }
 
-template <class T> PTK_INLINE void store(T *p, Vec<T> v) {
-  *reinterpret_cast<typename VectorOf<T, kVectorBytes>::unaligned *>(p) = v;
+template <class T>
+PTK_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T, kVectorBytes>::unaligned*>(p) = v;
 }
 
 // x - 0 keeps the sign of a zero, which 0 + x would not.
-template <class T> PTK_INLINE Vec<T> broadcast(T x) { return x - Vec<T>{}; }
+template <class T>
+PTK_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
 
-template <class T> PTK_INLINE Vec<T> iota() {
+template <class T>
+PTK_INLINE Vec<T> iota() {
   Vec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i)
-    v[i] = static_cast<T>(i);
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(i);
   return v;
 }
 
 // The first n lanes of memory, zeros behind them; nothing past p[n - 1] is
 // touched.
-template <class T> PTK_INLINE Vec<T> load_partial(const T *p, int64_t n) {
-  if (n >= kLanes<T>)
-    return load(p);
+template <class T>
+PTK_INLINE Vec<T> load_partial(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load(p);
 #if PTK_X86_AVX512
   if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_loadu_epi32(
-        static_cast<__mmask16>((1u << n) - 1), p);
+    return (Vec<T>)_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), p);
   } else if constexpr (sizeof(T) == 8) {
-    return (Vec<T>)_mm512_maskz_loadu_epi64(
-        static_cast<__mmask8>((1u << n) - 1), p);
+    return (Vec<T>)_mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << n) - 1), p);
   } else
 #endif
   {
     Vec<T> v{};
-    for (int64_t i = 0; i < n; ++i)
-      v[i] = p[i];
+    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
     return v;
   }
 }
 
-template <class T> PTK_INLINE void store_partial(T *p, Vec<T> v, int64_t n) {
-  if (n >= kLanes<T>)
-    return store(p, v);
+template <class T>
+PTK_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) return store(p, v);
 #if PTK_X86_AVX512
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1),
-                             (__m512i)v);
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1), (__m512i)v);
   } else if constexpr (sizeof(T) == 8) {
-    _mm512_mask_storeu_epi64(p, static_cast<__mmask8>((1u << n) - 1),
-                             (__m512i)v);
+    _mm512_mask_storeu_epi64(p, static_cast<__mmask8>((1u << n) - 1), (__m512i)v);
   } else
 #endif
   {
-    for (int64_t i = 0; i < n; ++i)
-      p[i] = v[i];
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
   }
 }
 
@@ -131,38 +128,38 @@ template <class T> PTK_INLINE void store_partial(T *p, Vec<T> v, int64_t n) {
 
 // Returns b where the comparison is false, so a NaN in b survives. (GCC finds
 // the instruction behind the conditional at 16 and 32 bytes, not at 64.)
-template <class V> PTK_INLINE V max(V a, V b) {
+template <class V>
+PTK_INLINE V max(V a, V b) {
 #if PTK_X86_AVX512
-  if constexpr (std::is_same_v<V, Vec<float>>)
-    return (V)_mm512_max_ps((__m512)a, (__m512)b);
-  if constexpr (std::is_same_v<V, Vec<double>>)
-    return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
 #endif
   return a > b ? a : b;
 }
 
-template <class To, class V> PTK_INLINE To bit_cast(V v) {
+template <class To, class V>
+PTK_INLINE To bit_cast(V v) {
   static_assert(sizeof(To) == sizeof(V));
   To out;
   std::memcpy(&out, &v, sizeof(To));
   return out;
 }
 
-template <class T> PTK_INLINE T reduce_add(Vec<T> v) {
+template <class T>
+PTK_INLINE T reduce_add(Vec<T> v) {
   T lane[kLanes<T>];
   std::memcpy(lane, &v, sizeof v);
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lane[i] += lane[i + half];
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
 
-template <class T> PTK_INLINE T reduce_max(Vec<T> v) {
+template <class T>
+PTK_INLINE T reduce_max(Vec<T> v) {
   T lane[kLanes<T>];
   std::memcpy(lane, &v, sizeof v);
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   return lane[0];
 }
 
@@ -178,8 +175,7 @@ PTK_INLINE float to_float(bf16 x) {
 
 PTK_INLINE bf16 to_bf16(float x) {
   uint32_t u = bit_cast<uint32_t>(x);
-  if (x != x)
-    return {static_cast<uint16_t>((u >> 16) | 0x40)};
+  if (x != x) return {static_cast<uint16_t>((u >> 16) | 0x40)};
   return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
 
@@ -188,8 +184,7 @@ PTK_INLINE bf16 to_bf16(float x) {
 PTK_INLINE float to_float(f16 x) {
   uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   float f = bit_cast<float>(magnitude) * 0x1p112f;
-  uint32_t u = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u
-                                        : bit_cast<uint32_t>(f);
+  uint32_t u = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bit_cast<uint32_t>(f);
   return bit_cast<float>(u | static_cast<uint32_t>(x.bits & 0x8000) << 16);
 }
 
@@ -197,24 +192,20 @@ PTK_INLINE f16 to_f16(float x) {
   uint32_t u = bit_cast<uint32_t>(x);
   uint16_t sign = static_cast<uint16_t>(u >> 16 & 0x8000);
   u &= 0x7fffffff;
-  if (u > 0x7f800000)
-    return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (u >= 0x477ff000)
-    return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (u > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (u >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
   if (u < 0x38800000) {
     // Adding 0.5 leaves the subnormal's bits, rounded to nearest even by the
     // FPU, in the low mantissa.
     float shifted = bit_cast<float>(u) + 0.5f;
-    return {static_cast<uint16_t>(sign |
-                                  (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+    return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
   }
   u += 0xfff + (u >> 13 & 1);
   return {static_cast<uint16_t>(sign | ((u - 0x38000000u) >> 13))};
 }
 
 PTK_INLINE Vec<float> widen_bf16(HalfBits bits) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>)
-                              << 16);
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
 PTK_INLINE Vec<float> widen_f16(HalfBits bits) {
@@ -224,8 +215,7 @@ PTK_INLINE Vec<float> widen_f16(HalfBits bits) {
   return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
 #else
   Vec<float> v;
-  for (int i = 0; i < kLanes<float>; ++i)
-    v[i] = to_float(f16{bits[i]});
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(f16{bits[i]});
   return v;
 #endif
 }
@@ -243,14 +233,12 @@ PTK_INLINE HalfBits narrow_bf16(Vec<float> v) {
 
 PTK_INLINE HalfBits narrow_f16(Vec<float> v) {
 #if PTK_X86_AVX512
-  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT |
-                                                  _MM_FROUND_NO_EXC);
+  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif PTK_ISA_LEVEL == 1
   return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   HalfBits bits;
-  for (int i = 0; i < kLanes<float>; ++i)
-    bits[i] = to_f16(v[i]).bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = to_f16(v[i]).bits;
   return bits;
 #endif
 }
@@ -262,55 +250,54 @@ PTK_INLINE HalfBits narrow_f16(Vec<float> v) {
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class T> PTK_INLINE Vec<Acc<T>> load_as(const T *p) {
+template <class T>
+PTK_INLINE Vec<Acc<T>> load_as(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
-    return widen_bf16(*reinterpret_cast<const HalfBitsUnaligned *>(p));
+    return widen_bf16(*reinterpret_cast<const HalfBitsUnaligned*>(p));
   } else if constexpr (std::is_same_v<T, f16>) {
-    return widen_f16(*reinterpret_cast<const HalfBitsUnaligned *>(p));
+    return widen_f16(*reinterpret_cast<const HalfBitsUnaligned*>(p));
   } else {
     return load(p);
   }
 }
 
 template <class T>
-PTK_INLINE Vec<Acc<T>> load_as_partial(const T *p, int64_t n) {
-  if (n >= kLanes<Acc<T>>)
-    return load_as(p);
+PTK_INLINE Vec<Acc<T>> load_as_partial(const T* p, int64_t n) {
+  if (n >= kLanes<Acc<T>>) return load_as(p);
   if constexpr (sizeof(T) == 2) {
     T buffer[kLanes<float>] = {};
-    for (int64_t i = 0; i < n; ++i)
-      buffer[i] = p[i];
+    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
     return load_as(buffer);
   } else {
     return load_partial(p, n);
   }
 }
 
-template <class T> PTK_INLINE void store_as(T *p, Vec<Acc<T>> v) {
+template <class T>
+PTK_INLINE void store_as(T* p, Vec<Acc<T>> v) {
   if constexpr (std::is_same_v<T, bf16>) {
-    *reinterpret_cast<HalfBitsUnaligned *>(p) = narrow_bf16(v);
+    *reinterpret_cast<HalfBitsUnaligned*>(p) = narrow_bf16(v);
   } else if constexpr (std::is_same_v<T, f16>) {
-    *reinterpret_cast<HalfBitsUnaligned *>(p) = narrow_f16(v);
+    *reinterpret_cast<HalfBitsUnaligned*>(p) = narrow_f16(v);
   } else {
     store(p, v);
   }
 }
 
 template <class T>
-PTK_INLINE void store_as_partial(T *p, Vec<Acc<T>> v, int64_t n) {
-  if (n >= kLanes<Acc<T>>)
-    return store_as(p, v);
+PTK_INLINE void store_as_partial(T* p, Vec<Acc<T>> v, int64_t n) {
+  if (n >= kLanes<Acc<T>>) return store_as(p, v);
   if constexpr (sizeof(T) == 2) {
     T buffer[kLanes<float>];
     store_as(buffer, v);
-    for (int64_t i = 0; i < n; ++i)
-      p[i] = buffer[i];
+    for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
   } else {
     store_partial(p, v, n);
   }
 }
 
-template <class T> PTK_INLINE Acc<T> load_scalar(const T *p) {
+template <class T>
+PTK_INLINE Acc<T> load_scalar(const T* p) {
   if constexpr (sizeof(T) == 2) {
     return to_float(*p);
   } else {
@@ -318,7 +305,8 @@ template <class T> PTK_INLINE Acc<T> load_scalar(const T *p) {
   }
 }
 
-template <class T> PTK_INLINE T round_to(Acc<T> x) {
+template <class T>
+PTK_INLINE T round_to(Acc<T> x) {
   if constexpr (std::is_same_v<T, bf16>) {
     return to_bf16(x);
   } else if constexpr (std::is_same_v<T, f16>) {
@@ -335,16 +323,17 @@ namespace detail {
 
 // Stage `Step` of the butterfly swaps, between rows i and i + Step, the lanes
 // whose index has that bit.
-template <int Step, int N> constexpr int swap_low(int lane) {
+template <int Step, int N>
+constexpr int swap_low(int lane) {
   return lane & Step ? lane - Step + N : lane;
 }
-template <int Step, int N> constexpr int swap_high(int lane) {
+template <int Step, int N>
+constexpr int swap_high(int lane) {
   return lane & Step ? lane + N : lane + Step;
 }
 
 template <class T, int Step, int... I>
-PTK_INLINE void swap_halves(Vec<T> &a, Vec<T> &b,
-                            std::integer_sequence<int, I...>) {
+PTK_INLINE void swap_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<T>;
   Vec<T> low = __builtin_shufflevector(a, b, swap_low<Step, n>(I)...);
   b = __builtin_shufflevector(a, b, swap_high<Step, n>(I)...);
@@ -356,17 +345,16 @@ PTK_INLINE void transpose_stage(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (Step > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; ++i)
-      if (!(i & Step))
-        swap_halves<T, Step>(rows[i], rows[i + Step],
-                             std::make_integer_sequence<int, kLanes<T>>{});
+      if (!(i & Step)) swap_halves<T, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes<T>>{});
     transpose_stage<T, Step / 2>(rows);
   }
 }
 
-} // namespace detail
+}  // namespace detail
 
-template <class T> PTK_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+template <class T>
+PTK_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   detail::transpose_stage<T, kLanes<T> / 2>(rows);
 }
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

@@ -24,24 +24,20 @@ inline constexpr int64_t kMaxGemmBlocks = 64;
 namespace detail {
 
 template <class T, int M, class Epilogue>
-PTK_INLINE void vector_kernel(const GemmBlock<T> *blocks, int64_t count,
-                              int64_t k, int64_t lda, int64_t row,
-                              int64_t column, int64_t columns,
-                              Epilogue &epilogue) {
+PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                              int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr Multiply multiply = GemmTraits<T>::kMultiply;
   if constexpr (multiply == Multiply::fma) {
     fma_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
 #if PTK_ISA_LEVEL == 4
   if constexpr (multiply == Multiply::dot_bf16) {
-    dot_bf16_kernel<T, M>(blocks, count, k, lda, row, column, columns,
-                          epilogue);
+    dot_bf16_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
 #endif
 #if PTK_ISA_LEVEL < 5
   if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8) {
-    dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns,
-                          epilogue);
+    dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
 #endif
 }
@@ -54,82 +50,66 @@ inline constexpr int kLargestTail = GemmTraits<T>::kMr > 8   ? 8
                                                              : 1;
 
 template <class T, int M, class Epilogue>
-static inline void tail_rows(const GemmBlock<T> *blocks, int64_t count,
-                             int64_t k, int64_t lda, int64_t row, int64_t rows,
-                             int64_t column, int64_t columns,
-                             Epilogue &epilogue) {
+static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                             int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
   if constexpr (M > 0) {
     if (rows >= M) {
-      vector_kernel<T, M>(blocks, count, k, lda, row, column, columns,
-                          epilogue);
+      vector_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
       row += M;
       rows -= M;
     }
-    if (rows > 0)
-      tail_rows<T, M / 2>(blocks, count, k, lda, row, rows, column, columns,
-                          epilogue);
+    if (rows > 0) tail_rows<T, M / 2>(blocks, count, k, lda, row, rows, column, columns, epilogue);
   }
 }
 
 template <class T>
-inline constexpr bool kUsesTiles =
-    GemmTraits<T>::kKStep * sizeof(Element<T>) == 64;
+inline constexpr bool kUsesTiles = GemmTraits<T>::kKStep * sizeof(Element<T>) == 64;
 
 // Types that are widened at packing share the kernels of the type they are
 // widened to.
 template <class T>
-using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma,
-                                      Element<T>, T>;
+using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma, Element<T>, T>;
 
 template <class T, class Epilogue>
-static void gemm_panels(int64_t m, int64_t n, int64_t k,
-                        const GemmBlock<T> *blocks, int64_t count, int64_t lda,
+static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
                         int64_t panel_stride, Epilogue epilogue) {
   constexpr int mr = GemmTraits<T>::kMr, nr = GemmTraits<T>::kNr;
   GemmBlock<T> panel[kMaxGemmBlocks];
   k = padded_k<T>(k);
   for (int64_t n0 = 0; n0 < n; n0 += nr) {
     const int64_t offset = n0 / nr * panel_stride;
-    for (int64_t i = 0; i < count; ++i)
-      panel[i] = {blocks[i].a, blocks[i].b + offset};
+    for (int64_t i = 0; i < count; ++i) panel[i] = {blocks[i].a, blocks[i].b + offset};
     const int64_t columns = n - n0 < nr ? n - n0 : nr;
     int64_t row = 0;
 #if PTK_ISA_LEVEL >= 5
     if constexpr (kUsesTiles<T>) {
       for (; row < m; row += mr)
-        tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr,
-                       n0, columns, epilogue);
+        tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr, n0, columns, epilogue);
       continue;
     }
 #endif
     if constexpr (!kUsesTiles<T>) {
-      for (; row + mr <= m; row += mr)
-        vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
-      if (row < m)
-        tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0,
-                                      columns, epilogue);
+      for (; row + mr <= m; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
+      if (row < m) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
     }
   }
 }
 
-} // namespace detail
+}  // namespace detail
 
 // C[0:m, 0:n] over `count` <= kMaxGemmBlocks blocks of depth k; panel p of
 // block i lies at blocks[i].b + p * panel_stride. For tiled types the caller
 // holds a TileScope.
 template <class T, class Epilogue>
-PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k,
-                     const GemmBlock<T> *blocks, int64_t count, int64_t lda,
-                     int64_t panel_stride, const Epilogue &epilogue) {
-  detail::gemm_panels<detail::KernelType<T>>(m, n, k, blocks, count, lda,
-                                             panel_stride, epilogue);
+PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
+                     int64_t panel_stride, const Epilogue& epilogue) {
+  detail::gemm_panels<detail::KernelType<T>>(m, n, k, blocks, count, lda, panel_stride, epilogue);
 }
 
 // One block.
 template <class T, class Epilogue>
-PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const Element<T> *a,
-                     int64_t lda, const ElementB<T> *b, int64_t panel_stride,
-                     const Epilogue &epilogue) {
+PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
+                     int64_t panel_stride, const Epilogue& epilogue) {
   const GemmBlock<T> block{a, b};
   gemm<T>(m, n, k, &block, 1, lda, panel_stride, epilogue);
 }
@@ -138,31 +118,29 @@ PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const Element<T> *a,
 // ----------------------------------------------------------------------------------------------------
 
 // C = sums
-template <class S> struct StoreSums {
-  S *c;
+template <class S>
+struct StoreSums {
+  S* c;
   int64_t ld;
   struct Target {
-    S *data;
+    S* data;
     int64_t ld;
   };
-  Target tile_target(int64_t row, int64_t column) const {
-    return {c + row * ld + column, ld};
-  }
-  inline __attribute__((always_inline)) void
-  operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
+  Target tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
     store_partial(c + row * ld + column, sums, valid);
   }
 };
 
 // C += sums
-template <class S> struct AddSums {
-  S *c;
+template <class S>
+struct AddSums {
+  S* c;
   int64_t ld;
-  inline __attribute__((always_inline)) void
-  operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
-    S *p = c + row * ld + column;
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
+    S* p = c + row * ld + column;
     store_partial(p, load_partial(p, valid) + sums, valid);
   }
 };
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

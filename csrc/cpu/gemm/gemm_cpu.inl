@@ -21,30 +21,27 @@ namespace {
 
 constexpr int64_t kM = 192, kN = 512, kDepth = 256;
 
-template <class T> using OutOf = std::conditional_t<sizeof(T) == 1, int32_t, T>;
+template <class T>
+using OutOf = std::conditional_t<sizeof(T) == 1, int32_t, T>;
 template <class T>
 using SourceB = std::conditional_t<sizeof(T) == 1, int8_t, T>;
 
 // One item's last step: partial sums + bias, activation, conversion.
-template <class T> struct Finish {
+template <class T>
+struct Finish {
   static constexpr bool kLarge = true;
-  const Sum<T> *partial;
+  const Sum<T>* partial;
   int64_t ld_partial;
-  const Sum<T> *bias;
+  const Sum<T>* bias;
   bool relu;
-  OutOf<T> *c;
+  OutOf<T>* c;
   int64_t ld;
 
-  inline __attribute__((always_inline)) void operator()(int64_t row,
-                                                        int64_t column,
-                                                        Vec<Sum<T>> sums,
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<Sum<T>> sums,
                                                         int64_t valid) const {
-    if (partial)
-      sums += load_partial(partial + row * ld_partial + column, valid);
-    if (bias)
-      sums += load_partial(bias + column, valid);
-    if (relu)
-      sums = max(Vec<Sum<T>>{}, sums);
+    if (partial) sums += load_partial(partial + row * ld_partial + column, valid);
+    if (bias) sums += load_partial(bias + column, valid);
+    if (relu) sums = max(Vec<Sum<T>>{}, sums);
     if constexpr (sizeof(T) == 1) {
       store_partial(c + row * ld + column, sums, valid);
     } else {
@@ -53,86 +50,70 @@ template <class T> struct Finish {
   }
 };
 
-template <class T> struct Product {
-  const GemmProblem &p;
+template <class T>
+struct Product {
+  const GemmProblem& p;
   const int64_t depth_steps = (p.k + kDepth - 1) / kDepth;
-  const int64_t panel_stride =
-      padded_k<T>(p.k < kDepth ? p.k : kDepth) * GemmTraits<T>::kNr;
-  const int64_t step_stride =
-      panel_stride * (padded_n<T>(p.n) / GemmTraits<T>::kNr);
-  ElementB<T> *packed_b = nullptr;
+  const int64_t panel_stride = padded_k<T>(p.k < kDepth ? p.k : kDepth) * GemmTraits<T>::kNr;
+  const int64_t step_stride = panel_stride * (padded_n<T>(p.n) / GemmTraits<T>::kNr);
+  ElementB<T>* packed_b = nullptr;
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  int64_t packed_b_elements() const {
-    return step_stride * depth_steps * p.reduce;
-  }
+  int64_t packed_b_elements() const { return step_stride * depth_steps * p.reduce; }
 
   void pack_panel(int64_t r, int64_t step, int64_t panel) const {
-    const auto *b = static_cast<const SourceB<T> *>(p.b) + r * p.stride_b[0];
+    const auto* b = static_cast<const SourceB<T>*>(p.b) + r * p.stride_b[0];
     const int64_t k0 = step * kDepth, n0 = panel * GemmTraits<T>::kNr;
     const int64_t k = least(kDepth, p.k - k0);
-    pack_b_panel<T>(b + k0 * p.stride_b[1] + n0 * p.stride_b[2], p.stride_b[1],
-                    p.stride_b[2], k, least(GemmTraits<T>::kNr, p.n - n0),
-                    packed_b + (r * depth_steps + step) * step_stride +
-                        panel * panel_stride,
-                    padded_k<T>(k));
+    pack_b_panel<T>(b + k0 * p.stride_b[1] + n0 * p.stride_b[2], p.stride_b[1], p.stride_b[2], k,
+                    least(GemmTraits<T>::kNr, p.n - n0),
+                    packed_b + (r * depth_steps + step) * step_stride + panel * panel_stride, padded_k<T>(k));
   }
 
   static constexpr int64_t kLda = kDepth + 64 / sizeof(Element<T>);
-  static constexpr size_t kScratch =
-      kM * kLda * sizeof(Element<T>) + kM * kN * sizeof(Sum<T>) + 64;
+  static constexpr size_t kScratch = kM * kLda * sizeof(Element<T>) + kM * kN * sizeof(Sum<T>) + 64;
 
-  void item(int64_t m0, int64_t n0, void *scratch) const {
-    auto *partial = static_cast<Sum<T> *>(scratch);
-    auto *packed_a = reinterpret_cast<Element<T> *>(partial + kM * kN);
+  void item(int64_t m0, int64_t n0, void* scratch) const {
+    auto* partial = static_cast<Sum<T>*>(scratch);
+    auto* packed_a = reinterpret_cast<Element<T>*>(partial + kM * kN);
     const int64_t m = least(kM, p.m - m0), n = least(kN, p.n - n0);
     TileScope tiles;
     const int64_t steps = p.reduce * depth_steps;
     for (int64_t i = 0; i < steps; ++i) {
-      const int64_t r = i / depth_steps, k0 = i % depth_steps * kDepth,
-                    k = least(kDepth, p.k - k0);
-      const auto *a = static_cast<const T *>(p.a) + r * p.stride_a[0] +
-                      m0 * p.stride_a[1] + k0 * p.stride_a[2];
+      const int64_t r = i / depth_steps, k0 = i % depth_steps * kDepth, k = least(kDepth, p.k - k0);
+      const auto* a = static_cast<const T*>(p.a) + r * p.stride_a[0] + m0 * p.stride_a[1] + k0 * p.stride_a[2];
       pack_a<T>(a, p.stride_a[1], p.stride_a[2], m, k, packed_a, kLda);
-      const ElementB<T> *b =
-          packed_b + i * step_stride + n0 / GemmTraits<T>::kNr * panel_stride;
+      const ElementB<T>* b = packed_b + i * step_stride + n0 / GemmTraits<T>::kNr * panel_stride;
       if (i + 1 == steps) {
-        const auto *bias = static_cast<const Sum<T> *>(p.bias);
+        const auto* bias = static_cast<const Sum<T>*>(p.bias);
         gemm<T>(m, n, k, packed_a, kLda, b, panel_stride,
-                Finish<T>{i ? partial : nullptr, kN, bias ? bias + n0 : nullptr,
-                          p.relu, static_cast<OutOf<T> *>(p.c) + m0 * p.n + n0,
-                          p.n});
+                Finish<T>{i ? partial : nullptr, kN, bias ? bias + n0 : nullptr, p.relu,
+                          static_cast<OutOf<T>*>(p.c) + m0 * p.n + n0, p.n});
       } else if (i == 0) {
-        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride,
-                StoreSums<Sum<T>>{partial, kN});
+        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride, StoreSums<Sum<T>>{partial, kN});
       } else {
-        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride,
-                AddSums<Sum<T>>{partial, kN});
+        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride, AddSums<Sum<T>>{partial, kN});
       }
     }
   }
 };
 
-template <class T> bool multiply(const GemmProblem &problem) {
+template <class T>
+bool multiply(const GemmProblem& problem) {
   Product<T> product{problem};
-  void *packed =
-      __builtin_malloc(product.packed_b_elements() * sizeof(ElementB<T>) + 64);
-  if (!packed)
-    return false;
-  product.packed_b = reinterpret_cast<ElementB<T> *>(
-      round_up(reinterpret_cast<intptr_t>(packed), 64));
+  void* packed = __builtin_malloc(product.packed_b_elements() * sizeof(ElementB<T>) + 64);
+  if (!packed) return false;
+  product.packed_b = reinterpret_cast<ElementB<T>*>(round_up(reinterpret_cast<intptr_t>(packed), 64));
   const int64_t panels = padded_n<T>(problem.n) / GemmTraits<T>::kNr;
   parallel_items(problem.reduce * product.depth_steps * panels, [&](int64_t i) {
     const int64_t step = i / panels;
-    product.pack_panel(step / product.depth_steps, step % product.depth_steps,
-                       i % panels);
+    product.pack_panel(step / product.depth_steps, step % product.depth_steps, i % panels);
   });
-  const int64_t columns = (problem.n + kN - 1) / kN,
-                rows = (problem.m + kM - 1) / kM;
+  const int64_t columns = (problem.n + kN - 1) / kN, rows = (problem.m + kM - 1) / kM;
   bool ok = true;
   parallel_items(rows * columns, [&](int64_t i) {
-    if (void *scratch = thread_scratch(Product<T>::kScratch)) {
+    if (void* scratch = thread_scratch(Product<T>::kScratch)) {
       product.item(i / columns * kM, i % columns * kN, scratch);
     } else {
       __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
@@ -151,7 +132,7 @@ double now() {
 // Repeats body, which performs `work` operations, for about `seconds`; the best
 // of ten slices, since what else runs on the machine can only slow one down.
 template <class Body>
-double rate(double work, double seconds, const Body &body) {
+double rate(double work, double seconds, const Body& body) {
   body();
   double best = 0;
   for (int slice = 0; slice < 10; ++slice) {
@@ -170,30 +151,24 @@ double rate(double work, double seconds, const Body &body) {
 
 template <class T>
 double warm_rate(int64_t m, int64_t n, int64_t k, double seconds) {
-  const int64_t lda = padded_k<T>(k) + 64 / sizeof(Element<T>),
-                panel = padded_k<T>(k) * GemmTraits<T>::kNr;
-  const int64_t a_bytes =
-      round_up(padded_m<T>(m), 32) * lda * sizeof(Element<T>);
-  const int64_t b_bytes =
-      panel * padded_n<T>(n) / GemmTraits<T>::kNr * sizeof(ElementB<T>);
-  char *memory = static_cast<char *>(thread_scratch(
-      round_up(a_bytes, 64) + round_up(b_bytes, 64) + m * n * sizeof(Sum<T>)));
-  if (!memory)
-    return 0;
-  auto *a = reinterpret_cast<Element<T> *>(memory);
-  auto *b = reinterpret_cast<ElementB<T> *>(memory + round_up(a_bytes, 64));
-  auto *c = reinterpret_cast<Sum<T> *>(memory + round_up(a_bytes, 64) +
-                                       round_up(b_bytes, 64));
+  const int64_t lda = padded_k<T>(k) + 64 / sizeof(Element<T>), panel = padded_k<T>(k) * GemmTraits<T>::kNr;
+  const int64_t a_bytes = round_up(padded_m<T>(m), 32) * lda * sizeof(Element<T>);
+  const int64_t b_bytes = panel * padded_n<T>(n) / GemmTraits<T>::kNr * sizeof(ElementB<T>);
+  char* memory =
+      static_cast<char*>(thread_scratch(round_up(a_bytes, 64) + round_up(b_bytes, 64) + m * n * sizeof(Sum<T>)));
+  if (!memory) return 0;
+  auto* a = reinterpret_cast<Element<T>*>(memory);
+  auto* b = reinterpret_cast<ElementB<T>*>(memory + round_up(a_bytes, 64));
+  auto* c = reinterpret_cast<Sum<T>*>(memory + round_up(a_bytes, 64) + round_up(b_bytes, 64));
   std::memset(memory, 0, a_bytes + b_bytes);
   TileScope tiles;
-  return rate(2.0 * m * n * k, seconds, [&] {
-    gemm<T>(m, n, k, a, lda, b, panel, StoreSums<Sum<T>>{c, n});
-  });
+  return rate(2.0 * m * n * k, seconds, [&] { gemm<T>(m, n, k, a, lda, b, panel, StoreSums<Sum<T>>{c, n}); });
 }
 
 // Each of `chains` registers is both input and output: independent of each
 // other, none ever leaves the register file.
-template <class T> double peak_rate(double seconds) {
+template <class T>
+double peak_rate(double seconds) {
   constexpr int chains = PTK_ISA_LEVEL >= 2 ? 24 : 12;
   constexpr int repeats = 4096;
   [[maybe_unused]] constexpr Multiply multiply = GemmTraits<T>::kMultiply;
@@ -228,8 +203,7 @@ template <class T> double peak_rate(double seconds) {
     }
 #elif PTK_ISA_LEVEL < 3
     else {
-      return s + detail::multiply_add_pairs(bit_cast<Vec<int16_t>>(x),
-                                            bit_cast<Vec<int16_t>>(y));
+      return s + detail::multiply_add_pairs(bit_cast<Vec<int16_t>>(x), bit_cast<Vec<int16_t>>(y));
     }
 #else
     else {
@@ -239,9 +213,7 @@ template <class T> double peak_rate(double seconds) {
   };
   // A lane's operations: kPack products, two where the narrow levels multiply
   // 16-bit pairs.
-  constexpr int products = multiply == Multiply::fma ? 1
-                           : PTK_ISA_LEVEL < 3       ? 2
-                                                     : GemmTraits<T>::kPack;
+  constexpr int products = multiply == Multiply::fma ? 1 : PTK_ISA_LEVEL < 3 ? 2 : GemmTraits<T>::kPack;
   return rate(2.0 * chains * kLanes<S> * products * repeats, seconds, [&] {
     Vec<S> sum[chains] = {};
     for (int i = 0; i < repeats; ++i) {
@@ -260,25 +232,34 @@ template <class T> double peak_rate(double seconds) {
 constexpr bool is_own(GemmType type) {
   return type == GemmType::s8 || type == GemmType::u8;
 }
-const GemmKernels &below() { return avx512::gemm_kernels(); }
+const GemmKernels& below() {
+  return avx512::gemm_kernels();
+}
 #elif PTK_ISA_LEVEL == 4
-constexpr bool is_own(GemmType type) { return type == GemmType::bf16; }
-const GemmKernels &below() { return avx512_vnni::gemm_kernels(); }
+constexpr bool is_own(GemmType type) {
+  return type == GemmType::bf16;
+}
+const GemmKernels& below() {
+  return avx512_vnni::gemm_kernels();
+}
 #elif PTK_ISA_LEVEL == 5
 constexpr bool is_own(GemmType type) {
   return type == GemmType::bf16 || type == GemmType::s8 || type == GemmType::u8;
 }
-const GemmKernels &below() { return avx512_bf16::gemm_kernels(); }
+const GemmKernels& below() {
+  return avx512_bf16::gemm_kernels();
+}
 #else
-constexpr bool is_own(GemmType) { return true; }
+constexpr bool is_own(GemmType) {
+  return true;
+}
 #endif
 
 template <template <class> class Call, class... Args>
 auto by_type(GemmType type, Args... args) {
-#define PTK_CASE(name, T)                                                      \
-  case GemmType::name:                                                         \
-    if constexpr (is_own(GemmType::name))                                      \
-      return Call<T>::run(args...);                                            \
+#define PTK_CASE(name, T)                                                                                              \
+  case GemmType::name:                                                                                                 \
+    if constexpr (is_own(GemmType::name)) return Call<T>::run(args...);                                                \
     break
   switch (type) {
     PTK_CASE(f64, double);
@@ -296,58 +277,54 @@ auto by_type(GemmType type, Args... args) {
 #endif
 }
 
-template <class T> struct CallMultiply {
-  static bool run(const GemmProblem *p) { return multiply<T>(*p); }
+template <class T>
+struct CallMultiply {
+  static bool run(const GemmProblem* p) { return multiply<T>(*p); }
 };
-template <> struct CallMultiply<void> {
-  static bool run(const GemmKernels &kernels, GemmType, const GemmProblem *p) {
-    return kernels.gemm(*p);
-  }
+template <>
+struct CallMultiply<void> {
+  static bool run(const GemmKernels& kernels, GemmType, const GemmProblem* p) { return kernels.gemm(*p); }
 };
-template <class T> struct CallWarm {
-  static double run(int64_t m, int64_t n, int64_t k, double seconds) {
-    return warm_rate<T>(m, n, k, seconds);
-  }
+template <class T>
+struct CallWarm {
+  static double run(int64_t m, int64_t n, int64_t k, double seconds) { return warm_rate<T>(m, n, k, seconds); }
 };
-template <> struct CallWarm<void> {
-  static double run(const GemmKernels &kernels, GemmType type, int64_t m,
-                    int64_t n, int64_t k, double seconds) {
+template <>
+struct CallWarm<void> {
+  static double run(const GemmKernels& kernels, GemmType type, int64_t m, int64_t n, int64_t k, double seconds) {
     return kernels.warm(type, m, n, k, seconds);
   }
 };
-template <class T> struct CallPeak {
+template <class T>
+struct CallPeak {
   static double run(double seconds) { return peak_rate<T>(seconds); }
 };
-template <> struct CallPeak<void> {
-  static double run(const GemmKernels &kernels, GemmType type, double seconds) {
-    return kernels.peak(type, seconds);
-  }
+template <>
+struct CallPeak<void> {
+  static double run(const GemmKernels& kernels, GemmType type, double seconds) { return kernels.peak(type, seconds); }
 };
 
-int64_t read(const void *data, int64_t bytes) {
-  const auto *p = static_cast<const int64_t *>(data);
+int64_t read(const void* data, int64_t bytes) {
+  const auto* p = static_cast<const int64_t*>(data);
   Vec<int64_t> sum[4] = {};
   constexpr int64_t step = 4 * kLanes<int64_t>;
   for (int64_t i = 0; i + step <= bytes / 8; i += step)
-    for (int v = 0; v < 4; ++v)
-      sum[v] += load(p + i + v * kLanes<int64_t>);
+    for (int v = 0; v < 4; ++v) sum[v] += load(p + i + v * kLanes<int64_t>);
   return reduce_add<int64_t>(sum[0] + sum[1] + sum[2] + sum[3]);
 }
 
-} // namespace
+}  // namespace
 
-const GemmKernels &gemm_kernels() {
+const GemmKernels& gemm_kernels() {
   static constexpr GemmKernels kernels = {
-      [](const GemmProblem &p) { return by_type<CallMultiply>(p.type, &p); },
+      [](const GemmProblem& p) { return by_type<CallMultiply>(p.type, &p); },
       [](GemmType type, int64_t m, int64_t n, int64_t k, double seconds) {
         return by_type<CallWarm>(type, m, n, k, seconds);
       },
-      [](GemmType type, double seconds) {
-        return by_type<CallPeak>(type, seconds);
-      },
+      [](GemmType type, double seconds) { return by_type<CallPeak>(type, seconds); },
       read,
   };
   return kernels;
 }
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

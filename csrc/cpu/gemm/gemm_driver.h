@@ -16,18 +16,18 @@ enum class GemmType : uint8_t { f64, f32, bf16, f16, s8, u8 };
 struct GemmProblem {
   GemmType type;
   int64_t reduce, m, n, k;
-  const void *a;
+  const void* a;
   int64_t stride_a[3];
-  const void *b;
+  const void* b;
   int64_t stride_b[3];
-  const void *bias;
+  const void* bias;
   bool relu;
-  void *c;
+  void* c;
 };
 
 struct GemmKernels {
   // False when memory ran out.
-  bool (*gemm)(const GemmProblem &);
+  bool (*gemm)(const GemmProblem&);
   // Operations per second (a multiply-add is two) of one thread for `seconds`:
   // operands packed and warm in cache.
   double (*warm)(GemmType, int64_t m, int64_t n, int64_t k, double seconds);
@@ -35,9 +35,9 @@ struct GemmKernels {
   // a fraction of.
   double (*peak)(GemmType, double seconds);
   // Sums the bytes, a vector at a time.
-  int64_t (*read)(const void *data, int64_t bytes);
+  int64_t (*read)(const void* data, int64_t bytes);
 };
 
 PTK_DECLARE_KERNELS(GemmKernels, gemm_kernels)
 
-} // namespace ptk
+}  // namespace ptk

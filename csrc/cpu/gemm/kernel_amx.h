@@ -13,25 +13,28 @@
 
 namespace ptk::PTK_ISA::detail {
 
-template <Multiply kMultiply> struct TileMultiply;
+template <Multiply kMultiply>
+struct TileMultiply;
 
-#define PTK_DEFINE_TILE_MULTIPLY(kind, instruction)                            \
-  template <> struct TileMultiply<kind> {                                      \
-    PTK_INLINE void upper() {                                                  \
-      instruction(0, 4, 6);                                                    \
-      instruction(1, 4, 7);                                                    \
-    }                                                                          \
-    PTK_INLINE void lower() {                                                  \
-      instruction(2, 5, 6);                                                    \
-      instruction(3, 5, 7);                                                    \
-    }                                                                          \
+#define PTK_DEFINE_TILE_MULTIPLY(kind, instruction)                                                                    \
+  template <>                                                                                                          \
+  struct TileMultiply<kind> {                                                                                          \
+    PTK_INLINE void upper() {                                                                                          \
+      instruction(0, 4, 6);                                                                                            \
+      instruction(1, 4, 7);                                                                                            \
+    }                                                                                                                  \
+    PTK_INLINE void lower() {                                                                                          \
+      instruction(2, 5, 6);                                                                                            \
+      instruction(3, 5, 7);                                                                                            \
+    }                                                                                                                  \
   }
 PTK_DEFINE_TILE_MULTIPLY(Multiply::dot_bf16, PTK_TILE_DP_BF16);
 PTK_DEFINE_TILE_MULTIPLY(Multiply::dot_s8, PTK_TILE_DP_S8S8);
 PTK_DEFINE_TILE_MULTIPLY(Multiply::dot_u8, PTK_TILE_DP_U8S8);
 #undef PTK_DEFINE_TILE_MULTIPLY
 
-template <class S> PTK_INLINE void store_tiles(S *p, int64_t ld, bool lower) {
+template <class S>
+PTK_INLINE void store_tiles(S* p, int64_t ld, bool lower) {
   const int64_t stride = ld * static_cast<int64_t>(sizeof(S));
   PTK_TILE_STORE(0, p, stride);
   PTK_TILE_STORE(1, p + 16, stride);
@@ -42,10 +45,8 @@ template <class S> PTK_INLINE void store_tiles(S *p, int64_t ld, bool lower) {
 }
 
 template <class T, class Epilogue>
-PTK_INLINE void tile_kernel(const GemmBlock<T> *blocks, int64_t count,
-                            int64_t k, int64_t lda, int64_t row, int64_t rows,
-                            int64_t column, int64_t columns,
-                            Epilogue &epilogue) {
+PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                            int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
   using Traits = GemmTraits<T>;
   using Mul = TileMultiply<Traits::kMultiply>;
   constexpr int nr = Traits::kNr, step = Traits::kKStep;
@@ -57,13 +58,13 @@ PTK_INLINE void tile_kernel(const GemmBlock<T> *blocks, int64_t count,
   PTK_TILE_ZERO(2);
   PTK_TILE_ZERO(3);
   for (int64_t block = 0; block < count; ++block) {
-    const Element<T> *a = blocks[block].a + row * lda;
-    const ElementB<T> *b = blocks[block].b;
+    const Element<T>* a = blocks[block].a + row * lda;
+    const ElementB<T>* b = blocks[block].b;
     for (int64_t i = 0; i < k; i += step) {
       // A panel row holds the 32 columns' units of one k group: 128 bytes, half
       // of them to each B tile.
       PTK_TILE_LOAD(6, b, 128);
-      PTK_TILE_LOAD(7, reinterpret_cast<const char *>(b) + 64, 128);
+      PTK_TILE_LOAD(7, reinterpret_cast<const char*>(b) + 64, 128);
       PTK_TILE_LOAD(4, a, a_stride);
       Mul::upper();
       if (lower) {
@@ -84,14 +85,11 @@ PTK_INLINE void tile_kernel(const GemmBlock<T> *blocks, int64_t count,
   alignas(64) S buffer[32 * 32];
   store_tiles(buffer, 32, lower);
   for (int64_t i = 0; i < rows; ++i) {
-    epilogue(row + i, column, load(buffer + i * 32),
-             columns < 16 ? columns : 16);
-    if (columns > 16)
-      epilogue(row + i, column + 16, load(buffer + i * 32 + 16),
-               columns < 32 ? columns - 16 : 16);
+    epilogue(row + i, column, load(buffer + i * 32), columns < 16 ? columns : 16);
+    if (columns > 16) epilogue(row + i, column + 16, load(buffer + i * 32 + 16), columns < 32 ? columns - 16 : 16);
   }
 }
 
-} // namespace ptk::PTK_ISA::detail
+}  // namespace ptk::PTK_ISA::detail
 
 #endif

@@ -11,26 +11,29 @@
 namespace ptk::PTK_ISA {
 
 // One term of the batch reduction: A_i at row 0, and B_i's panel.
-template <class A, class B> struct BlockPair {
-  const A *a;
-  const B *b;
+template <class A, class B>
+struct BlockPair {
+  const A* a;
+  const B* b;
 };
-template <class T> using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
+template <class T>
+using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
 
 namespace detail {
 
 // Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86
 // addressing modes, 14 rows need 5 pointers.
-template <class E, int M> struct RowPointers {
+template <class E, int M>
+struct RowPointers {
   static constexpr int kBases = (M + 2) / 3;
-  const char *base[kBases];
+  const char* base[kBases];
   int64_t ld_bytes;
 
-  PTK_INLINE RowPointers make(const E *a, int64_t ld) {
+  PTK_INLINE RowPointers make(const E* a, int64_t ld) {
     RowPointers rows;
     rows.ld_bytes = ld * static_cast<int64_t>(sizeof(E));
     for (int i = 0; i < kBases; ++i) {
-      rows.base[i] = reinterpret_cast<const char *>(a) + 3 * i * rows.ld_bytes;
+      rows.base[i] = reinterpret_cast<const char*>(a) + 3 * i * rows.ld_bytes;
       // Keeps the compiler from folding the bases back into one pointer and 14
       // offsets.
       asm("" : "+r"(rows.base[i]));
@@ -44,8 +47,7 @@ template <class E, int M> struct RowPointers {
     return u;
   }
   inline __attribute__((always_inline)) void advance(int64_t bytes) {
-    for (int i = 0; i < kBases; ++i)
-      base[i] += bytes;
+    for (int i = 0; i < kBases; ++i) base[i] += bytes;
   }
 };
 
@@ -56,8 +58,7 @@ template <class Epilogue>
 concept LargeEpilogue = requires { Epilogue::kLarge; };
 
 template <int M, class S, class Epilogue>
-PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column,
-                       int64_t columns, Epilogue &epilogue) {
+PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int lanes = kLanes<S>;
   if constexpr (!LargeEpilogue<Epilogue>) {
     if (columns >= 2 * lanes) {
@@ -79,24 +80,22 @@ PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column,
   for (int i = 0; i < M; ++i) {
     for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
       const int64_t left = columns - half * lanes;
-      epilogue(row + i, column + half * lanes, load(buffer[i][half]),
-               left < lanes ? left : lanes);
+      epilogue(row + i, column + half * lanes, load(buffer[i][half]), left < lanes ? left : lanes);
     }
   }
 }
 
 // f64, f32, and 16-bit floats widened at packing.
 template <class T, int M, class Epilogue>
-PTK_INLINE void fma_kernel(const GemmBlock<T> *blocks, int64_t count, int64_t k,
-                           int64_t lda, int64_t row, int64_t column,
-                           int64_t columns, Epilogue &epilogue) {
+PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                           int64_t column, int64_t columns, Epilogue& epilogue) {
   using E = Element<T>;
   using V = Vec<E>;
   constexpr int nr = GemmTraits<T>::kNr;
   V sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<E, M>::make(blocks[block].a + row * lda, lda);
-    const E *b = blocks[block].b;
+    const E* b = blocks[block].b;
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; ++i) {
       V b0 = load(b), b1 = load(b + nr / 2);
@@ -121,22 +120,18 @@ PTK_INLINE Vec<float> dot_bf16(Vec<float> sum, uint32_t a, Vec<uint32_t> b) {
   Vec<uint32_t> x = broadcast(a);
   return sum + (high(x) * high(b) + low(x) * low(b));
 #else
-  return (Vec<float>)_mm512_dpbf16_ps(
-      (__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
-      (__m512bh)b);
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
 #endif
 }
 
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_bf16_kernel(const GemmBlock<T> *blocks, int64_t count,
-                                int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns,
-                                Epilogue &epilogue) {
+PTK_INLINE void dot_bf16_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<float> sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<bf16, M>::make(blocks[block].a + row * lda, lda);
-    const auto *b = reinterpret_cast<const uint32_t *>(blocks[block].b);
+    const auto* b = reinterpret_cast<const uint32_t*>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 2) {
       Vec<uint32_t> b0 = load(b), b1 = load(b + nr / 2);
@@ -159,12 +154,10 @@ PTK_INLINE void dot_bf16_kernel(const GemmBlock<T> *blocks, int64_t count,
 PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 #if PTK_EMULATE
   for (int byte = 0; byte < 4; ++byte)
-    sum += static_cast<int32_t>(a >> 8 * byte & 0xff) *
-           ((b << (24 - 8 * byte)) >> 24);
+    sum += static_cast<int32_t>(a >> 8 * byte & 0xff) * ((b << (24 - 8 * byte)) >> 24);
   return sum;
 #else
-  return (Vec<int32_t>)_mm512_dpbusd_epi32(
-      (__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+  return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
 #endif
 }
 
@@ -172,16 +165,14 @@ PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 // flipped) and 128 * colsum(B) taken off again; the column sums cost one more
 // dot product with ones per vector of B.
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
-                                int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns,
-                                Epilogue &epilogue) {
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr bool is_signed = std::is_same_v<T, int8_t>;
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<T, M>::make(blocks[block].a + row * lda, lda);
-    const auto *b = reinterpret_cast<const int32_t *>(blocks[block].b);
+    const auto* b = reinterpret_cast<const int32_t*>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 4) {
       Vec<int32_t> b0 = load(b), b1 = load(b + nr / 2);
@@ -191,8 +182,7 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        uint32_t x =
-            a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
+        uint32_t x = a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
         sum[m][0] = dot_u8s8(sum[m][0], x, b0);
         sum[m][1] = dot_u8s8(sum[m][1], x, b1);
       }
@@ -233,31 +223,25 @@ PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
 }
 
 template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
-                                int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns,
-                                Epilogue &epilogue) {
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int lanes = kLanes<int32_t>, nr = 2 * lanes;
   using Bytes = typename VectorOf<int8_t, kVectorBytes / 2>::unaligned;
   using Quad = typename VectorOf<T, 4>::type;
   using Quad16 = typename VectorOf<int16_t, 8>::type;
   Vec<int32_t> pairs[M][4] = {};
   for (int64_t block = 0; block < count; ++block) {
-    const T *a = blocks[block].a + row * lda;
-    const int8_t *b = blocks[block].b;
+    const T* a = blocks[block].a + row * lda;
+    const int8_t* b = blocks[block].b;
     for (int64_t i = 0; i < k; i += 4) {
       Vec<int16_t> wide[4];
       for (int v = 0; v < 4; ++v)
-        wide[v] = __builtin_convertvector(
-            *reinterpret_cast<const Bytes *>(b + v * kVectorBytes / 2),
-            Vec<int16_t>);
+        wide[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(b + v * kVectorBytes / 2), Vec<int16_t>);
       for (int m = 0; m < M; ++m) {
         Quad quad;
         std::memcpy(&quad, a + m * lda + i, 4);
-        Vec<int64_t> x =
-            broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
-        for (int v = 0; v < 4; ++v)
-          pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
+        Vec<int64_t> x = broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
+        for (int v = 0; v < 4; ++v) pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
       }
       b += 4 * nr;
     }
@@ -266,13 +250,12 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T> *blocks, int64_t count,
   for (int m = 0; m < M; ++m) {
     int32_t lane[4 * lanes], column_sum[2 * lanes];
     std::memcpy(lane, pairs[m], sizeof lane);
-    for (int n = 0; n < 2 * lanes; ++n)
-      column_sum[n] = lane[2 * n] + lane[2 * n + 1];
+    for (int n = 0; n < 2 * lanes; ++n) column_sum[n] = lane[2 * n] + lane[2 * n + 1];
     std::memcpy(sum[m], column_sum, sizeof column_sum);
   }
   finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif
 
-} // namespace detail
-} // namespace ptk::PTK_ISA
+}  // namespace detail
+}  // namespace ptk::PTK_ISA

@@ -25,7 +25,8 @@ enum class Multiply { fma, dot_bf16, dot_s8, dot_u8 };
 
 // Micro-kernel shape for operands of storage type T. `Element` is the type both
 // operands are packed to.
-template <class T> struct GemmTraits {
+template <class T>
+struct GemmTraits {
   static constexpr Multiply kMultiply = Multiply::fma;
   using Element = Acc<T>;
   using Sum = Acc<T>;
@@ -35,55 +36,57 @@ template <class T> struct GemmTraits {
 };
 
 #if PTK_ISA_LEVEL >= 4
-template <> struct GemmTraits<bf16> {
+template <>
+struct GemmTraits<bf16> {
   static constexpr Multiply kMultiply = Multiply::dot_bf16;
   using Element = bf16;
   using Sum = float;
   static constexpr bool kTiles = PTK_ISA_LEVEL >= 5;
-  static constexpr int kPack = 2, kKStep = kTiles ? 32 : 2,
-                       kRowPad = kTiles ? 16 : 1;
+  static constexpr int kPack = 2, kKStep = kTiles ? 32 : 2, kRowPad = kTiles ? 16 : 1;
   static constexpr int kNr = 32, kMr = kTiles ? 32 : 14;
 };
 #endif
 
 // 8-bit: A is T (signed or unsigned), B always signed; exact 32-bit sums at
 // every level.
-template <class T> struct Gemm8Traits {
-  static constexpr Multiply kMultiply =
-      std::is_same_v<T, int8_t> ? Multiply::dot_s8 : Multiply::dot_u8;
+template <class T>
+struct Gemm8Traits {
+  static constexpr Multiply kMultiply = std::is_same_v<T, int8_t> ? Multiply::dot_s8 : Multiply::dot_u8;
   using Element = T;
   using Sum = int32_t;
   static constexpr bool kTiles = PTK_ISA_LEVEL >= 5;
-  static constexpr int kPack = 4, kKStep = kTiles ? 64 : 4,
-                       kRowPad = kTiles ? 16 : 1;
+  static constexpr int kPack = 4, kKStep = kTiles ? 64 : 4, kRowPad = kTiles ? 16 : 1;
   static constexpr int kNr = 2 * kLanes<int32_t>;
-  static constexpr int kMr = kTiles               ? 32
-                             : PTK_ISA_LEVEL >= 3 ? 12
-                             : PTK_ISA_LEVEL == 2 ? 6
-                                                  : 2;
+  static constexpr int kMr = kTiles ? 32 : PTK_ISA_LEVEL >= 3 ? 12 : PTK_ISA_LEVEL == 2 ? 6 : 2;
 };
-template <> struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};
-template <> struct GemmTraits<uint8_t> : Gemm8Traits<uint8_t> {};
+template <>
+struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};
+template <>
+struct GemmTraits<uint8_t> : Gemm8Traits<uint8_t> {};
 
-template <class T> using Element = typename GemmTraits<T>::Element;
-template <class T> using Sum = typename GemmTraits<T>::Sum;
+template <class T>
+using Element = typename GemmTraits<T>::Element;
+template <class T>
+using Sum = typename GemmTraits<T>::Sum;
 // B's element type: as A's, but signed for the 8-bit products.
 template <class T>
-using ElementB =
-    std::conditional_t<std::is_same_v<Element<T>, uint8_t>, int8_t, Element<T>>;
+using ElementB = std::conditional_t<std::is_same_v<Element<T>, uint8_t>, int8_t, Element<T>>;
 
 PTK_INLINE constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-template <class T> PTK_INLINE constexpr int64_t padded_k(int64_t k) {
+template <class T>
+PTK_INLINE constexpr int64_t padded_k(int64_t k) {
   return round_up(k, GemmTraits<T>::kKStep);
 }
-template <class T> PTK_INLINE constexpr int64_t padded_n(int64_t n) {
+template <class T>
+PTK_INLINE constexpr int64_t padded_n(int64_t n) {
   return round_up(n, GemmTraits<T>::kNr);
 }
-template <class T> PTK_INLINE constexpr int64_t padded_m(int64_t m) {
+template <class T>
+PTK_INLINE constexpr int64_t padded_m(int64_t m) {
   return round_up(m, GemmTraits<T>::kRowPad);
 }
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

@@ -10,17 +10,23 @@ namespace {
 // Above avx512 the levels differ in bfloat16 products only: everything else
 // runs the avx512 kernels, compiled once.
 #if PTK_ISA_LEVEL >= 3
-const AttentionKernels &inherited() { return avx512::attention_kernels(); }
-bool is_inherited(const Problem &p) {
+const AttentionKernels& inherited() {
+  return avx512::attention_kernels();
+}
+bool is_inherited(const Problem& p) {
   return PTK_ISA_LEVEL == 3 || p.dtype != DType::bf16;
 }
 #else
-const AttentionKernels &inherited() { return attention_kernels(); }
-constexpr bool is_inherited(const Problem &) { return false; }
+const AttentionKernels& inherited() {
+  return attention_kernels();
+}
+constexpr bool is_inherited(const Problem&) {
+  return false;
+}
 #endif
 
 template <class Call>
-bool by_dtype([[maybe_unused]] DType dtype, [[maybe_unused]] const Call &call) {
+bool by_dtype([[maybe_unused]] DType dtype, [[maybe_unused]] const Call& call) {
 #if PTK_ISA_LEVEL < 3
   switch (dtype) {
   case DType::f64:
@@ -40,43 +46,35 @@ bool by_dtype([[maybe_unused]] DType dtype, [[maybe_unused]] const Call &call) {
 #endif
 }
 
-bool forward(const ForwardParams &params) {
-  if (is_inherited(params.problem))
-    return inherited().forward(params);
-  const bool rows_contiguous =
-      params.key.strides[3] == 1 && params.value.strides[3] == 1;
+bool forward(const ForwardParams& params) {
+  if (is_inherited(params.problem)) return inherited().forward(params);
+  const bool rows_contiguous = params.key.strides[3] == 1 && params.value.strides[3] == 1;
   return by_dtype(params.problem.dtype, [&](auto t) {
     using T = decltype(t);
-    return rows_contiguous && DirectForward<T>::suits(params.problem)
-               ? DirectForward<T>(params).run()
-               : TiledForward<T>(params).run();
+    return rows_contiguous && DirectForward<T>::suits(params.problem) ? DirectForward<T>(params).run()
+                                                                      : TiledForward<T>(params).run();
   });
 }
 
-bool backward(const BackwardParams &params) {
-  if (is_inherited(params.problem))
-    return inherited().backward(params);
-  return by_dtype(params.problem.dtype, [&](auto t) {
-    return TiledBackward<decltype(t)>(params).run();
-  });
+bool backward(const BackwardParams& params) {
+  if (is_inherited(params.problem)) return inherited().backward(params);
+  return by_dtype(params.problem.dtype, [&](auto t) { return TiledBackward<decltype(t)>(params).run(); });
 }
 
 #define PTK_TEXT(x) #x
 #define PTK_NAME(isa, kernel) "cpu." PTK_TEXT(isa) "." kernel
 
-const char *describe(const Problem &problem) {
-  if (is_inherited(problem))
-    return inherited().describe(problem);
+const char* describe(const Problem& problem) {
+  if (is_inherited(problem)) return inherited().describe(problem);
   // The choice does not depend on the dtype.
-  return DirectForward<float>::suits(problem) ? PTK_NAME(PTK_ISA, "direct")
-                                              : PTK_NAME(PTK_ISA, "tiled");
+  return DirectForward<float>::suits(problem) ? PTK_NAME(PTK_ISA, "direct") : PTK_NAME(PTK_ISA, "tiled");
 }
 
-} // namespace
+}  // namespace
 
-const AttentionKernels &attention_kernels() {
+const AttentionKernels& attention_kernels() {
   static constexpr AttentionKernels kernels = {forward, backward, describe};
   return kernels;
 }
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA

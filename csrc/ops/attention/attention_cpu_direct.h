@@ -16,46 +16,38 @@
 
 namespace ptk::PTK_ISA {
 
-template <class T> class DirectForward {
+template <class T>
+class DirectForward {
   using A = Acc<T>;
 
 public:
   static constexpr int64_t kRows = 8;
 
   // For keys and values whose rows are contiguous.
-  static bool suits(const Problem &p) {
-    return p.heads_q / p.heads_kv * p.len_q <= kRows;
-  }
+  static bool suits(const Problem& p) { return p.heads_q / p.heads_kv * p.len_q <= kRows; }
 
-  explicit DirectForward(const ForwardParams &params)
-      : f_(params), p_(params.problem) {}
+  explicit DirectForward(const ForwardParams& params) : f_(params), p_(params.problem) {}
 
   // False when memory ran out.
   bool run() {
     const int64_t heads = p_.batch * p_.heads_kv;
     keys_ = visible_keys(p_, p_.len_q - 1);
     chunks_ = (keys_ + kChunk - 1) / kChunk;
-    A *partial = nullptr;
+    A* partial = nullptr;
     if (chunks_ > 1) {
-      partial = static_cast<A *>(__builtin_malloc(heads * chunks_ * rows() *
-                                                  partial_row() * sizeof(A)));
-      if (!partial)
-        return false;
+      partial = static_cast<A*>(__builtin_malloc(heads * chunks_ * rows() * partial_row() * sizeof(A)));
+      if (!partial) return false;
     }
     const int64_t items = heads * chunks_;
-    const int64_t work =
-        items * rows() * least(kChunk, keys_) * (p_.dim_qk + p_.dim_v);
-    const int64_t threads =
-        work < kParallelWork ? 1 : least(num_threads(), items);
+    const int64_t work = items * rows() * least(kChunk, keys_) * (p_.dim_qk + p_.dim_v);
+    const int64_t threads = work < kParallelWork ? 1 : least(num_threads(), items);
     bool ok = true;
     parallel_for(0, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = items * begin / threads; i < items * end / threads; ++i)
-        if (!run_chunk(i / chunks_, i % chunks_, partial))
-          __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+        if (!run_chunk(i / chunks_, i % chunks_, partial)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     if (chunks_ > 1) {
-      for (int64_t head = 0; ok && head < heads; ++head)
-        ok = merge(head, partial);
+      for (int64_t head = 0; ok && head < heads; ++head) ok = merge(head, partial);
       __builtin_free(partial);
     }
     return ok;
@@ -76,40 +68,32 @@ private:
     return head_kv % p_.heads_kv * (p_.heads_q / p_.heads_kv) + r / p_.len_q;
   }
 
-  bool run_chunk(int64_t head_kv, int64_t chunk, A *partial) const {
+  bool run_chunk(int64_t head_kv, int64_t chunk, A* partial) const {
     Carver count;
     count.take<A>(rows() * (dim_q() + kChunk) + dim_v());
-    char *memory = static_cast<char *>(thread_scratch(count.bytes()));
-    if (!memory)
-      return false;
-    A *q = reinterpret_cast<A *>(memory);
-    A *scores = q + rows() * dim_q();
-    A *sums = scores + rows() * kChunk;
+    char* memory = static_cast<char*>(thread_scratch(count.bytes()));
+    if (!memory) return false;
+    A* q = reinterpret_cast<A*>(memory);
+    A* scores = q + rows() * dim_q();
+    A* sums = scores + rows() * kChunk;
 
-    const int64_t batch = head_kv / p_.heads_kv, k0 = chunk * kChunk,
-                  keys = least(kChunk, keys_ - k0);
+    const int64_t batch = head_kv / p_.heads_kv, k0 = chunk * kChunk, keys = least(kChunk, keys_ - k0);
     const auto key = head_of<T>(f_.key, batch, head_kv % p_.heads_kv);
     const auto value = head_of<T>(f_.value, batch, head_kv % p_.heads_kv);
-    for (int64_t r = 0; r < rows(); ++r)
-      load_query(batch, head_of_row(head_kv, r), r % p_.len_q, q + r * dim_q());
+    for (int64_t r = 0; r < rows(); ++r) load_query(batch, head_of_row(head_kv, r), r % p_.len_q, q + r * dim_q());
     score_keys(q, key.row(k0), key.stride_row, keys, scores);
     for (int64_t r = 0; r < rows(); ++r) {
-      A *s = scores + r * kChunk;
+      A* s = scores + r * kChunk;
       const int64_t i = r % p_.len_q, head = head_of_row(head_kv, r);
       const int64_t valid = most(0, least(keys, visible_keys(p_, i) - k0));
-      with_mask<T>(p_, batch, head, [&](auto *mask) {
-        detail::apply_mask_row(s, valid, A(1),
-                               mask + i * p_.mask.strides[2] +
-                                   k0 * p_.mask.strides[3],
+      with_mask<T>(p_, batch, head, [&](auto* mask) {
+        detail::apply_mask_row(s, valid, A(1), mask + i * p_.mask.strides[2] + k0 * p_.mask.strides[3],
                                p_.mask.strides[3]);
       });
-      const A top = row_max(s, valid),
-              shift = top == -static_cast<A>(__builtin_inf()) ? 0 : top;
-      const A sum =
-          exp2_row(s, s, valid, round_up(keys, kLanes<A>), A(1), shift);
+      const A top = row_max(s, valid), shift = top == -static_cast<A>(__builtin_inf()) ? 0 : top;
+      const A sum = exp2_row(s, s, valid, round_up(keys, kLanes<A>), static_cast<A>(kLog2E), shift);
       if (partial) {
-        A *row = partial +
-                 ((head_kv * chunks_ + chunk) * rows() + r) * partial_row();
+        A* row = partial + ((head_kv * chunks_ + chunk) * rows() + r) * partial_row();
         weigh_values(s, valid, value.row(k0), value.stride_row, row);
         row[dim_v()] = top;
         row[dim_v() + 1] = sum;
@@ -121,51 +105,42 @@ private:
     return true;
   }
 
-  void load_query(int64_t batch, int64_t head, int64_t i, A *q) const {
+  void load_query(int64_t batch, int64_t head, int64_t i, A* q) const {
     const auto query = head_of<T>(f_.query, batch, head);
-    const A scale = static_cast<A>(log2_scale(p_));
-    for (int64_t d = 0; d < p_.dim_qk; ++d)
-      q[d] = load_scalar(query.row(i) + d * query.stride_dim) * scale;
-    for (int64_t d = p_.dim_qk; d < dim_q(); ++d)
-      q[d] = 0;
+    const A scale = static_cast<A>(p_.scale);
+    for (int64_t d = 0; d < p_.dim_qk; ++d) q[d] = load_scalar(query.row(i) + d * query.stride_dim) * scale;
+    for (int64_t d = p_.dim_qk; d < dim_q(); ++d) q[d] = 0;
   }
 
   // A vector's worth of keys at a time: lane sums of every key's products,
   // transposed and added once.
-  void score_keys(const A *q, const T *k, int64_t stride, int64_t keys,
-                  A *scores) const {
+  void score_keys(const A* q, const T* k, int64_t stride, int64_t keys, A* scores) const {
     constexpr int lanes = kLanes<A>;
-    const int64_t dim_full = p_.dim_qk / lanes * lanes,
-                  rest = p_.dim_qk - dim_full;
+    const int64_t dim_full = p_.dim_qk / lanes * lanes, rest = p_.dim_qk - dim_full;
     for (int64_t j = 0; j < keys; j += lanes) {
       const int64_t last = keys - j - 1;
       for (int64_t r = 0; r < rows(); ++r) {
-        const A *query = q + r * dim_q();
+        const A* query = q + r * dim_q();
         Vec<A> sum[lanes] = {};
         for (int64_t d = 0; d < dim_full; d += lanes) {
           const Vec<A> x = load(query + d);
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i)
-            sum[i] += x * load_as(k + (j + least(i, last)) * stride + d);
+          for (int i = 0; i < lanes; ++i) sum[i] += x * load_as(k + (j + least(i, last)) * stride + d);
         }
         if (rest) {
           const Vec<A> x = load(query + dim_full);
           for (int i = 0; i < lanes; ++i)
-            sum[i] +=
-                x * load_as_partial(
-                        k + (j + least(i, last)) * stride + dim_full, rest);
+            sum[i] += x * load_as_partial(k + (j + least(i, last)) * stride + dim_full, rest);
         }
         transpose<A>(sum);
         Vec<A> total = sum[0];
-        for (int i = 1; i < lanes; ++i)
-          total += sum[i];
+        for (int i = 1; i < lanes; ++i) total += sum[i];
         store(scores + r * kChunk + j, total);
       }
     }
   }
 
-  void weigh_values(const A *p, int64_t keys, const T *v, int64_t stride,
-                    A *out) const {
+  void weigh_values(const A* p, int64_t keys, const T* v, int64_t stride, A* out) const {
     constexpr int lanes = kLanes<A>, slices = 8;
     int64_t d = 0;
     for (; d + slices * lanes <= p_.dim_v; d += slices * lanes) {
@@ -173,59 +148,45 @@ private:
       for (int64_t j = 0; j < keys; ++j) {
         const Vec<A> x = broadcast(p[j]);
 #pragma GCC unroll 8
-        for (int i = 0; i < slices; ++i)
-          sum[i] += x * load_as(v + j * stride + d + i * lanes);
+        for (int i = 0; i < slices; ++i) sum[i] += x * load_as(v + j * stride + d + i * lanes);
       }
-      for (int i = 0; i < slices; ++i)
-        store(out + d + i * lanes, sum[i]);
+      for (int i = 0; i < slices; ++i) store(out + d + i * lanes, sum[i]);
     }
     for (; d < p_.dim_v; d += lanes) {
       Vec<A> sum{};
-      for (int64_t j = 0; j < keys; ++j)
-        sum +=
-            broadcast(p[j]) * load_as_partial(v + j * stride + d, p_.dim_v - d);
+      for (int64_t j = 0; j < keys; ++j) sum += broadcast(p[j]) * load_as_partial(v + j * stride + d, p_.dim_v - d);
       store(out + d, sum);
     }
   }
 
-  void write(int64_t batch, int64_t head, int64_t i, const A *sums, A shift,
-             A denominator) const {
+  void write(int64_t batch, int64_t head, int64_t i, const A* sums, A shift, A denominator) const {
     const auto out = head_of<T>(f_.out, batch, head);
     write_row<T>(sums, shift, denominator, p_.dim_v, out.row(i),
-                 static_cast<A *>(f_.lse) +
-                     (batch * p_.heads_q + head) * p_.len_q + i);
+                 static_cast<A*>(f_.lse) + (batch * p_.heads_q + head) * p_.len_q + i);
   }
 
-  bool merge(int64_t head_kv, const A *partial) const {
-    A *sums = static_cast<A *>(thread_scratch(dim_v() * sizeof(A)));
-    if (!sums)
-      return false;
+  bool merge(int64_t head_kv, const A* partial) const {
+    A* sums = static_cast<A*>(thread_scratch(dim_v() * sizeof(A)));
+    if (!sums) return false;
     for (int64_t r = 0; r < rows(); ++r) {
-      auto row = [&](int64_t chunk) {
-        return partial +
-               ((head_kv * chunks_ + chunk) * rows() + r) * partial_row();
-      };
+      auto row = [&](int64_t chunk) { return partial + ((head_kv * chunks_ + chunk) * rows() + r) * partial_row(); };
       A top = -static_cast<A>(__builtin_inf()), denominator = 0;
-      for (int64_t c = 0; c < chunks_; ++c)
-        top = top > row(c)[dim_v()] ? top : row(c)[dim_v()];
+      for (int64_t c = 0; c < chunks_; ++c) top = top > row(c)[dim_v()] ? top : row(c)[dim_v()];
       const A shift = top == -static_cast<A>(__builtin_inf()) ? 0 : top;
-      for (int64_t d = 0; d < dim_v(); ++d)
-        sums[d] = 0;
+      for (int64_t d = 0; d < dim_v(); ++d) sums[d] = 0;
       for (int64_t c = 0; c < chunks_; ++c) {
-        const A factor = exp2(broadcast(row(c)[dim_v()] - shift))[0];
+        const A factor = exp2(broadcast((row(c)[dim_v()] - shift) * static_cast<A>(kLog2E)))[0];
         denominator += row(c)[dim_v() + 1] * factor;
-        for (int64_t d = 0; d < dim_v(); d += kLanes<A>)
-          store(sums + d, load(sums + d) + load(row(c) + d) * factor);
+        for (int64_t d = 0; d < dim_v(); d += kLanes<A>) store(sums + d, load(sums + d) + load(row(c) + d) * factor);
       }
-      write(head_kv / p_.heads_kv, head_of_row(head_kv, r), r % p_.len_q, sums,
-            shift, denominator);
+      write(head_kv / p_.heads_kv, head_of_row(head_kv, r), r % p_.len_q, sums, shift, denominator);
     }
     return true;
   }
 
-  const ForwardParams &f_;
-  const Problem &p_;
+  const ForwardParams& f_;
+  const Problem& p_;
   int64_t keys_ = 0, chunks_ = 0;
 };
 
-} // namespace ptk::PTK_ISA
+}  // namespace ptk::PTK_ISA
