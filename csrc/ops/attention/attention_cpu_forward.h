@@ -194,6 +194,7 @@ private:
     // Softmax takes maxima before it multiplies by the scale; the sign must be
     // in the scores by then.
     if (p_.scale < 0) negate(s.q, rows * ldq());
+    if (p_.scale == 0) std::memset(s.q, 0, rows * ldq() * sizeof(E));
     for (int64_t i = 0; i < rows; ++i) {
       s.max[i] = -static_cast<A>(__builtin_inf());
       s.sum[i] = 0;
@@ -225,7 +226,11 @@ private:
   }
 
   // Scores enter softmax as the product left them, their scale folded into exp2; a mask is added to scaled scores.
-  A score_unit() const { return p_.mask_kind == MaskKind::none ? static_cast<A>(__builtin_fabs(p_.scale)) : A(1); }
+  // Never 0, which would turn the maximum -inf of a row not yet begun into NaN.
+  A score_unit() const {
+    const bool is_scaled = p_.mask_kind != MaskKind::none || p_.scale == 0;
+    return is_scaled ? A(1) : static_cast<A>(__builtin_fabs(p_.scale));
+  }
 
   // Scores to probabilities relative to the running maximum, which it advances, as are the running sums.
   void softmax_block(const Scratch& s, int64_t batch, int64_t head, int64_t q0, int64_t rows, int64_t k0,
