@@ -15,7 +15,7 @@ extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 
 #if defined(__x86_64__)
-// glibc 2.29 gave exp and log versions that leave errno alone; the older ones return the same values.
+// glibc 2.29 gave these functions versions that leave errno alone; the older ones return the same values.
 #define PTK_USE_OLD(function)                                                                                          \
   __asm__(".symver ptk_old_" #function ", " #function "@GLIBC_2.2.5");                                                 \
   extern "C" double ptk_old_##function(double);                                                                        \
@@ -24,7 +24,9 @@ char __libc_single_threaded = 0;
   }
 
 PTK_USE_OLD(exp)
+PTK_USE_OLD(exp2)
 PTK_USE_OLD(log)
+PTK_USE_OLD(log2)
 #endif
 
 #endif
