@@ -1,5 +1,6 @@
 # make bench   install, build, run the benchmark      make test   install, build, run the tests
 # make lint    ruff, mypy, clang-format               make build  install, build in place
+# make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmark
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
@@ -7,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: bench test lint format build build-emulated clean
+.PHONY: bench test lint format build build-emulated gpu-check clean
 
 bench: build
-	$(BIN)/python -m ptkernels bench $(ARGS)
+	$(BIN)/python -m ptkernels bench --json build/bench.json --html build/bench.html $(ARGS)
 
 test: build build-emulated
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,6 +29,9 @@ format: $(INSTALLED)
 
 build: $(INSTALLED)
 	$(BIN)/python setup.py -q build_ext --inplace
+
+gpu-check: build
+	PYTHON=$(BIN)/python bench/gpu_check.sh
 
 # Every ISA level above avx2 in portable C++, so that any AVX2 machine can test the logic of all of them.
 build-emulated: $(INSTALLED)
