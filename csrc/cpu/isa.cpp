@@ -58,7 +58,7 @@ uint64_t os_saved_state() {
 // Linux hands out the 8 KiB of tile state only to processes that ask
 // (since 5.16); older kernels refuse and a tile instruction would then raise
 // SIGILL.
-bool request_amx() {
+[[maybe_unused]] bool request_amx() {
 #if defined(__linux__)
   constexpr long arch_req_xcomp_perm = 0x1023;
   constexpr long xfeature_xtiledata = 18;
