@@ -183,8 +183,9 @@ private:
         A* dv = s.dv + kept * padded_n<T>(p_.dim_v);
         const int64_t k0 = (i * splits_ + split) * kKeys;
         if (g == 0) {
-          std::memset(dk, 0, kKeys * padded_n<T>(p_.dim_qk) * sizeof(A));
-          std::memset(dv, 0, kKeys * padded_n<T>(p_.dim_v) * sizeof(A));
+          const int64_t keys = least(kKeys, p_.len_k - k0);
+          std::memset(dk, 0, keys * padded_n<T>(p_.dim_qk) * sizeof(A));
+          std::memset(dv, 0, keys * padded_n<T>(p_.dim_v) * sizeof(A));
         }
         run_keys(s, batch, head, k0, dk, dv, dq, has_weights);
         if (g == group_ - 1) write_keys(batch, head_kv % p_.heads_kv, k0, dk, dv);
