@@ -8,6 +8,7 @@ MAX_JOBS                  compile jobs at a time (default: the number of cores)
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cmake"
@@ -47,10 +49,21 @@ class CMakeBuild(build_ext):
         return []
 
 
+class FreshBuildPy(build_py):
+    def run(self) -> None:
+        # Kept between builds, the directory would carry deleted modules into the wheel.
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         # The libraries use only the stable ABI of libtorch and none of Python's: one wheel serves every Python.
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[Extension("ptkernels._native", [])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})
+setup(
+    ext_modules=[Extension("ptkernels._native", [])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy, "bdist_wheel": Wheel},
+)
