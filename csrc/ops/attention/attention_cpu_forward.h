@@ -52,9 +52,10 @@ PTK_INLINE A row_max(const A* s, int64_t n) {
     m0 = max(m0, load(s + j));
     m1 = max(m1, load(s + j + kLanes<A>));
   }
-  A m = reduce_max<A>(max(m0, m1));
-  for (; j < n; ++j) m = m > s[j] ? m : s[j];
-  return m;
+  // Rows are padded to whole vectors; what lies past n does not count.
+  const Vec<A> lane = iota<A>();
+  for (; j < n; j += kLanes<A>) m1 = max(m1, lane < static_cast<A>(n - j) ? load(s + j) : broadcast(lowest));
+  return reduce_max<A>(max(m0, m1));
 }
 
 // p[j] = 2^((s[j] - shift) * scale) for j < n, zeros up to n_padded; returns the sum. p may be s. The difference comes
