@@ -1,13 +1,13 @@
 """Environment variables of ptkernels: the only module that reads them, once, at import.
 
-========================  =====================================================================================
-``PTKERNELS_BACKEND``     ``cpu``, ``cuda``, ``triton`` or ``reference``: what `ptkernels.backend` starts as
-``PTKERNELS_STRICT``      ``1``: a call that the fused kernels cannot take raises instead of running the reference
-``PTKERNELS_MAX_ISA``     highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
-                          ``avx512_vnni``, ``avx512_bf16`` or ``amx``
+===========================  ==================================================================================
+``PTKERNELS_BACKEND``        ``cpu``, ``cuda``, ``triton`` or ``reference``: what `ptkernels.backend` starts as
+``PTKERNELS_STRICT``         ``1``: a call that the fused kernels cannot take raises instead of running the reference
+``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
+                             ``avx512_vnni``, ``avx512_bf16`` or ``amx``
 ``PTKERNELS_DETERMINISTIC``  ``1``: only kernels that give the same bits on every run
-``PTKERNELS_LIBRARY``     path of the libptkernels.so to load instead of the installed one
-========================  =====================================================================================
+``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
+===========================  ==================================================================================
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def _load(path: Path) -> None:
 
 def _load_cpu() -> Library:
     path = _env.settings.library or _PACKAGED / "libptkernels.so"
-    # A second registration of the namespace would abort the process, so a library that something else loaded is kept.
-    if _registered() and str(path) not in torch.ops.loaded_libraries:
+    # A second registration of the namespace would abort the process.
+    if _registered() and str(path.resolve()) not in torch.ops.loaded_libraries:
         raise ImportError(f"ptkernels: cannot load {path}: this process has loaded another copy of libptkernels.so")
     _load(path)
     if _env.settings.max_isa is not None:
