@@ -51,7 +51,9 @@ def _load_cpu() -> Library:
         raise ImportError(f"ptkernels: cannot load {path}: this process has loaded another copy of libptkernels.so")
     _load(path)
     if not _registered():
-        raise ImportError(f"ptkernels: {path} is no libptkernels.so: it registers no operator (torch {torch.__version__})")
+        raise ImportError(
+            f"ptkernels: {path} is no libptkernels.so: it registers no operator (torch {torch.__version__})"
+        )
     if _env.settings.max_isa is not None:
         torch.ops.ptkernels._set_max_isa(_env.settings.max_isa)
     return Library("libptkernels.so", path, True, "PTKERNELS_LIBRARY" if _env.settings.library else "packaged")
