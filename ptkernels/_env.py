@@ -5,7 +5,6 @@
 ``PTKERNELS_STRICT``         ``1``: a call that the fused kernels cannot take raises instead of running the reference
 ``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
-``PTKERNELS_DETERMINISTIC``  ``1``: only kernels that give the same bits on every run
 ``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
 ===========================  ==================================================================================
 """
@@ -28,7 +27,6 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     max_isa: str | None = None
-    deterministic: bool = False
     library: Path | None = None
 
 
@@ -60,7 +58,6 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         backend=_choice(environ, "PTKERNELS_BACKEND", BACKENDS),
         strict=_flag(environ, "PTKERNELS_STRICT"),
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
-        deterministic=_flag(environ, "PTKERNELS_DETERMINISTIC"),
         library=Path(library) if library else None,
     )
 

@@ -1,22 +1,17 @@
-// Backward on the CPU: gradients of attention from the saved log-sum-exp,
-// scores recomputed block by block.
+// Backward on the CPU: gradients of attention from the saved log-sum-exp, scores recomputed block by block.
 //
-//   equation   P = 2^(S - lse),  delta = rowsum(dO * O) - dlse,  dS = P * (dO
-//   V^T - delta)
+//   equation   P = exp(S - lse),  delta = rowsum(dO * O) - dlse,  dS = P * (dO V^T - delta)
 //              dV = P^T dO,   dK = scale dS^T Q,   dQ = scale dS K
-//   layout     everything is computed transposed, keys x queries: S^T = K Q^T,
-//   dP^T = V dO^T. P^T and dS^T then leave the
-//              first two products as the left operands of dV and dK, and dS^T
-//              as the right operand of dQ^T = K^T dS^T: no product needs a
-//              transposed score block. Panels of kNr queries hold
-//              [panel][key][query in panel]. Q and dO of one head are packed in
-//              both orientations, once, and reused for every block of keys.
-//   tiling     kKeys x kQueries scores at a time; exp2 and dS happen in the
-//   epilogues of the products that make them threads    an item is one (batch,
-//   kv head), or, where there are few, every kSplit-th block of its keys; dQ of
-//   the parts
-//              is added in a fixed order. The split depends on the shape only,
-//              so results do not depend on the threads.
+//
+//   layout     everything is computed transposed, keys x queries: S^T = K Q^T, dP^T = V dO^T. P^T and dS^T then leave
+//              the first two products as left operands of dV and dK, and dS^T as right operand of dQ^T = K^T dS^T: no
+//              product needs a transposed score block. Panels of kNr queries hold [panel][key][query in panel].
+//              Q and dO of a head are packed in both orientations, once, and reused for every block of keys.
+//
+//   tiling     kKeys x kQueries scores at a time; exp2 and dS happen in the epilogues of the products that make them.
+//
+//   threads    an item is one (batch, kv head) or, where there are few, every splits_-th block of its keys; dQ of the
+//              parts is added in a fixed order. The split depends on the shape only, so results do not depend on threads.
 #pragma once
 
 #include "attention_cpu_forward.h"

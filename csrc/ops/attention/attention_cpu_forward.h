@@ -1,19 +1,15 @@
-// Forward on the CPU: softmax(scale Q K^T + mask) V without the matrix of
-// scores.
+// Forward on the CPU: softmax(scale Q K^T + mask) V without the matrix of scores.
 //
-//   equation   per block of keys:  m' = max(m, rowmax S),  P = 2^(S - m'),  l =
-//   l 2^(m - m') + rowsum P,
-//              O = O 2^(m - m') + P V;   at the end  out = O / l,  lse = m +
-//              log l          (scores in base 2)
-//   layout     one head's K^T and V are packed once into the engine's panels,
-//   in the thread's own memory, and reused for
-//              every block of queries and every query head of the group
-//   tiling     kQueries x kKeys scores at a time; S (and P for 16-bit products)
-//   stay in L2, a panel of K or V in L1 threads    blocks of queries are dealt
-//   out in runs of equal cost; each is computed in an order that does not
-//   depend
-//              on the run it is in, so results do not depend on the number of
-//              threads
+//   equation   per block of keys:  m' = max(m, rowmax S),  P = exp(S - m'),  l = l exp(m - m') + rowsum P,
+//              O = O exp(m - m') + P V;   at the end  out = O / l,  lse = m + log l
+//
+//   layout     one head's K^T and V are packed once into the engine's panels, in the thread's own memory, and reused
+//              for every block of queries and every query head of the group.
+//
+//   tiling     kQueries x kKeys scores at a time; S (and P for 16-bit products) stay in L2, a panel of K or V in L1.
+//
+//   threads    blocks of queries are dealt out in runs of equal cost; each is computed in an order that does not depend
+//              on the run it is in, so results do not depend on the number of threads.
 #pragma once
 
 #include "attention_cpu_common.h"
