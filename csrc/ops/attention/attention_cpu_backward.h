@@ -11,7 +11,7 @@
 //   tiling     kKeys x kQueries scores at a time; exp2 and dS happen in the epilogues of the products that make them.
 //
 //   threads    an item is one (batch, kv head) or, where there are few, every splits_-th block of its keys; dQ of the
-//              parts is added in a fixed order. The split depends on the shape only, so results do not depend on threads.
+//              parts is added in a fixed order. The split depends on the shape only, so results do not depend on them.
 #pragma once
 
 #include "attention_cpu_forward.h"
