@@ -58,8 +58,6 @@ struct Product {
   const int64_t step_stride = panel_stride * (padded_n<T>(p.n) / GemmTraits<T>::kNr);
   ElementB<T>* packed_b = nullptr;
 
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
   int64_t packed_b_elements() const { return step_stride * depth_steps * p.reduce; }
 
   void pack_panel(int64_t r, int64_t step, int64_t panel) const {

@@ -72,6 +72,13 @@ using Sum = typename GemmTraits<T>::Sum;
 template <class T>
 using ElementB = std::conditional_t<std::is_same_v<Element<T>, uint8_t>, int8_t, Element<T>>;
 
+PTK_INLINE constexpr int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+PTK_INLINE constexpr int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
 PTK_INLINE constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }

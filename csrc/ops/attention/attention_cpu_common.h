@@ -3,19 +3,13 @@
 #pragma once
 
 #include "csrc/core/parallel.h"
+#include "csrc/cpu/carver.h"
 #include "csrc/cpu/gemm/gemm.h"
 #include "csrc/cpu/math.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/ops/attention/attention.h"
 
 namespace ptk::PTK_ISA {
-
-PTK_INLINE constexpr int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-PTK_INLINE constexpr int64_t most(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
 
 // Rows of one head: element (row, dim) of a [batch, heads, length, dim]
 // operand.
@@ -39,19 +33,6 @@ PTK_INLINE HeadView<T> head_of(const View& v, int64_t batch, int64_t head) {
 PTK_INLINE int64_t visible_keys(const Problem& p, int64_t i) {
   return p.is_causal ? least(p.len_k, i + 1) : p.len_k;
 }
-
-// Consecutive pieces of one scratch block, each aligned to a cache line.
-struct Carver {
-  static constexpr intptr_t kOrigin = 64;  // of a dry run that only counts
-  char* next = reinterpret_cast<char*>(kOrigin);
-  template <class U>
-  U* take(int64_t count) {
-    U* piece = reinterpret_cast<U*>(next);
-    next += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-    return piece;
-  }
-  size_t bytes() const { return reinterpret_cast<intptr_t>(next) - kOrigin; }
-};
 
 // Not the double log2: its symbol is newer than the oldest glibc that the library promises to load on.
 PTK_INLINE float log2_of(float x) {

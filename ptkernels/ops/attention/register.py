@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.overrides import has_torch_function
 
 from ptkernels import _backend
+from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent, in_transform
 from ptkernels.ops.attention import batching, reference
 from ptkernels.ops.attention.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.attention.library import attention_op, backward_op
@@ -67,43 +67,6 @@ def _fake_backward(
     return grads[0], grads[1], grads[2]
 
 
-def _in_transform() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def _below_autograd(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
-    """Go on below autograd: from ``keyset`` within a dispatch, from the top where it is None."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if keyset is None:
-            return op(*args)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
-
-
-def _forward_of_function(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
-    if not torch._C._are_functorch_transforms_active():
-        return _below_autograd(op, keyset, *args)
-    # A Function's forward runs with gradients off, which is right for the level it differentiates and wrong for the
-    # outer levels of a nested transform, whose turn comes below.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return _below_autograd(op, keyset, *args)
-
-
-def _apply(function: type[Function], *args: Any) -> Any:
-    """Apply a Function to the current functorch level only, the way built-in operators record themselves."""
-    outer = torch._C._functorch.get_single_level_autograd_function_allowed()
-    torch._C._functorch.set_single_level_autograd_function_allowed(True)
-    try:
-        return super(Function, function).apply(*args)  # type: ignore[misc]
-    finally:
-        torch._C._functorch.set_single_level_autograd_function_allowed(outer)
-
-
 class _Attention(Function):
     @staticmethod
     def forward(
@@ -116,7 +79,7 @@ class _Attention(Function):
         is_causal: bool,
         scale: float | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_of_function(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+        out, lse = forward_of_function(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse, attn_mask)
         ctx.options = (is_causal, scale)
@@ -131,10 +94,10 @@ class _Attention(Function):
             grad_out = out.new_zeros(()).expand_as(out)
         needed = ctx.needs_input_grad[1:4]
         args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *ctx.options, needed)
-        if torch.is_grad_enabled() or _in_transform() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
-            grads = _below_autograd(backward_op, None, *args)
+            grads = below_autograd(backward_op, None, *args)
         return (None, *grads, None, None, None)
 
 
@@ -159,7 +122,7 @@ class _AttentionBackward(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_out, grad_lse, query, key, value, attn_mask)
         ctx.options = (is_causal, scale)
-        grads: Gradients = _forward_of_function(backward_op, keyset, *args)
+        grads: Gradients = forward_of_function(backward_op, keyset, *args)
         return grads
 
     @staticmethod
@@ -200,9 +163,9 @@ def _autograd_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True, return_lse=True
         )
     if torch.is_grad_enabled() and torch._C._any_requires_grad(query, key, value):
-        result: tuple[Tensor, Tensor] = _apply(_Attention, keyset, query, key, value, attn_mask, is_causal, scale)
+        result: tuple[Tensor, Tensor] = apply(_Attention, keyset, query, key, value, attn_mask, is_causal, scale)
     else:
-        result = _below_autograd(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+        result = below_autograd(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
     return result
 
 
@@ -242,16 +205,16 @@ def _autograd_backward(
     output_mask: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
     differentiated = (grad_out, grad_lse, query, key, value)
-    if _has_tangent(*differentiated):
+    if has_tangent(*differentiated):
         _backend.fallback(OP, _FORWARD_MODE)
         results = reference.attention_gradients(*differentiated, attn_mask, is_causal, scale)
         grads = [grad if needed else None for grad, needed in zip(results, output_mask, strict=True)]
         return grads[0], grads[1], grads[2]
     args = (*differentiated, out, lse, attn_mask, is_causal, scale, output_mask)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
-        result: Gradients = _apply(_AttentionBackward, keyset, *args)
+        result: Gradients = apply(_AttentionBackward, keyset, *args)
     else:
-        result = _below_autograd(backward_op, keyset, *args)
+        result = below_autograd(backward_op, keyset, *args)
     return result
 
 
@@ -259,7 +222,7 @@ def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return "the gradient of attn_mask has no kernel"
-    return _FORWARD_MODE if _has_tangent(query, key, value, attn_mask) else None
+    return _FORWARD_MODE if has_tangent(query, key, value, attn_mask) else None
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
