@@ -1,7 +1,7 @@
 """Autograd by hand: what every operator's registration is made of.
 
 ``torch.library.register_autograd`` generates a kernel that refuses every functorch transform, drops forward-mode
-tangents of inputs that do not require grad, and adds 9 us to a call. An operator writes a ``torch.autograd.Function`` for
+tangents of inputs that do not require grad, and adds 9 us to a call. An operator has a ``torch.autograd.Function`` for
 itself and one for its backward instead, and registers Autograd kernels that :func:`apply` them where a derivative is
 asked for and go :func:`below_autograd` where none is.
 """
