@@ -1,1 +1,1 @@
-"""Drop-in modules over the operators, with constructors, parameters and state_dict of their ``torch.nn`` counterparts."""
+"""Drop-in modules over the operators, with constructors, parameters and state_dict of their torch.nn originals."""
