@@ -1,9 +1,12 @@
 """Autograd by hand: what every operator's registration is made of.
 
 ``torch.library.register_autograd`` generates a kernel that refuses every functorch transform, drops forward-mode
-tangents of inputs that do not require grad, and adds 9 us to a call. An operator has a ``torch.autograd.Function`` for
+tangents of inputs that do not require grad, and adds 9 us to a call. An operator has a :class:`Function` for
 itself and one for its backward instead, and registers Autograd kernels that :func:`apply` them where a derivative is
 asked for and go :func:`below_autograd` where none is.
+
+:class:`Function` is the class under ``torch.autograd.Function``: applied, it records itself at the current functorch
+level only, as built-in operators do, where the other would refuse or take the transforms into its own hands.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import Function
+from torch.autograd.function import _SingleLevelFunction as Function
+
+__all__ = ["Function", "apply", "below_autograd", "forward_of_function", "has_tangent", "in_transform"]
 
 
 def in_transform() -> bool:
@@ -48,10 +53,10 @@ def forward_of_function(op: Callable[..., Any], keyset: Any, *args: Any) -> Any:
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """Apply a Function to the current functorch level only, the way built-in operators record themselves."""
+    """Apply a Function at the current functorch level."""
     outer = torch._C._functorch.get_single_level_autograd_function_allowed()
     torch._C._functorch.set_single_level_autograd_function_allowed(True)
     try:
-        return super(Function, function).apply(*args)  # type: ignore[misc]
+        return function.apply(*args)  # type: ignore[attr-defined]
     finally:
         torch._C._functorch.set_single_level_autograd_function_allowed(outer)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 from torch.overrides import has_torch_function
 
 from ptkernels import _backend
-from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
 from ptkernels.ops.attention import batching, reference
 from ptkernels.ops.attention.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.attention.library import attention_op, backward_op
@@ -186,7 +185,7 @@ def record(
     if seen_above or (attn_mask is not None and attn_mask.requires_grad):
         result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, is_causal, scale)
     else:
-        result = super(Function, _Attention).apply(None, query, key, value, attn_mask, is_causal, scale)  # type: ignore[no-untyped-call]
+        result = _Attention.apply(None, query, key, value, attn_mask, is_causal, scale)  # type: ignore[attr-defined]
     return result
 
 
