@@ -8,13 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ptkernels import errors, reference
+from ptkernels import errors, nn, reference
 from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
+from ptkernels._replace import replace
+from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
 
-__all__ = ["Explanation", "__version__", "attention", "backend", "errors", "explain", "reference"]
+__all__ = [
+    "Explanation",
+    "__version__",
+    "attention",
+    "backend",
+    "errors",
+    "explain",
+    "nn",
+    "patch_sdpa",
+    "reference",
+    "replace",
+]
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -14,10 +14,10 @@ from ptkernels.ops.attention import attention
 class patch_sdpa(contextlib.ContextDecorator):  # noqa: N801 - used as a function, like torch.no_grad
     """Let ``torch.nn.functional.scaled_dot_product_attention`` be :func:`ptkernels.attention`.
 
-    A context manager, also usable as a decorator; contexts nest. It reaches every caller that looks the function up when
-    it calls it (``F.scaled_dot_product_attention(...)``), in the whole process while the context is entered, and none
-    that has imported the function itself by name. :func:`ptkernels.replace` does the same for chosen modules, for good.
-    Code that ``torch.compile`` has compiled keeps what it found when it was compiled.
+    A context manager, also usable as a decorator; contexts nest. It reaches every caller that looks the function up
+    when it calls it (``F.scaled_dot_product_attention(...)``), in the whole process while the context is entered, and
+    none that has imported the function itself by name. :func:`ptkernels.replace` does the same for chosen
+    modules, for good. Code that ``torch.compile`` has compiled keeps what it found when it was compiled.
 
     Example:
         >>> import torch, ptkernels as ptk

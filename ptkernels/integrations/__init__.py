@@ -1,1 +1,1 @@
-"""Other libraries' ways of choosing an implementation, taught about ptkernels. Nothing here is imported by the package."""
+"""Other libraries' ways of choosing an implementation. Nothing here is imported by the package itself."""

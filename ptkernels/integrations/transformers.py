@@ -3,7 +3,8 @@
     from ptkernels.integrations import transformers as ptk_transformers
 
     ptk_transformers.register()
-    model = AutoModel.from_pretrained(..., attn_implementation="ptkernels")   # or model.set_attn_implementation("ptkernels")
+    model = AutoModel.from_pretrained(..., attn_implementation="ptkernels")
+    model.set_attn_implementation("ptkernels")  # or later
 
 Masks stay boolean, grouped heads are not repeated, and what transformers' own SDPA path refuses or leaves to eager code
 runs in the kernels: softcap (Gemma 2), learnable sinks (GPT-OSS), position biases with a gradient (T5). Needs
@@ -80,6 +81,7 @@ def attention_forward(
         else:
             mask = position_bias + mask
     # Options that models leave at None, and attention at its defaults.
-    options = {name: given for name, given in (("softcap", softcap), ("sinks", s_aux)) if given is not None}
-    out = attention(query, key, value, mask, dropout, causal, scaling, True, **options)
+    given = {"softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {name: option for name, option in given.items() if option is not None}
+    out: Tensor = attention(query, key, value, mask, dropout, causal, scaling, True, **options)
     return out.transpose(1, 2), None

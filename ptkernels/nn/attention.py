@@ -40,8 +40,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Differences, all documented here: rows whose every key is masked give 0 (``out_proj.bias`` after the projection)
     where torch gives NaN; ``is_causal=True`` needs no ``attn_mask``, and with one it is taken at its word;
     ``need_weights=True`` computes the output with the fused kernel all the same, and the weights beside it in
-    ``O(L * S)`` time and memory. With dropout in training, where the weights returned are those after dropout, torch's own
-    composition computes both.
+    ``O(L * S)`` time and memory. With dropout in training, where the weights returned are those after dropout, torch's
+    own composition computes both.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -70,7 +70,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As in :meth:`torch.nn.MultiheadAttention.forward`."""
         dropout_p = self.dropout if self.training else 0.0
         if query.is_nested or (need_weights and dropout_p > 0.0):
-            return super().forward(  # type: ignore[no-any-return]
+            return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = query.dim() == 3
@@ -96,7 +96,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
             if query is key and key is value:
-                return F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+                packed: Tensor = F.linear(query, self.in_proj_weight, bias)
+                return packed.chunk(3, dim=-1)
             weights: Any = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -106,7 +107,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, projected: Tensor, batched: bool) -> Tensor:
         """``[batch, heads, length, head_dim]`` as a view."""
-        x = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        x: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))
         if not batched:
             return x.transpose(0, 1).unsqueeze(0)
         return x.permute(0, 2, 1, 3) if self.batch_first else x.permute(1, 2, 0, 3)
@@ -119,7 +120,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"MultiheadAttention: attn_mask: got shape {tuple(attn_mask.shape)}, expected [L, S] or "
                 f"[batch * num_heads, L, S] with batch * num_heads = {batch * self.num_heads}"
             )
-        return attn_mask.unflatten(0, (batch, self.num_heads))
+        return attn_mask.view(batch, self.num_heads, *attn_mask.shape[1:])
 
     def _extended(
         self, key: Tensor, value: Tensor, *masks: Tensor | None
@@ -148,14 +149,15 @@ def _weights(query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, is_ca
         scores = scores.masked_fill(hidden, -torch.inf)
     # A row without keys has lse -inf and only weights of 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    return (scores - lse.unsqueeze(-1)).exp().to(query.dtype)
+    weights: Tensor = (scores - lse.unsqueeze(-1)).exp().to(query.dtype)
+    return weights
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` whose attention is :class:`MultiheadAttention`.
 
-    Same constructor, parameters, arguments and results. torch's own inference fast path, which calls no submodule, is not
-    taken.
+    Same constructor, parameters, arguments and results. torch's own inference fast path, which calls no submodule, is
+    not taken.
 
     Example:
         >>> import torch, ptkernels as ptk

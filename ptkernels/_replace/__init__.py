@@ -1,0 +1,95 @@
+"""Model rewriting: swap what the operators can run, in place, and tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from ptkernels._replace import verify as _verify
+from ptkernels._replace.attention import AttentionRule
+from ptkernels._replace.change import Rule
+from ptkernels._replace.report import Kept, Replaced, Report
+
+__all__ = ["Kept", "Replaced", "Report", "replace"]
+
+_RULES: dict[str, Rule] = {rule.op: rule for rule in (AttentionRule(),)}
+
+
+def replace(
+    model: nn.Module,
+    ops: str | Collection[str] = tuple(_RULES),
+    dry_run: bool = False,
+    *,
+    verify: bool = False,
+    example_inputs: Any = None,
+) -> Report:
+    """Let the modules of a model run on this package's operators, in place.
+
+    Modules stay the objects they are: parameters, buffers, ``state_dict`` keys, hooks, training mode, device, dtype and
+    memory format do not change, so optimizers and tied weights stay valid. A second call finds nothing more to do.
+
+    Args:
+        model: any module; changed in place unless ``dry_run``.
+        ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``,
+            models of Hugging Face transformers, and modules whose ``forward`` calls ``F.scaled_dot_product_attention``.
+        dry_run: only report.
+        verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
+            and gradients with the original in float64: errors may be at most three times the original's. Takes three
+            copies of the model, one of them in float64.
+        example_inputs: what ``model`` is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Returns:
+        What was replaced, what was left and why; prints as a table. Its ``undo()`` restores the model exactly.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: an operator is unknown, or ``verify`` is asked for without ``example_inputs``.
+        RuntimeError: an output or gradient is out of bounds; the model is as it was before the call.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+        >>> report = ptk.replace(layer, verify=True, example_inputs=torch.randn(2, 10, 64))
+        >>> [item.path for item in report.replaced]
+        ['', 'self_attn']
+        >>> report.undo()
+        >>> type(layer) is torch.nn.TransformerEncoderLayer
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model: got {type(model).__name__}, expected a torch.nn.Module")
+    wanted = [ops] if isinstance(ops, str) else list(ops)
+    if unknown := [op for op in wanted if op not in _RULES]:
+        raise ValueError(f"replace: ops: got {unknown[0]!r}, expected some of {', '.join(_RULES)}")
+    if verify and example_inputs is None:
+        raise ValueError("replace: example_inputs: got None, expected the inputs to verify with")
+    report = Report(dry_run)
+    before = copy.deepcopy(model) if verify and not dry_run else None
+    for op in wanted:
+        for found in list(_RULES[op].plan(model)):
+            if isinstance(found, Kept):
+                report.kept.append(found)
+                continue
+            report.replaced.append(found.entry)
+            if not dry_run:
+                report._undo.append(found.apply())
+    if before is not None:
+        _verified(before, model, example_inputs, report)
+    return report
+
+
+def _verified(before: nn.Module, model: nn.Module, inputs: Any, report: Report) -> None:
+    try:
+        report.verified = _verify.compare(before, model, inputs)
+        if failed := [item for item in report.verified if not item.holds]:
+            worst = failed[0]
+            raise RuntimeError(
+                f"replace: {worst.name}: got error {worst.error:.2e} against float64, "
+                f"expected at most {worst.bound:.2e} (before: {worst.error_before:.2e}); the model was restored"
+            )
+    except BaseException:
+        report.undo()
+        raise

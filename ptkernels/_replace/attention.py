@@ -1,0 +1,89 @@
+"""Which modules attention can run: torch.nn's own, transformers' models, and callers of torch's SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+import ptkernels.nn as ptk_nn
+from ptkernels._replace.change import Change
+from ptkernels._replace.report import Kept, Replaced
+from ptkernels._sdpa import patch_sdpa
+
+_SDPA = "scaled_dot_product_attention"
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: ptk_nn.MultiheadAttention,
+    nn.TransformerEncoderLayer: ptk_nn.TransformerEncoderLayer,
+}
+_EFFECTS: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "fused forward and backward, memory linear in the length; masked-out rows give 0, not NaN",
+    nn.TransformerEncoderLayer: "its attention is fused in evaluation too, where torch's fast path bypassed the module",
+}
+
+
+class _Patched:
+    """A module's forward, with torch's SDPA replaced while it runs. A class, so that the module pickles and copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with patch_sdpa():
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _calls_sdpa(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and _SDPA in code.co_names
+
+
+class AttentionRule:
+    """See the module."""
+
+    op = "attention"
+
+    def plan(self, model: nn.Module) -> Iterator[Change | Kept]:
+        """See :class:`ptkernels._replace.change.Rule`."""
+        switched: list[str] = []  # transformers' models, whose layers take part through them
+        for path, module in model.named_modules():
+            kind = type(module)
+            if kind not in _CLASSES and any(path.startswith(prefix) for prefix in switched):
+                continue
+            name = kind.__name__
+            if kind in _CLASSES:
+                yield Change(Replaced(path, name, self.op, _EFFECTS[kind]), module, _CLASSES[kind])
+            elif kind is nn.TransformerEncoder and module.use_nested_tensor:
+                effect = "padding stays a mask: its conversion to nested tensors would bypass the layers"
+                yield Change(Replaced(path, name, self.op, effect), module, attributes={"use_nested_tensor": False})
+            elif isinstance(module, tuple(_CLASSES)) and kind not in _CLASSES.values():
+                yield Kept(path, name, self.op, "a subclass, whose own forward a replacement would lose")
+            elif _is_transformers(module):
+                switched.append(f"{path}." if path else "")
+                yield from self._transformers(path, name, module)
+            elif _calls_sdpa(module) and "forward" not in module.__dict__:
+                effect = f"F.{_SDPA} within its forward is ptkernels.attention"
+                yield Change(Replaced(path, name, self.op, effect), module, attributes={"forward": _Patched(module)})
+
+    def _transformers(self, path: str, name: str, module: Any) -> Iterator[Change | Kept]:
+        from ptkernels.integrations import transformers as integration
+
+        before = module.config._attn_implementation
+        if before == integration.NAME:
+            return
+        if not getattr(module, "_supports_attention_backend", False) and not getattr(module, "_supports_sdpa", False):
+            yield Kept(path, name, self.op, "this model of transformers does not take another attention")
+            return
+
+        def switch() -> Callable[[], None]:
+            integration.register()
+            module.set_attn_implementation(integration.NAME)
+            return lambda: module.set_attn_implementation(before)
+
+        effect = f"every layer's attention, {before!r} before; weights are not returned (output_attentions)"
+        yield Change(Replaced(path, name, self.op, effect), module, custom=switch)
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "set_attn_implementation") and hasattr(module, "config")

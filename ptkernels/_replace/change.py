@@ -1,0 +1,59 @@
+"""The one way in which a module is changed: its class and a few of its attributes, nothing that others hold.
+
+Parameters, buffers, hooks, children and the module object itself stay, so optimizers, tied weights, state_dict and
+references from elsewhere stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from ptkernels._replace.report import Kept, Replaced
+
+_MISSING = object()
+
+
+@dataclass
+class Change:
+    """A module about to be changed, and the line of the report that says so."""
+
+    entry: Replaced
+    module: nn.Module
+    new_class: type[nn.Module] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    custom: Callable[[], Callable[[], None]] | None = None
+    """Applies a change of another kind, and returns what takes it back."""
+
+    def apply(self) -> Callable[[], None]:
+        """Change the module; returns what takes the change back."""
+        if self.custom is not None:
+            return self.custom()
+        module, old_class = self.module, type(self.module)
+        old = {name: module.__dict__.get(name, _MISSING) for name in self.attributes}
+        if self.new_class is not None:
+            module.__class__ = self.new_class
+        module.__dict__.update(self.attributes)
+
+        def undo() -> None:
+            module.__class__ = old_class
+            for name, value in old.items():
+                if value is _MISSING:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = value
+
+        return undo
+
+
+class Rule(Protocol):
+    """Finds the modules of a model that one operator can run."""
+
+    op: str
+
+    def plan(self, model: nn.Module) -> Iterator[Change | Kept]:
+        """What to change and what to leave, without changing anything."""
+        ...

@@ -1,0 +1,84 @@
+"""Is a changed model still the same function? Its outputs and gradients against the original's in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptkernels._replace.report import Verified
+
+_FACTOR = 3.0
+_ULPS = 64.0
+# Of the largest gradient, or output: some are differences of equal numbers of that size, such as those of key biases.
+_INTERNAL_ULPS = 8.0
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _quiet(model: nn.Module) -> nn.Module:
+    """Evaluation mode, where nothing is drawn at random, except for modules that normalise by the batch."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "track_running_stats")]
+    model.eval()
+    for module, training in modes:
+        module.training = training
+    return model
+
+
+def _results(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Outputs, and gradients of inputs and parameters, by name."""
+    model = _quiet(copy.deepcopy(model))
+    if dtype is not None:
+        model = model.to(dtype)
+    leaves, spec = pytree.tree_flatten(inputs)
+    leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() if _floating(leaf) else leaf for leaf in leaves]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        returned = _call(model, pytree.tree_unflatten(leaves, spec))
+    outputs = [leaf for leaf in pytree.tree_leaves(returned) if _floating(leaf)]
+    results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    differentiable = [output for output in outputs if output.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, [torch.ones_like(output) for output in differentiable])
+    named = [(f"gradient of input {index}", leaf) for index, leaf in enumerate(leaves) if _floating(leaf)]
+    named += [(f"gradient of {name}", parameter) for name, parameter in model.named_parameters()]
+    results.update({name: tensor.grad for name, tensor in named if tensor.grad is not None})
+    return results
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return _largest(got.double() - exact)
+
+
+def compare(before: nn.Module, after: nn.Module, inputs: Any) -> list[Verified]:
+    """Both models on the same inputs; errors of ``after`` may be three times those of ``before``, and a little more."""
+    exact = _results(before, inputs, torch.float64)
+    old, new = _results(before, inputs, None), _results(after, inputs, None)
+    largest: dict[str, float] = {}
+    for name, expected in exact.items():
+        kind = name.split()[0]
+        largest[kind] = max(largest.get(kind, 0.0), _largest(expected))
+    verified = []
+    for name, expected in exact.items():
+        error_before = _error(old[name], expected)
+        slack = _ULPS * _largest(expected) + _INTERNAL_ULPS * largest[name.split()[0]]
+        bound = _FACTOR * error_before + torch.finfo(old[name].dtype).eps * slack
+        error = _error(new[name], expected) if name in new else float("inf")
+        verified.append(Verified(name, error, error_before, bound))
+    return verified

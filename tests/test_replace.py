@@ -1,0 +1,165 @@
+"""replace(): in place, told, verified, and undone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ptkernels as ptk
+
+
+class Block(nn.Module):
+    """A model that calls torch's attention itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(-2)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
+def encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+
+def runs_ours(call: object, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the operator is reached: with PyTorch's own attention out of reach, everything else would fail."""
+    from ptkernels.nn import attention as module
+
+    calls = []
+    monkeypatch.setattr(module, "attention", lambda *a, **k: calls.append(1) or ptk.attention(*a, **k))
+    call()  # type: ignore[operator]
+    monkeypatch.undo()
+    return bool(calls)
+
+
+def test_encoder_in_evaluation_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = encoder(), torch.randn(2, 5, 8)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    expected = copy.deepcopy(model).eval()(x, src_key_padding_mask=padding)
+    report = ptk.replace(model, verify=True, example_inputs={"src": x, "src_key_padding_mask": padding})
+    assert [item.path for item in report.replaced] == [
+        "", "layers.0", "layers.0.self_attn", "layers.1", "layers.1.self_attn",
+    ]  # fmt: skip
+    assert report.verified
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            assert runs_ours(lambda: model(x, src_key_padding_mask=padding), monkeypatch)
+    kept = ~padding
+    torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected[kept])
+
+
+def test_everything_others_hold_stays() -> None:
+    model = encoder()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = [id(parameter) for parameter in model.parameters()]
+    modules = [id(module) for module in model.modules()]
+    seen = []
+    model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append("self_attn"))
+    model.layers[0].linear1.register_forward_hook(lambda *_: seen.append("linear1"))
+    ptk.replace(model)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert [id(module) for module in model.modules()] == modules
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    model(torch.randn(1, 3, 8))
+    assert seen == ["self_attn", "linear1"]
+
+
+def test_undo_restores_and_a_second_call_finds_nothing() -> None:
+    model = nn.Sequential(encoder(), Block())
+    types = [type(module) for module in model.modules()]
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    report = ptk.replace(model)
+    assert [type(module) for module in model.modules()] != types
+    assert ptk.replace(model).replaced == []
+    report.undo()
+    report.undo()
+    assert [type(module) for module in model.modules()] == types
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
+    assert model[0].use_nested_tensor
+
+
+def test_callers_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Block(), torch.randn(2, 5, 8)
+    expected = model(x)
+    report = ptk.replace(model, verify=True, example_inputs=x)
+    assert "F.scaled_dot_product_attention" in str(report)
+    with monkeypatch.context() as patch:
+        # What a caller would reach without the replacement.
+        patch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("torch's attention was called"))
+        torch.testing.assert_close(model(x), expected)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), expected)
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = encoder()
+    types = [type(module) for module in model.modules()]
+    report = ptk.replace(model, dry_run=True)
+    assert len(report.replaced) == 5
+    assert "would run on attention" in str(report)
+    assert [type(module) for module in model.modules()] == types
+
+
+def test_subclasses_are_left_and_said() -> None:
+    report = ptk.replace(nn.ModuleDict({"a": OwnAttention(8, 2)}))
+    assert report.replaced == []
+    assert [(item.path, item.reason) for item in report.kept] == [
+        ("a", "a subclass, whose own forward a replacement would lose")
+    ]
+    assert "OwnAttention" in str(report)
+
+
+def test_failed_verification_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptkernels.nn import attention as module
+
+    model = encoder()
+    right = ptk.attention
+
+    def wrong(*args: object, **options: object) -> tuple[Tensor, Tensor]:
+        out, lse = right(*args, **options)  # type: ignore[call-overload]
+        return out * 1.01, lse
+
+    monkeypatch.setattr(module, "attention", wrong)
+    with pytest.raises(RuntimeError, match=r"output 0: got error .* the model was restored"):
+        ptk.replace(model, verify=True, example_inputs=torch.randn(2, 5, 8))
+    assert type(model.layers[0]) is nn.TransformerEncoderLayer
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error"),
+    [
+        ("bert", {}, "replace: model: got str"),
+        (nn.Linear(2, 2), {"ops": "softmax"}, "replace: ops: got 'softmax'"),
+        (nn.Linear(2, 2), {"verify": True}, "replace: example_inputs: got None"),
+    ],
+)
+def test_bad_calls(model: object, options: dict[str, object], error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        ptk.replace(model, **options)  # type: ignore[arg-type]
+
+
+def test_nothing_to_do_is_said() -> None:
+    assert "nothing in this model" in str(ptk.replace(nn.Linear(2, 2)))
+
+
+def test_patch_sdpa_nests_and_ends() -> None:
+    original = F.scaled_dot_product_attention
+    with ptk.patch_sdpa(), ptk.patch_sdpa():
+        assert F.scaled_dot_product_attention is ptk.attention
+    assert F.scaled_dot_product_attention is original
