@@ -1,8 +1,11 @@
-# make bench   install, build, run the benchmark      make test   install, build, run the tests
-# make lint    ruff, mypy, clang-format               make build  install, build in place
+# make bench   install, build, run the benchmark (OPS="attention packed_rnn" for these only)
+# make test    install, build, run the tests
+# make lint    ruff, mypy, clang-format
+# make build   install, build in place
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmark
 PYTHON ?= python3
 ARGS ?=
+OPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,7 +14,8 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu
 .PHONY: bench test lint format build build-emulated gpu-check clean
 
 bench: build
-	$(BIN)/python -m ptkernels bench --json build/bench.json --html build/bench.html $(ARGS)
+	$(BIN)/python -m ptkernels bench --json build/bench.json --html build/bench.html \
+	  $(addprefix --op ,$(OPS)) $(ARGS)
 
 test: build build-emulated
 	$(BIN)/python -m pytest $(ARGS)

@@ -73,8 +73,8 @@ def ring_attention(
         group: the processes. Default: all.
 
     Returns:
-        ``[batch, heads, length, dim_v]``, this process's part of the result. Results of the pieces are summed in float32,
-        in float64 for float64; each is rounded to the dtype of ``query`` before.
+        ``[batch, heads, length, dim_v]``, this process's part of the result. Results of the pieces are summed in
+        float32, in float64 for float64; each is rounded to the dtype of ``query`` before.
 
     Raises:
         ValueError: the length is odd and ``is_causal``; for bad tensors, what attention itself raises.

@@ -77,6 +77,20 @@ def test_quick_takes_the_smallest_case_of_every_model() -> None:
     assert quick_cases([larger, case]) == [case]
 
 
+def test_means_are_per_dtype_and_direction() -> None:
+    from ptkernels.cli.bench.report import mean_lines
+
+    names = {name: None for name in results.ROW_KEYS}
+    rows = [
+        results.Row(**{**names, "dtype": dtype, "direction": "forward", "ratio": ratio})
+        for dtype, ratio in (("float32", 1.0), ("float32", 4.0), ("bfloat16", 0.5), ("bfloat16", None))
+    ]
+    assert mean_lines(rows) == [
+        "float32 forward: 2.00 times the best peer's speed (geometric mean of 2; least 1.00)",
+        "bfloat16 forward: 0.50 times the best peer's speed (geometric mean of 1; least 0.50)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("function", "complaint"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from ptkernels.cli.console import print_table
@@ -66,6 +67,19 @@ def machine_lines(results: Results) -> list[str]:
     return lines
 
 
+def mean_lines(rows: Sequence[Row]) -> list[str]:
+    """Geometric mean and least of the ratios to the best peer, per dtype and direction."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.ratio is not None:
+            ratios.setdefault((row.dtype, row.direction), []).append(row.ratio)
+    return [
+        f"{dtype} {direction}: {statistics.geometric_mean(values):.2f} times the best peer's speed "
+        f"(geometric mean of {len(values)}; least {min(values):.2f})"
+        for (dtype, direction), values in ratios.items()
+    ]
+
+
 def rate(value: float | None, unit: str) -> str:
     """A rate with a readable prefix: ``rate(4.3e11, "FLOP/s")`` is ``430 GFLOP/s``."""
     if value is None:
@@ -92,6 +106,7 @@ def print_report(results: Results) -> None:
     for op in dict.fromkeys(row.op for row in results.rows):
         rows = [cells(row) for row in results.rows if row.op == op]
         print_table(op, HEADER, rows, FIRST_NUMBER)
+        print("\n".join(mean_lines([row for row in results.rows if row.op == op])))
     if results.model is not None:
         print("\n".join(model_lines(results.model)))
     print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,7 @@ class Runner:
 
     def run(self) -> None:
         """Run every selected case and the pretrained model; the results are complete up to the last finished row."""
-        plan = [(spec, case) for spec in self.specs for case in self._cases(spec)]
+        plan = self._plan()
         with_model = self.selection.takes_model() and any(spec.name == "attention" for spec in self.specs)
         with progress("bench", len(plan) + with_model) as bar:
             for done, (spec, case) in enumerate(plan):
@@ -133,6 +134,13 @@ class Runner:
                 bar.advance()
         self.results.status = "complete"
         self.save()
+
+    def _plan(self) -> list[tuple[OpSpec, BenchCase]]:
+        queues = [[(spec, case) for case in self._cases(spec)] for spec in self.specs]
+        if self.quick:
+            # What is cut off for time is cut off every operator.
+            return [item for turn in itertools.zip_longest(*queues) for item in turn if item is not None]
+        return [item for queue in queues for item in queue]
 
     def _cases(self, spec: OpSpec) -> list[BenchCase]:
         cases = self.selection.cases(spec)
