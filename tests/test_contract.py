@@ -358,7 +358,9 @@ def test_fake_strides_are_the_kernels(spec: OpSpec) -> None:
 @each_op
 def test_meta_tensors_propagate_shapes(spec: OpSpec) -> None:
     sample = sample_of(spec, torch.float32)
-    bound = bind(spec, sample, **{name: tensor.to("meta") for name, tensor in leaves(spec, sample).items()})
+    arguments = bind(spec, sample).arguments
+    on_meta = {name: value.to("meta") for name, value in arguments.items() if isinstance(value, Tensor)}
+    bound = bind(spec, sample, **on_meta)
     results = outputs(spec.function(*bound.args, **bound.kwargs))
     expected = value_and_gradients(spec.function, spec, sample)
     assert all(result.is_meta for result in results)
@@ -383,6 +385,10 @@ def test_compile(spec: OpSpec, backend: str) -> None:
             assert [actual[name].stride(dim) for dim in dims] == [tensor.stride(dim) for dim in dims]
 
 
+# Tensors of these hold where things are, not values.
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
 @each_op
 def test_compile_with_dynamic_shapes_compiles_once(spec: OpSpec) -> None:
     torch._dynamo.reset()
@@ -392,6 +398,9 @@ def test_compile_with_dynamic_shapes_compiles_once(spec: OpSpec) -> None:
     compilations = 0
     for repeats in (11, 13, 17):  # sizes that coincide with another one would be taken for the same symbol
         repeated = {name: torch.cat([tensor.detach()] * repeats) for name, tensor in leaves(spec, sample).items()}
+        for name, value in bind(spec, sample).arguments.items():
+            if isinstance(value, Tensor) and value.dtype in INDEX_DTYPES:
+                repeated[name] = value * repeats
         bound = bind(spec, sample, **repeated)
         expected = outputs(spec.function(*bound.args, **bound.kwargs))
         assert all(map(torch.equal, outputs(compiled(*bound.args, **bound.kwargs)), expected))
@@ -502,7 +511,8 @@ MAPPED = [
 def test_vmap_is_one_call(spec: OpSpec, mapped: tuple[int | None, ...]) -> None:
     size = 3
     for sample in samples_of(spec.name, torch.float64, "gradcheck").values():
-        tensors = {name: value for name, value in bind(spec, sample).arguments.items() if isinstance(value, Tensor)}
+        arguments = bind(spec, sample).arguments
+        tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.dtype not in INDEX_DTYPES}
         in_dims = mapped[: len(tensors)]
 
         def call(*values: Tensor, sample: Sample = sample, names: tuple[str, ...] = tuple(tensors)) -> Any:

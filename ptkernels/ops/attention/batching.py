@@ -20,19 +20,20 @@ from ptkernels.ops.attention.options import (
 Dims = tuple[int | None, ...]
 
 
-def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The tensor with the mapped dimension in front, expanded where it is not mapped."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _merge(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    return None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
+    return None if tensor is None else mapped_first(tensor, dim, size).flatten(0, 1)
 
 
 def _merge_mask(mask: Tensor | None, dim: int | None, size: int, batch: int, keep_shared: bool) -> Tensor | None:
     """The mask for a merged batch; one that does not depend on the batch stays as small as it is, where it may."""
     if mask is None or (keep_shared and dim is None and (mask.dim() < 4 or mask.size(0) == 1)):
         return mask
-    mask = _mapped_first(mask, dim, size)
+    mask = mapped_first(mask, dim, size)
     mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
@@ -41,15 +42,16 @@ def _merge_head_values(tensor: Tensor | None, dim: int | None, size: int, batch:
     """Values per head, ``[heads]`` or ``[batch, heads]``, for a merged batch."""
     if tensor is None or (keep_shared and dim is None and tensor.dim() == 1):
         return tensor
-    tensor = _mapped_first(tensor, dim, size)
+    tensor = mapped_first(tensor, dim, size)
     return tensor.reshape(size, -1, tensor.size(-1)).expand(size, batch, tensor.size(-1)).flatten(0, 1)
 
 
-def _merge_options(options: Options, dims: Options, size: int, batch: int, keep_shared: bool = True) -> Options:
+def merge_options(options: Options, dims: Options, size: int, batch: int, keep_shared: bool = True) -> Options:
+    """The options of mapped calls for their merged batch; values shared by all may stay so where ``keep_shared``."""
     seed = options.dropout_seed
     if seed is not None:
         # A seed for every mapped call: the batch counts from 0 in each of them.
-        seed = _mapped_first(seed, dims.dropout_seed, size).reshape(-1)  # type: ignore[arg-type]
+        seed = mapped_first(seed, dims.dropout_seed, size).reshape(-1)  # type: ignore[arg-type]
     slopes, sinks = (
         _merge_head_values(tensor, dim, size, batch, keep_shared)  # type: ignore[arg-type]
         for tensor, dim in zip(options.tensors, dims.tensors, strict=True)
@@ -60,7 +62,7 @@ def _merge_options(options: Options, dims: Options, size: int, batch: int, keep_
 def _merge_all(tensors: tuple[Tensor | None, ...], dims: Dims, size: int) -> tuple[list[Tensor | None], int]:
     """Merged operands, and the batch size that each call of the mapped function sees."""
     batch = next(
-        _mapped_first(tensor, dim, size).size(1)
+        mapped_first(tensor, dim, size).size(1)
         for tensor, dim in zip(tensors, dims, strict=True)
         if tensor is not None
     )
@@ -80,7 +82,7 @@ def vmap_attention(
     size = info.batch_size
     operands, batch = _merge_all((query, key, value), in_dims[:3], size)
     mask = None if attn_mask is None else _merge_mask(attn_mask, in_dims[3], size, batch, True)
-    merged = _merge_options(Options(*options), Options(*in_dims[4:]), size, batch) if options else ()
+    merged = merge_options(Options(*options), Options(*in_dims[4:]), size, batch) if options else ()
     out, lse = attention_op(*operands, mask, *merged)
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
 
@@ -104,7 +106,7 @@ def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor | N
     attn_mask, options, wanted = args[7], backward_options(args), args[OUTPUT_MASK]
     is_shared = not any(wanted[3:])
     mask = _merge_mask(attn_mask, dims[7], size, batch, is_shared)
-    merged = _merge_options(options, backward_options(dims), size, batch, is_shared)
+    merged = merge_options(options, backward_options(dims), size, batch, is_shared)
     grads = list(backward_op(*operands, mask, *backward_tail(merged, wanted)))
     given = (attn_mask, *options.tensors)
     mapped = (dims[7], *backward_options(dims).tensors)
@@ -122,8 +124,8 @@ class _Info(NamedTuple):
     batch_size: int
 
 
-def legacy_vmap_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """The same under the older vmap behind ``torch.autograd.grad(is_grads_batched=True)``.
+def legacy_vmap(rule: Any, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """A rule under the older vmap behind ``torch.autograd.grad(is_grads_batched=True)``.
 
     Its own fallback, a loop, refuses operators that may return None.
     """
@@ -133,7 +135,12 @@ def legacy_vmap_backward(*args: Any) -> tuple[Tensor | None, ...]:
         plain = [torch._remove_batch_dim(arg, level, 1, 0) if isinstance(arg, Tensor) else arg for arg in args]
         size = max(arg.size(0) for arg in plain if isinstance(arg, Tensor))
         plain = [arg.expand(size, *arg.shape[1:]) if isinstance(arg, Tensor) else arg for arg in plain]
-        grads, _ = vmap_backward(_Info(size), (0,) * len(plain), *plain)
+        grads, _ = rule(_Info(size), (0,) * len(plain), *plain)
         return tuple(None if grad is None else torch._add_batch_dim(grad, 0, level) for grad in grads)
     finally:
         torch._C._vmapmode_increment_nesting()
+
+
+def legacy_vmap_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    """The same as :func:`vmap_backward` under the older vmap."""
+    return legacy_vmap(vmap_backward, args)

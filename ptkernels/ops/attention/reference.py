@@ -97,12 +97,12 @@ def _philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> Sequence[T
     return counter
 
 
-def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int]) -> Tensor:
+def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int], first_batch: int = 0) -> Tensor:
     """What dropout keeps of weights ``[batch, heads, Lq, Lk]``: a function of seed and position alone.
 
     Sixteen bits of Philox decide for one weight: those of counter ``(key, row // 8, head, batch)``, in the place that
     ``row % 8`` says. ``seed`` of shape ``[n]`` gives each of ``n`` equal runs of the batch a seed of its own, in which
-    the batch counts from 0.
+    the batch counts from ``first_batch``.
     """
     batch, heads, queries, keys = shape
     device = seed.device
@@ -112,24 +112,32 @@ def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int]
         torch.arange(keys, device=device),
         torch.arange((queries + 7) // 8, device=device)[:, None],
         torch.arange(heads, device=device)[:, None, None],
-        torch.arange(batch, device=device)[:, None, None, None] % max(each, 1),
+        torch.arange(batch, device=device)[:, None, None, None] % max(each, 1) + first_batch,
     )
     words = _philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -2)
     return halves.flatten(2, 3)[:, :, :queries] < keep_below
 
 
-def dropout_factors(weights: Tensor, options: Options, batch: int, heads: int) -> Tensor | float:
+def dropout_factors(
+    weights: Tensor, options: Options, batch: int, heads: int, first_batch: int = 0
+) -> Tensor | float:
     """0 where a weight is dropped, and the inverse of the share that is kept elsewhere."""
     if options.dropout_seed is None or options.keep_below == KEEP_ALL:
         return 1.0
     shape = (batch, heads, *weights.shape[-2:])
-    keep = dropout_keep(options.dropout_seed, options.keep_below, shape).to(weights.device)
+    keep = dropout_keep(options.dropout_seed, options.keep_below, shape, first_batch).to(weights.device)
     return keep.view(weights.shape).to(weights.dtype) * (KEEP_ALL / max(options.keep_below, 1))
 
 
 def attention_with(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options, enable_gqa: bool = True
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    options: Options,
+    enable_gqa: bool = True,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of operands of any rank, with the options of the operator."""
     dtype = query.dtype
@@ -141,7 +149,7 @@ def attention_with(
         lead = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
         batch, heads = split_lead(lead, enable_gqa, options)
         weights = weights.expand(*lead, *weights.shape[-2:])
-        weights = weights * dropout_factors(weights, options, math.prod(batch), heads)
+        weights = weights * dropout_factors(weights, options, math.prod(batch), heads, first_batch)
     out = (weights @ value).to(dtype)
     return out, lse.expand(out.shape[:-1])
 
@@ -228,6 +236,7 @@ def attention_gradients(
     value: Tensor,
     attn_mask: Tensor | None,
     options: Options,
+    first_batch: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """First derivatives of four-dimensional attention, written so that they can be differentiated further.
 
@@ -243,7 +252,7 @@ def attention_gradients(
 
     products = scaled_scores(query, shared_key, options.scale)
     weights, sink_weights, lse = softmax_of_scores(products, attn_mask, options)
-    factors = dropout_factors(weights, options, batch, heads)
+    factors = dropout_factors(weights, options, batch, heads, first_batch)
     grad_weights = (grad_out @ shared_value.transpose(-2, -1)) * factors
     shift = -(weights * grad_weights).sum(-1)
     if grad_lse is not None:

@@ -56,7 +56,8 @@ def _mask_kind(mask: Tensor | None) -> str:
     return "none" if mask is None else str(mask.dtype).removeprefix("torch.")
 
 
-def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+    """Name of the CPU kernel for operands of four dimensions."""
     introspection = _loader.introspection()
     if introspection is None:
         return "libptkernels.so (ptkernels._introspect, which names its kernels, is not built for this Python)"
@@ -131,7 +132,7 @@ def explain(
     call = normalize(query, key, value, attn_mask, options, enable_gqa)
     kernel = "shape propagation"
     if device == "cpu":
-        kernel = _cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
+        kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
         kernel = "libptkernels_cuda.so"
     return Explanation(OP, kernel, device, reason, _hints(query, key, value))

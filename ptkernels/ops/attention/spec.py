@@ -322,6 +322,8 @@ def composition(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    bottom_right: bool = False,
+    first_batch: int = 0,
 ) -> Any:
     """Attention as models write it out: products in the dtype of the inputs, softmax in float32."""
     dtype = query.dtype
@@ -330,9 +332,11 @@ def composition(
         key, value = (reference.share_heads(tensor, query.size(-3)) for tensor in (key, value))
     scores = (query @ key.transpose(-2, -1)).to(wide) * reference.default_scale(query, scale)
     attn_mask, options = resolve(dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
+    options = options._replace(bottom_right=options.bottom_right or bottom_right)
     weights, _, lse = reference.softmax_of_scores(scores, attn_mask, options)
     if dropout_p > 0.0:
-        weights = weights * reference.dropout_factors(weights, options, math.prod(weights.shape[:-3]), query.size(-3))
+        batch, heads = math.prod(weights.shape[:-3]), query.size(-3)
+        weights = weights * reference.dropout_factors(weights, options, batch, heads, first_batch)
     out = weights.to(dtype) @ value
     return (out, lse) if return_lse else out
 
