@@ -3,7 +3,7 @@
 
 # gcc warns about its own intrinsics headers (undefined pass-through operands) and about 512-bit vectors on AVX2.
 set(PTK_KERNEL_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math
-    -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread -Wno-restrict -Wno-array-bounds -Wno-psabi)
+    -Wno-uninitialized -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread -Wno-restrict -Wno-array-bounds -Wno-psabi)
 if(PTKERNELS_EMULATE_ISA)
   # Their logic is what matters; -O3 spends minutes on 512-bit vectors that the target does not have.
   list(APPEND PTK_KERNEL_FLAGS -O1)

@@ -15,11 +15,14 @@ from ptkernels._replace import replace
 from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops.attention_varlen import attention_varlen
+from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 
 __all__ = [
     "Explanation",
     "__version__",
     "attention",
+    "attention_varlen",
     "backend",
     "errors",
     "explain",

@@ -42,6 +42,16 @@ inline bool is_bool(const Tensor& tensor) {
   return shim_dtype(tensor) == bool_dtype;
 }
 
+inline bool is_int64(const Tensor& tensor) {
+  static const int32_t int64_dtype = aoti_torch_dtype_int64();
+  return shim_dtype(tensor) == int64_dtype;
+}
+
+inline bool is_int32(const Tensor& tensor) {
+  static const int32_t int32_dtype = aoti_torch_dtype_int32();
+  return shim_dtype(tensor) == int32_dtype;
+}
+
 inline int32_t shim_dtype(DType dtype) {
   switch (dtype) {
   case DType::f64:

@@ -1,9 +1,11 @@
 // Fused attention: what the kernels are given. Torch-free.
 //
-//   scores[i, j] = scale * <query[i], key[j]> + mask[i, j]      out = softmax(scores) value      lse =
-//   logsumexp(scores)
+//   scores[i, j] = cap(scale * <query[i], key[j]>) - slope * |i + diagonal - j| + mask[i, j]
+//   lse[i]       = log(exp(sink) + sum over j of exp(scores[i, j]))
+//   out[i]       = sum over j of exp(scores[i, j] - lse[i]) * value[j]
 //
-// Query head h attends to key and value head h / (heads_q / heads_kv).
+// Query head h attends to key and value head h / (heads_q / heads_kv). Row i sees the keys from i + diagonal - left to
+// i + diagonal + right; diagonal is 0, or len_k - len_q where the two ends are aligned.
 #pragma once
 
 #include "csrc/core/dtype.h"
@@ -31,6 +33,14 @@ struct View {
   int64_t strides[4] = {};
 };
 
+// One number per [batch, head] in the dtype of lse; strides in elements, 0 for a batch that shares them.
+struct HeadValues {
+  const void* data = nullptr;
+  int64_t strides[2] = {};
+};
+
+inline constexpr int64_t kUnbounded = int64_t{1} << 40;
+
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 0;
@@ -41,13 +51,33 @@ struct Problem {
   int64_t dim_qk = 0;
   int64_t dim_v = 0;
   double scale = 1.0;
-  bool is_causal = false;  // row i attends to keys j <= i only, whatever the two lengths
+  bool is_causal = false;  // as right = 0
+  int64_t left = kUnbounded;
+  int64_t right = kUnbounded;
+  bool bottom_right = false;  // diagonal is len_k - len_q
+  double softcap = 0;         // cap(x) = softcap * tanh(x / softcap); 0: cap(x) = x
+  HeadValues alibi;           // slopes; data is null without
+  HeadValues sinks;           // data is null without
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
+
+  // Dropout keeps a weight where 16 bits of philox(seed, {key, row / 8, head, batch}) are below keep_below. Batches come
+  // in groups of batch_per_seed that share a seed and count from 0 within.
+  uint32_t keep_below = kKeepAll;
+  const int64_t* seeds = nullptr;
+  int64_t batch_per_seed = 1;
+  static constexpr uint32_t kKeepAll = 1 << 16;
+
+  // Packed sequences: batch b is rows first_q[b] to first_q[b + 1] of operands that have no batch dimension (its strides
+  // are 0), and len_q the longest of them; lse is [heads_q, total_q]. Null: every batch has len_q rows of its own.
+  const int64_t* first_q = nullptr;
+  const int64_t* first_k = nullptr;
+  int64_t total_q = 0;
 };
 
-// No size is zero in the problems that kernels get: the glue answers those itself.
-// A row with no key to attend to has out = 0 and lse = -inf, and takes no part in any gradient.
+// No size is zero in the problems that kernels get, but len_k where there are sinks: the glue answers those itself.
+// A row with no key to attend to has out = 0 and lse = -inf (the sink, where there is one), and takes no part in any
+// gradient but the sink's.
 struct ForwardParams {
   Problem problem;
   ConstView query, key, value;
@@ -62,6 +92,9 @@ struct BackwardParams {
   ConstView query, key, value, out;
   const void* lse = nullptr;              // as the forward gave it
   View grad_query, grad_key, grad_value;  // uninitialised, stride 1 in dim; data is null where not asked for
+  // The rest in the dtype of lse, strides 0 in dimensions that are summed over. Zeroed; null where not asked for.
+  View grad_mask;
+  View grad_alibi, grad_sinks;  // [batch, head]: the first two strides
 };
 
 struct AttentionKernels {

@@ -1,5 +1,4 @@
-// What the CPU kernels of attention share: views of the operands, masks, and
-// how rows of queries meet blocks of keys.
+// What the CPU kernels of attention share: views of the operands, and which keys a row of queries sees.
 #pragma once
 
 #include "csrc/core/parallel.h"
@@ -11,8 +10,7 @@
 
 namespace ptk::PTK_ISA {
 
-// Rows of one head: element (row, dim) of a [batch, heads, length, dim]
-// operand.
+// Rows of one head: element (row, dim) of a [batch, heads, length, dim] operand.
 template <class T>
 struct HeadView {
   T* data;
@@ -21,17 +19,51 @@ struct HeadView {
 };
 
 template <class T>
-PTK_INLINE HeadView<const T> head_of(const ConstView& v, int64_t batch, int64_t head) {
-  return {static_cast<const T*>(v.data) + batch * v.strides[0] + head * v.strides[1], v.strides[2], v.strides[3]};
+PTK_INLINE HeadView<const T> head_of(const ConstView& v, int64_t batch, int64_t head, int64_t first = 0) {
+  return {static_cast<const T*>(v.data) + batch * v.strides[0] + head * v.strides[1] + first * v.strides[2],
+          v.strides[2], v.strides[3]};
 }
 template <class T>
-PTK_INLINE HeadView<T> head_of(const View& v, int64_t batch, int64_t head) {
-  return {static_cast<T*>(v.data) + batch * v.strides[0] + head * v.strides[1], v.strides[2], v.strides[3]};
+PTK_INLINE HeadView<T> head_of(const View& v, int64_t batch, int64_t head, int64_t first = 0) {
+  return {static_cast<T*>(v.data) + batch * v.strides[0] + head * v.strides[1] + first * v.strides[2], v.strides[2],
+          v.strides[3]};
 }
 
-// Keys that row `i` of the queries may see: a prefix.
-PTK_INLINE int64_t visible_keys(const Problem& p, int64_t i) {
-  return p.is_causal ? least(p.len_k, i + 1) : p.len_k;
+// One batch of a problem: where its rows are, and the band of keys that each of them sees.
+struct Sequence {
+  int64_t batch, first_q, len_q, first_k, len_k;
+  int64_t diagonal;
+  int64_t low, high;  // row i sees keys i + low to i + high
+
+  int64_t first_key(int64_t i) const { return least(most(0, i + low), len_k); }
+  int64_t end_key(int64_t i) const { return most(0, least(len_k, i + high + 1)); }
+  // Rows that see any of the keys k0 to k0 + keys - 1.
+  int64_t first_row(int64_t k0) const { return least(most(0, k0 - high), len_q); }
+  int64_t end_row(int64_t k0, int64_t keys) const { return most(0, least(len_q, k0 + keys - low)); }
+};
+
+PTK_INLINE Sequence sequence_of(const Problem& p, int64_t batch) {
+  Sequence s{batch, 0, p.len_q, 0, p.len_k, 0, 0, 0};
+  if (p.first_q) {
+    s.first_q = p.first_q[batch];
+    s.len_q = p.first_q[batch + 1] - s.first_q;
+    s.first_k = p.first_k[batch];
+    s.len_k = p.first_k[batch + 1] - s.first_k;
+  }
+  s.diagonal = p.bottom_right ? s.len_k - s.len_q : 0;
+  s.low = s.diagonal - p.left;
+  s.high = s.diagonal + (p.is_causal ? 0 : p.right);
+  return s;
+}
+
+// Where a sequence's rows of one head are in lse and what is laid out like it.
+PTK_INLINE int64_t lse_offset(const Problem& p, const Sequence& s, int64_t head) {
+  return p.first_q ? head * p.total_q + s.first_q : (s.batch * p.heads_q + head) * p.len_q;
+}
+
+template <class A>
+PTK_INLINE A head_value(const HeadValues& values, int64_t batch, int64_t head) {
+  return static_cast<const A*>(values.data)[batch * values.strides[0] + head * values.strides[1]];
 }
 
 // Not the double log2: its symbol is newer than the oldest glibc that the library promises to load on.
@@ -42,67 +74,34 @@ PTK_INLINE double log2_of(double x) {
   return static_cast<double>(__builtin_log2l(x));
 }
 
-// One finished row: out = sums / denominator, lse = shift + log(denominator).
+// e^x; 0 for -inf.
+template <class A>
+PTK_INLINE A exp_of(A x) {
+  return exp2(broadcast(x * static_cast<A>(kLog2E)))[0];
+}
+
+// One finished row: out = sums / (denominator * keep), lse = shift + log(denominator).
 template <class T, class A>
-PTK_INLINE void write_row(const A* sums, A shift, A denominator, int64_t dim, T* out, A* lse) {
+PTK_INLINE void write_row(const A* sums, A shift, A denominator, int64_t dim, T* out, A* lse, A keep = 1) {
   if (denominator == 0) {
     std::memset(out, 0, dim * sizeof(T));
     *lse = -static_cast<A>(__builtin_inf());
     return;
   }
-  for (int64_t d = 0; d < dim; d += kLanes<A>) store_as_partial(out + d, load(sums + d) / denominator, dim - d);
+  const A divisor = denominator * keep;
+  for (int64_t d = 0; d < dim; d += kLanes<A>) store_as_partial(out + d, load(sums + d) / divisor, dim - d);
   *lse = shift + log2_of(denominator) * static_cast<A>(kLn2);
 }
 
-// ---- masks
-// --------------------------------------------------------------------------------------------------------
-
-namespace detail {
-
-template <class M, class A>
-PTK_INLINE A mask_bias(M value) {
-  if constexpr (std::is_same_v<M, bool>) {
-    return value ? A(0) : -static_cast<A>(__builtin_inf());
-  } else {
-    return static_cast<A>(load_scalar(&value));
-  }
-}
-
-// scores[j] = scores[j] * scale + bias, along one row of the mask.
-template <class M, class A>
-static inline void apply_mask_row(A* scores, int64_t n, A scale, const M* mask, int64_t stride) {
-  if (stride == 1) {
-    if constexpr (std::is_same_v<M, bool>) {
-      const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
-      for (int64_t j = 0; j < n; ++j) scores[j] = bytes[j] ? scores[j] * scale : -static_cast<A>(__builtin_inf());
-    } else if constexpr (std::is_same_v<Acc<M>, A>) {
-      for (int64_t j = 0; j < n; j += kLanes<A>) {
-        const int64_t valid = n - j;
-        Vec<A> s = load_partial(scores + j, valid);
-        store_partial(scores + j, s * scale + load_as_partial(mask + j, valid), valid);
-      }
-    } else {
-      for (int64_t j = 0; j < n; ++j) scores[j] = scores[j] * scale + mask_bias<M, A>(mask[j]);
-    }
-  } else {
-    for (int64_t j = 0; j < n; ++j) scores[j] = scores[j] * scale + mask_bias<M, A>(mask[j * stride]);
-  }
-}
-
-}  // namespace detail
-
-// Calls body(pointer to the mask's element (batch, head, 0, 0)) with the mask's
-// type, T being the operands'.
-template <class T, class Body>
-PTK_INLINE void with_mask(const Problem& p, int64_t batch, int64_t head, const Body& body) {
-  const int64_t offset = batch * p.mask.strides[0] + head * p.mask.strides[1];
-  if (p.mask_kind == MaskKind::boolean) {
-    body(static_cast<const bool*>(p.mask.data) + offset);
-  } else if (p.mask_kind == MaskKind::same_dtype) {
-    body(static_cast<const T*>(p.mask.data) + offset);
-  } else if (p.mask_kind == MaskKind::f32) {
-    body(static_cast<const float*>(p.mask.data) + offset);
-  }
+// The sink takes part in a row's softmax with no value of its own.
+template <class A>
+PTK_INLINE void join_sink(A sink, A* sums, int64_t dim, A& shift, A& denominator) {
+  const A top = shift > sink ? shift : sink;
+  if (top == -static_cast<A>(__builtin_inf())) return;
+  const A factor = exp_of(shift - top);
+  for (int64_t d = 0; d < dim; d += kLanes<A>) store(sums + d, load(sums + d) * factor);
+  denominator = denominator * factor + exp_of(sink - top);
+  shift = top;
 }
 
 }  // namespace ptk::PTK_ISA

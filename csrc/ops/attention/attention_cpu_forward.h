@@ -1,4 +1,4 @@
-// Forward on the CPU: softmax(scale Q K^T + mask) V without the matrix of scores.
+// Forward on the CPU: softmax(scores) V without the matrix of scores.
 //
 //   equation   per block of keys:  m' = max(m, rowmax S),  P = exp(S - m'),  l = l exp(m - m') + rowsum P,
 //              O = O exp(m - m') + P V;   at the end  out = O / l,  lse = m + log l
@@ -7,12 +7,13 @@
 //              for every block of queries and every query head of the group.
 //
 //   tiling     kQueries x kKeys scores at a time; S (and P for 16-bit products) stay in L2, a panel of K or V in L1.
+//              Keys that no row of the block sees are neither packed nor multiplied.
 //
 //   threads    blocks of queries are dealt out in runs of equal cost; each is computed in an order that does not depend
 //              on the run it is in, so results do not depend on the number of threads.
 #pragma once
 
-#include "attention_cpu_common.h"
+#include "attention_cpu_scores.h"
 
 namespace ptk::PTK_ISA {
 
@@ -92,20 +93,27 @@ public:
   static constexpr int64_t kKeys = 256;
 
   explicit TiledForward(const ForwardParams& params) : f_(params), p_(params.problem) {
-    const int64_t rows = p_.batch * p_.heads_q * p_.len_q;
-    queries_ = least(kQueries, most(Traits::kMr, round_up(rows / (4 * num_threads()) + 1, Traits::kMr)));
+    const int64_t rows = p_.heads_q * (p_.first_q ? p_.total_q : p_.batch * p_.len_q);
+    // A window's first key depends on the block, and with it how keys fall into blocks: the size must not depend on the
+    // number of threads then.
+    const int64_t parts = p_.left < kUnbounded ? 16 : 4 * num_threads();
+    queries_ = least(kQueries, most(Traits::kMr, round_up(rows / parts + 1, Traits::kMr)));
   }
 
   // False when memory ran out.
   bool run() {
-    blocks_per_head_ = (p_.len_q + queries_ - 1) / queries_;
-    head_cost_ = 0;
-    for (int64_t i = 0; i < blocks_per_head_; ++i) head_cost_ += block_cost(i);
-    const int64_t work = p_.batch * p_.heads_q * head_cost_ * queries_ * (p_.dim_qk + p_.dim_v);
-    const int64_t threads = work < kParallelWork ? 1 : least(num_threads(), p_.batch * p_.heads_q * blocks_per_head_);
+    int64_t total_cost = 0, blocks = 0;
+    for (int64_t group = 0; group < groups(); ++group) {
+      const Sequence seq = sequence(group, 0);
+      total_cost += heads_of_group() * head_cost(seq);
+      blocks += heads_of_group() * blocks_of(seq);
+      if (seq.len_q > 0) keys_capacity_ = most(keys_capacity_, packed_end(seq) - packed_begin(seq));
+    }
+    const int64_t work = total_cost * queries_ * (p_.dim_qk + p_.dim_v);
+    const int64_t threads = work < kParallelWork ? 1 : least(num_threads(), blocks);
     bool ok = true;
     parallel_for(0, threads, [&](int64_t begin, int64_t end) {
-      if (!run_blocks(first_block(begin, threads), first_block(end, threads)))
+      if (!run_blocks(first_block(total_cost, begin, threads), first_block(total_cost, end, threads)))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
@@ -116,21 +124,55 @@ private:
   static constexpr int64_t kPad = 64 / sizeof(A);
   static constexpr int64_t kLds = kKeys + kPad;
   static constexpr int64_t kLdp = kSeparateP ? kKeys + 64 / static_cast<int64_t>(sizeof(E)) : kLds;
-
-  int64_t keys_end(int64_t block) const { return visible_keys(p_, least(p_.len_q, (block + 1) * queries_) - 1); }
-  int64_t block_cost(int64_t block) const { return keys_end(block) + kCostOfABlock; }
   static constexpr int64_t kCostOfABlock = 32;
 
-  // Where the share of thread `t` begins, counting blocks over all heads.
-  int64_t first_block(int64_t t, int64_t threads) const {
-    const int64_t heads = p_.batch * p_.heads_q;
-    if (t == threads) return heads * blocks_per_head_;
-    int64_t cost = heads * head_cost_ / threads * t;
-    const int64_t head = cost / head_cost_;
-    cost -= head * head_cost_;
-    int64_t block = 0;
-    for (; block < blocks_per_head_ && cost >= block_cost(block); ++block) cost -= block_cost(block);
-    return head * blocks_per_head_ + block;
+  // Heads of sequences of one length are counted through as one group; packed sequences are a group each.
+  int64_t groups() const { return p_.first_q ? p_.batch : 1; }
+  int64_t heads_of_group() const { return p_.first_q ? p_.heads_q : p_.batch * p_.heads_q; }
+  Sequence sequence(int64_t group, int64_t head) const {
+    return sequence_of(p_, p_.first_q ? group : head / p_.heads_q);
+  }
+
+  // The keys that a sequence's rows see, from a whole panel on.
+  static int64_t packed_begin(const Sequence& seq) { return seq.first_key(0) / Traits::kNr * Traits::kNr; }
+  static int64_t packed_end(const Sequence& seq) { return most(packed_begin(seq), seq.end_key(seq.len_q - 1)); }
+
+  int64_t blocks_of(const Sequence& seq) const { return (seq.len_q + queries_ - 1) / queries_; }
+  int64_t block_cost(const Sequence& seq, int64_t block) const {
+    const int64_t last = least(seq.len_q, (block + 1) * queries_) - 1;
+    return most(0, seq.end_key(last) - seq.first_key(block * queries_)) + kCostOfABlock;
+  }
+  int64_t head_cost(const Sequence& seq) const {
+    int64_t cost = 0;
+    for (int64_t i = 0; i < blocks_of(seq); ++i) cost += block_cost(seq, i);
+    return cost;
+  }
+
+  // A block of queries; they are computed in the order of group, head, block.
+  struct Position {
+    int64_t group, head, block;
+    bool operator<(const Position& other) const {
+      return group != other.group ? group < other.group : head != other.head ? head < other.head : block < other.block;
+    }
+  };
+
+  // Where the share of thread `t` begins.
+  Position first_block(int64_t total_cost, int64_t t, int64_t threads) const {
+    if (t == threads) return {groups(), 0, 0};
+    int64_t cost = total_cost / threads * t;
+    for (int64_t group = 0; group < groups(); ++group) {
+      const Sequence seq = sequence(group, 0);
+      const int64_t of_head = head_cost(seq), of_group = of_head * heads_of_group();
+      if (cost >= of_group) {
+        cost -= of_group;
+        continue;
+      }
+      Position at{group, cost / of_head, 0};
+      for (cost %= of_head; at.block < blocks_of(seq) && cost >= block_cost(seq, at.block); ++at.block)
+        cost -= block_cost(seq, at.block);
+      return at;
+    }
+    return {groups(), 0, 0};
   }
 
   struct Scratch {
@@ -140,13 +182,12 @@ private:
 
   int64_t ldq() const { return padded_k<T>(p_.dim_qk) + 64 / static_cast<int64_t>(sizeof(E)); }
   int64_t panel_k() const { return padded_k<T>(p_.dim_qk) * Traits::kNr; }
-  int64_t panel_v() const { return padded_k<T>(keys_packed()) * Traits::kNr; }
-  int64_t keys_packed() const { return visible_keys(p_, p_.len_q - 1); }
+  static int64_t panel_v(int64_t keys) { return padded_k<T>(keys) * Traits::kNr; }
 
   Scratch carve(Carver& carver) const {
     Scratch s;
-    s.k = carver.take<E>(panel_k() * padded_n<T>(keys_packed()) / Traits::kNr);
-    s.v = carver.take<E>(panel_v() * padded_n<T>(p_.dim_v) / Traits::kNr);
+    s.k = carver.take<E>(panel_k() * padded_n<T>(keys_capacity_) / Traits::kNr);
+    s.v = carver.take<E>(panel_v(keys_capacity_) * padded_n<T>(p_.dim_v) / Traits::kNr);
     s.q = carver.take<E>(round_up(queries_, 32) * ldq());
     s.scores = carver.take<A>(round_up(queries_, 32) * kLds);
     s.prob = kSeparateP ? carver.take<E>(round_up(queries_, 32) * kLdp) : reinterpret_cast<E*>(s.scores);
@@ -157,36 +198,42 @@ private:
     return s;
   }
 
-  bool run_blocks(int64_t begin, int64_t end) const {
-    if (begin >= end) return true;
+  bool run_blocks(Position begin, Position end) const {
+    if (!(begin < end)) return true;
     Carver count;
     carve(count);
     Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
     if (!carver.next) return false;
     const Scratch s = carve(carver);
     TileScope tiles;
-    const int64_t group = p_.heads_q / p_.heads_kv;
-    int64_t packed_head = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / blocks_per_head_, head_kv = head / group;
-      if (head_kv != packed_head) pack_head(s, head_kv);
-      packed_head = head_kv;
-      run_block(s, head / p_.heads_q, head % p_.heads_q, i % blocks_per_head_ * queries_);
+    const int64_t group_size = p_.heads_q / p_.heads_kv;
+    for (Position at = begin; at < end; ++at.group, at.head = 0) {
+      int64_t packed_head = -1;
+      for (; at.head < heads_of_group() && at < end; ++at.head, at.block = 0) {
+        const Sequence seq = sequence(at.group, at.head);
+        for (; at.block < blocks_of(seq) && at < end; ++at.block) {
+          const int64_t head_kv = at.head / group_size;
+          if (head_kv != packed_head) pack_head(s, seq, head_kv % p_.heads_kv);
+          packed_head = head_kv;
+          run_block(s, seq, at.head % p_.heads_q, at.block * queries_);
+        }
+      }
     }
     release_large_scratch();
     return true;
   }
 
-  void pack_head(const Scratch& s, int64_t head_kv) const {
-    const auto key = head_of<T>(f_.key, head_kv / p_.heads_kv, head_kv % p_.heads_kv);
-    const auto value = head_of<T>(f_.value, head_kv / p_.heads_kv, head_kv % p_.heads_kv);
-    pack_b<T>(key.data, key.stride_dim, key.stride_row, p_.dim_qk, keys_packed(), s.k, padded_k<T>(p_.dim_qk));
-    pack_b<T>(value.data, value.stride_row, value.stride_dim, keys_packed(), p_.dim_v, s.v, padded_k<T>(keys_packed()));
+  void pack_head(const Scratch& s, const Sequence& seq, int64_t head_kv) const {
+    const int64_t begin = packed_begin(seq), keys = packed_end(seq) - begin;
+    const auto key = head_of<T>(f_.key, seq.batch, head_kv, seq.first_k + begin);
+    const auto value = head_of<T>(f_.value, seq.batch, head_kv, seq.first_k + begin);
+    pack_b<T>(key.data, key.stride_dim, key.stride_row, p_.dim_qk, keys, s.k, padded_k<T>(p_.dim_qk));
+    pack_b<T>(value.data, value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, padded_k<T>(keys));
   }
 
-  void run_block(const Scratch& s, int64_t batch, int64_t head, int64_t q0) const {
-    const int64_t rows = least(queries_, p_.len_q - q0), ldo = padded_n<T>(p_.dim_v);
-    const auto query = head_of<T>(f_.query, batch, head);
+  void run_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0) const {
+    const int64_t rows = least(queries_, seq.len_q - q0), ldo = padded_n<T>(p_.dim_v);
+    const auto query = head_of<T>(f_.query, seq.batch, head, seq.first_q);
     pack_a<T>(query.row(q0), query.stride_row, query.stride_dim, rows, p_.dim_qk, s.q, ldq());
     // Softmax takes maxima before it multiplies by the scale; the sign must be
     // in the scores by then.
@@ -196,20 +243,22 @@ private:
       s.max[i] = -static_cast<A>(__builtin_inf());
       s.sum[i] = 0;
     }
-    const int64_t keys_end = visible_keys(p_, q0 + rows - 1);
-    for (int64_t k0 = 0; k0 < keys_end; k0 += kKeys) {
-      const int64_t keys = least(kKeys, keys_end - k0);
-      gemm<T>(rows, padded_n<T>(keys), p_.dim_qk, s.q, ldq(), s.k + k0 / Traits::kNr * panel_k(), panel_k(),
+    const int64_t packed = packed_begin(seq), panel = panel_v(packed_end(seq) - packed);
+    const int64_t end = seq.end_key(q0 + rows - 1), begin = seq.first_key(q0) / Traits::kNr * Traits::kNr;
+    if (begin >= end) std::memset(s.out, 0, rows * ldo * sizeof(A));
+    for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
+      const int64_t keys = least(kKeys, end - k0);
+      gemm<T>(rows, padded_n<T>(keys), p_.dim_qk, s.q, ldq(), s.k + (k0 - packed) / Traits::kNr * panel_k(), panel_k(),
               StoreSums<A>{s.scores, kLds});
-      softmax_block(s, batch, head, q0, rows, k0, keys);
-      const E* v = s.v + k0 * Traits::kNr;
-      if (k0 == 0) {
-        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel_v(), StoreSums<A>{s.out, ldo});
+      softmax_block(s, seq, head, q0, rows, k0, keys);
+      const E* v = s.v + (k0 - packed) * Traits::kNr;
+      if (k0 == begin) {
+        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, StoreSums<A>{s.out, ldo});
       } else {
-        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel_v(), RescaleAndAdd<A>{s.out, ldo, s.factor});
+        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, RescaleAndAdd<A>{s.out, ldo, s.factor});
       }
     }
-    write_block(s, batch, head, q0, rows);
+    write_block(s, seq, head, q0, rows);
   }
 
   static void negate(E* q, int64_t n) {
@@ -222,49 +271,54 @@ private:
     }
   }
 
-  // Scores enter softmax as the product left them, their scale folded into exp2; a mask is added to scaled scores.
+  // Scores enter softmax as the product left them, their scale folded into exp2, unless they are shaped.
   // Never 0, which would turn the maximum -inf of a row not yet begun into NaN.
   A score_unit() const {
-    const bool is_scaled = p_.mask_kind != MaskKind::none || p_.scale == 0;
+    const bool is_scaled = has_shaped_scores(p_) || p_.scale == 0;
     return is_scaled ? A(1) : static_cast<A>(__builtin_fabs(p_.scale));
   }
 
   // Scores to probabilities relative to the running maximum, which it advances, as are the running sums.
-  void softmax_block(const Scratch& s, int64_t batch, int64_t head, int64_t q0, int64_t rows, int64_t k0,
+  void softmax_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0, int64_t rows, int64_t k0,
                      int64_t keys) const {
-    with_mask<T>(p_, batch, head, [&](auto* mask) {
-      for (int64_t i = 0; i < rows; ++i)
-        detail::apply_mask_row(s.scores + i * kLds, keys, static_cast<A>(__builtin_fabs(p_.scale)),
-                               mask + (q0 + i) * p_.mask.strides[2] + k0 * p_.mask.strides[3], p_.mask.strides[3]);
-    });
+    const A lowest = -static_cast<A>(__builtin_inf());
+    if (has_shaped_scores(p_))
+      shape_rows<T>(p_, seq, head, s.scores, kLds, q0, rows, k0, keys, static_cast<A>(__builtin_fabs(p_.scale)));
     const A scale = score_unit() * static_cast<A>(kLog2E);
     const int64_t padded = round_up(padded_k<T>(keys), kLanes<A>);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t valid = most(0, least(keys, visible_keys(p_, q0 + i) - k0));
-      const A* scores = s.scores + i * kLds;
+      const int64_t valid = most(0, least(keys, seq.end_key(q0 + i) - k0));
+      const int64_t hidden = least(valid, seq.first_key(q0 + i) - k0);
+      A* scores = s.scores + i * kLds;
+      for (int64_t j = 0; j < hidden; ++j) scores[j] = lowest;
       const A before = s.max[i], block_max = row_max(scores, valid);
       const A after = before > block_max ? before : block_max;
       // A row that has seen only -inf keeps shift 0: its probabilities come out 0, not NaN.
-      const A shift = after == -static_cast<A>(__builtin_inf()) ? 0 : after;
+      const A shift = after == lowest ? 0 : after;
       const A factor = exp2(broadcast((before - shift) * scale))[0];
       const A sum = exp2_row(scores, s.prob + i * kLdp, valid, padded, scale, shift);
       s.max[i] = after;
       s.sum[i] = s.sum[i] * factor + sum;
       s.factor[i] = factor;
     }
+    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s.prob, kLdp, q0, rows, k0, keys);
   }
 
-  void write_block(const Scratch& s, int64_t batch, int64_t head, int64_t q0, int64_t rows) const {
+  void write_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0, int64_t rows) const {
     const int64_t ldo = padded_n<T>(p_.dim_v);
-    const auto out = head_of<T>(f_.out, batch, head);
-    A* lse = static_cast<A*>(f_.lse) + (batch * p_.heads_q + head) * p_.len_q + q0;
-    for (int64_t i = 0; i < rows; ++i)
-      write_row<T>(s.out + i * ldo, s.max[i] * score_unit(), s.sum[i], p_.dim_v, out.row(q0 + i), lse + i);
+    const auto out = head_of<T>(f_.out, seq.batch, head, seq.first_q);
+    A* lse = static_cast<A*>(f_.lse) + lse_offset(p_, seq, head) + q0;
+    for (int64_t i = 0; i < rows; ++i) {
+      A* sums = s.out + i * ldo;
+      A shift = s.max[i] * score_unit(), denominator = s.sum[i];
+      if (p_.sinks.data) join_sink(head_value<A>(p_.sinks, seq.batch, head), sums, p_.dim_v, shift, denominator);
+      write_row<T>(sums, shift, denominator, p_.dim_v, out.row(q0 + i), lse + i, kept_share<A>(p_));
+    }
   }
 
   const ForwardParams& f_;
   const Problem& p_;
-  int64_t queries_, blocks_per_head_ = 0, head_cost_ = 0;
+  int64_t queries_, keys_capacity_ = 0;
 };
 
 }  // namespace ptk::PTK_ISA

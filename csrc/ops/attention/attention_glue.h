@@ -97,26 +97,107 @@ inline void set_mask(Problem& p, const Tensor& mask) {
   p.mask.data = mask.const_data_ptr();
 }
 
+// What a call says beyond its operands.
+struct Options {
+  std::optional<Tensor> attn_mask;
+  bool is_causal = false;
+  std::optional<double> scale;
+  std::optional<Tensor> alibi_slopes, sinks, dropout_seed;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+  bool bottom_right = false;
+  double softcap = 0;
+  double dropout_p = 0;
+};
+
+inline int64_t window_side(const char* name, int64_t value) {
+  PTK_CHECK(value >= -1, "attention: window: got ", name, " ", value, ", expected -1 (unbounded) or more");
+  return value < 0 ? kUnbounded : std::min(value, kUnbounded);
+}
+
 template <typename Backend>
-Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value,
-                     const std::optional<Tensor>& attn_mask, bool is_causal, std::optional<double> scale) {
+HeadValues head_values(const char* name, const Tensor& tensor, const Tensor& query, const Problem& p) {
+  check_device<Backend>(name, tensor, query);
+  check_dtype(name, tensor, lse_dtype(p.dtype));
+  const auto sizes = tensor.sizes();
+  const bool per_batch = sizes.size() == 2;
+  PTK_CHECK(per_batch ? sizes[0] == p.batch && sizes[1] == p.heads_q : sizes.size() == 1 && sizes[0] == p.heads_q,
+            "attention: ", name, ": got shape ", shape_text(sizes), ", expected [", p.heads_q, "] or [", p.batch, ", ",
+            p.heads_q, "]");
+  return {tensor.const_data_ptr(), {per_batch ? tensor.stride(0) : 0, tensor.stride(per_batch ? 1 : 0)}};
+}
+
+// A probability of 1 keeps nothing: the seed no longer matters, and out is sums of nothing.
+inline void set_dropout(Problem& p, Options& options) {
+  PTK_CHECK(0 <= options.dropout_p && options.dropout_p <= 1, "attention: dropout_p: got ", options.dropout_p,
+            ", expected a probability from 0 to 1");
+  p.keep_below = static_cast<uint32_t>(std::lround((1 - options.dropout_p) * Problem::kKeepAll));
+  if (p.keep_below == Problem::kKeepAll) {
+    return;
+  }
+  PTK_CHECK(options.dropout_seed && options.dropout_seed->is_cpu() && is_int64(*options.dropout_seed),
+            "attention: dropout_seed: got none, or another device or dtype, expected an int64 tensor on the cpu");
+  const int64_t seeds = options.dropout_seed->numel();
+  PTK_CHECK(options.dropout_seed->dim() <= 1 && seeds > 0 && p.batch % seeds == 0,
+            "attention: dropout_seed: got shape ", shape_text(options.dropout_seed->sizes()),
+            ", expected [] or [a divisor of the batch size]");
+  options.dropout_seed = torch::stable::contiguous(*options.dropout_seed);
+  p.seeds = static_cast<const int64_t*>(options.dropout_seed->const_data_ptr());
+  p.batch_per_seed = p.batch / seeds;
+}
+
+// Everything of a problem but its sizes and its mask.
+template <typename Backend>
+void set_options(Problem& p, const Tensor& query, Options& options) {
+  p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.dim_qk)));
+  PTK_CHECK(std::isfinite(p.scale), "attention: scale: got ", p.scale, ", expected a finite number");
+  PTK_CHECK(std::isfinite(options.softcap) && options.softcap >= 0, "attention: softcap: got ", options.softcap,
+            ", expected a finite number, 0 or more");
+  p.softcap = options.softcap;
+  p.is_causal = options.is_causal;
+  p.left = window_side("left", options.window_left);
+  p.right = window_side("right", options.window_right);
+  p.bottom_right = options.bottom_right;
+  if (options.alibi_slopes) {
+    p.alibi = head_values<Backend>("alibi_slopes", *options.alibi_slopes, query, p);
+  }
+  if (options.sinks) {
+    p.sinks = head_values<Backend>("sinks", *options.sinks, query, p);
+  }
+  set_dropout(p, options);
+}
+
+inline void check_heads_and_dims(const Problem& p) {
+  PTK_CHECK(p.heads_kv == 0 ? p.heads_q == 0 : p.heads_q % p.heads_kv == 0, "attention: key: got ", p.heads_kv,
+            " heads, expected a divisor of query's ", p.heads_q);
+  PTK_CHECK(1 <= p.dim_qk && p.dim_qk <= kMaxHeadDim, "attention: query: got head dim ", p.dim_qk, ", expected 1 to ",
+            kMaxHeadDim);
+  PTK_CHECK(1 <= p.dim_v && p.dim_v <= kMaxHeadDim, "attention: value: got head dim ", p.dim_v, ", expected 1 to ",
+            kMaxHeadDim);
+}
+
+template <typename Backend>
+DType check_operands(const Tensor& query, const Tensor& key, const Tensor& value, int64_t rank, const char* form) {
   const auto check_operand = [&](const char* name, const Tensor& tensor) {
     check_device<Backend>(name, tensor, query);
-    PTK_CHECK(tensor.dim() == 4, "attention: ", name, ": got ", tensor.dim(),
-              " dimensions, expected 4: [batch, heads, length, dim]");
+    PTK_CHECK(tensor.dim() == rank, "attention: ", name, ": got ", tensor.dim(), " dimensions, expected ", rank, ": ",
+              form);
   };
   check_operand("query", query);
   check_operand("key", key);
   check_operand("value", value);
 
   const std::optional<DType> dtype = float_dtype(query);
-  PTK_CHECK(dtype, "attention: query: got another dtype, expected float64, "
-                   "float32, bfloat16 or float16");
+  PTK_CHECK(dtype, "attention: query: got another dtype, expected float64, float32, bfloat16 or float16");
   check_dtype("key", key, *dtype);
   check_dtype("value", value, *dtype);
+  return *dtype;
+}
 
+template <typename Backend>
+Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, Options& options) {
   Problem p;
-  p.dtype = *dtype;
+  p.dtype = check_operands<Backend>(query, key, value, 4, "[batch, heads, length, dim]");
   p.batch = query.size(0);
   p.heads_q = query.size(1);
   p.len_q = query.size(2);
@@ -126,25 +207,18 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
   p.dim_v = value.size(3);
   check_shape("key", key, key_shape(p));
   check_shape("value", value, value_shape(p));
-  PTK_CHECK(p.heads_kv == 0 ? p.heads_q == 0 : p.heads_q % p.heads_kv == 0, "attention: key: got ", p.heads_kv,
-            " heads, expected a divisor of query's ", p.heads_q);
-  PTK_CHECK(1 <= p.dim_qk && p.dim_qk <= kMaxHeadDim, "attention: query: got head dim ", p.dim_qk, ", expected 1 to ",
-            kMaxHeadDim);
-  PTK_CHECK(1 <= p.dim_v && p.dim_v <= kMaxHeadDim, "attention: value: got head dim ", p.dim_v, ", expected 1 to ",
-            kMaxHeadDim);
-
-  p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.dim_qk)));
-  PTK_CHECK(std::isfinite(p.scale), "attention: scale: got ", p.scale, ", expected a finite number");
-  p.is_causal = is_causal;
-  if (attn_mask) {
-    check_device<Backend>("attn_mask", *attn_mask, query);
-    set_mask(p, *attn_mask);
+  check_heads_and_dims(p);
+  set_options<Backend>(p, query, options);
+  if (options.attn_mask) {
+    check_device<Backend>("attn_mask", *options.attn_mask, query);
+    set_mask(p, *options.attn_mask);
   }
   return p;
 }
 
+// No rows, or rows without a key or a sink.
 inline bool is_empty(const Problem& p) {
-  return p.batch == 0 || p.heads_q == 0 || p.len_q == 0 || p.len_k == 0;
+  return p.batch == 0 || p.heads_q == 0 || p.len_q == 0 || (p.len_k == 0 && !p.sinks.data);
 }
 
 // Shape [batch, heads, length, dim] over memory [batch, length, heads, dim]: the layout in which out.transpose(1,
@@ -163,8 +237,14 @@ inline Tensor empty_lse(const Tensor& like, const Problem& p) {
 
 template <typename Backend>
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask,
-                                             bool is_causal, std::optional<double> scale) {
-  const Problem p = make_problem<Backend>(query, key, value, attn_mask, is_causal, scale);
+                                             bool is_causal, std::optional<double> scale,
+                                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                                             std::optional<Tensor> dropout_seed, int64_t window_left,
+                                             int64_t window_right, bool bottom_right, double softcap,
+                                             double dropout_p) {
+  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
+                  window_left, window_right, bottom_right, softcap,      dropout_p};
+  const Problem p = make_problem<Backend>(query, key, value, options);
   Tensor out = empty_heads_inside(query, out_shape(p), p.dtype);
   Tensor lse = empty_lse(query, p);
   if (is_empty(p)) {
@@ -183,13 +263,51 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   return {out, lse};
 }
 
-using OptionalTensors3 = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
+// In the order of output_mask: query, key, value, attn_mask, alibi_slopes, sinks.
+using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                             std::optional<Tensor>, std::optional<Tensor>>;
+
+inline std::vector<bool> which_gradients(std::vector<bool> output_mask) {
+  PTK_CHECK(3 <= output_mask.size() && output_mask.size() <= 6, "attention: output_mask: got ", output_mask.size(),
+            " entries, expected 3 to 6");
+  output_mask.resize(6);
+  return output_mask;
+}
+
+// Where the gradient of something added to the scores goes: contiguous, of the shape of `of`, in the dtype of lse.
+inline std::optional<Tensor> zeros_like_addend(bool wanted, const char* name, const std::optional<Tensor>& of,
+                                               const Problem& p) {
+  if (!wanted) {
+    return std::nullopt;
+  }
+  PTK_CHECK(of && !is_bool(*of), "attention: output_mask: got true for ", name, ", which has no gradient");
+  const auto dtype = lse_dtype(p.dtype) == DType::f64 ? torch::headeronly::ScalarType::Double
+                                                      : torch::headeronly::ScalarType::Float;
+  return torch::stable::new_zeros(*of, of->sizes(), dtype);
+}
+
+// A view of such a gradient, aligned to the last of `axes` dimensions, with stride 0 where it is summed over.
+inline View summing_view(const std::optional<Tensor>& tensor, int64_t axes) {
+  View v;
+  if (tensor) {
+    v.data = tensor->mutable_data_ptr();
+    for (int64_t i = 0; i < tensor->dim(); ++i) {
+      v.strides[axes - tensor->dim() + i] = tensor->size(i) == 1 ? 0 : tensor->stride(i);
+    }
+  }
+  return v;
+}
 
 template <typename Backend>
-OptionalTensors3 attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key,
-                                    Tensor value, Tensor out, Tensor lse, std::optional<Tensor> attn_mask,
-                                    bool is_causal, std::optional<double> scale, std::vector<bool> output_mask) {
-  const Problem p = make_problem<Backend>(query, key, value, attn_mask, is_causal, scale);
+Gradients attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
+                             Tensor out, Tensor lse, std::optional<Tensor> attn_mask, bool is_causal,
+                             std::optional<double> scale, std::vector<bool> output_mask,
+                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                             std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
+                             bool bottom_right, double softcap, double dropout_p) {
+  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
+                  window_left, window_right, bottom_right, softcap,      dropout_p};
+  const Problem p = make_problem<Backend>(query, key, value, options);
   const auto check_given = [&](const char* name, const Tensor& tensor, const auto& shape, DType dtype) {
     check_device<Backend>(name, tensor, query);
     check_dtype(name, tensor, dtype);
@@ -203,7 +321,7 @@ OptionalTensors3 attention_backward(Tensor grad_out, std::optional<Tensor> grad_
     grad_lse = torch::stable::contiguous(*grad_lse);
   }
   lse = torch::stable::contiguous(lse);
-  PTK_CHECK(output_mask.size() == 3, "attention: output_mask: got ", output_mask.size(), " entries, expected 3");
+  output_mask = which_gradients(output_mask);
 
   const auto gradient = [&](bool wanted, const Shape4& shape) {
     return wanted ? std::optional(empty_heads_inside(query, shape, p.dtype)) : std::nullopt;
@@ -211,7 +329,10 @@ OptionalTensors3 attention_backward(Tensor grad_out, std::optional<Tensor> grad_
   std::optional<Tensor> grad_query = gradient(output_mask[0], query_shape(p));
   std::optional<Tensor> grad_key = gradient(output_mask[1], key_shape(p));
   std::optional<Tensor> grad_value = gradient(output_mask[2], value_shape(p));
-  const OptionalTensors3 gradients{grad_query, grad_key, grad_value};
+  const std::optional<Tensor> grad_mask = zeros_like_addend(output_mask[3], "attn_mask", attn_mask, p);
+  const std::optional<Tensor> grad_alibi = zeros_like_addend(output_mask[4], "alibi_slopes", alibi_slopes, p);
+  const std::optional<Tensor> grad_sinks = zeros_like_addend(output_mask[5], "sinks", sinks, p);
+  const Gradients gradients{grad_query, grad_key, grad_value, grad_mask, grad_alibi, grad_sinks};
   if (is_empty(p)) {
     for (auto* grad : {&grad_query, &grad_key, &grad_value}) {
       if (*grad) {
@@ -220,7 +341,7 @@ OptionalTensors3 attention_backward(Tensor grad_out, std::optional<Tensor> grad_
     }
     return gradients;
   }
-  if (!grad_query && !grad_key && !grad_value) {
+  if (std::ranges::none_of(output_mask, [](bool wanted) { return wanted; })) {
     return gradients;
   }
   const auto optional_view = [](const std::optional<Tensor>& tensor) {
@@ -238,6 +359,9 @@ OptionalTensors3 attention_backward(Tensor grad_out, std::optional<Tensor> grad_
   params.grad_query = optional_view(grad_query);
   params.grad_key = optional_view(grad_key);
   params.grad_value = optional_view(grad_value);
+  params.grad_mask = summing_view(grad_mask, 4);
+  params.grad_alibi = summing_view(grad_alibi, 2);
+  params.grad_sinks = summing_view(grad_sinks, 2);
   Backend::backward(params, query);
   return gradients;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from ptkernels._backend import state as _state
 from ptkernels.ops.attention import checks, reference, register, routing, shapes
 from ptkernels.ops.attention.library import attention_op
+from ptkernels.ops.attention.options import is_triangle, resolve
 
 __all__ = ["attention"]
 
@@ -33,6 +35,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -48,6 +54,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -62,6 +72,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fused attention, ``softmax(scale * query @ key^T + attn_mask) @ value``, in memory linear in the lengths.
@@ -118,7 +132,9 @@ def attention(
     """
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
-    if not dropout_p and _state.backend is None and not _is_compiling():
+    is_plain = window is None and alibi_slopes is None and sinks is None and not softcap and not dropout_p
+    is_plain = is_plain and (attn_mask is None or attn_mask.__class__ is Tensor)
+    if is_plain and _state.backend is None and not _is_compiling():
         try:
             shape = query.shape
             if len(shape) == 4 and (enable_gqa or shape[1] == key.shape[1]):
@@ -138,7 +154,8 @@ def attention(
                 return result if return_lse else result[0]  # type: ignore[no-any-return]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # what bad arguments raise and no more: checkpointing, for one, stops a recomputation by an exception
-    out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    beyond = (window, softcap, alibi_slopes, sinks)
+    out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     return (out, lse) if return_lse else out
 
 
@@ -151,19 +168,25 @@ def _attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    window: Sequence[int | None] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if dropout_p:
+    beyond = (window, softcap, alibi_slopes, sinks)
+    args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
+    if dropout_p or softcap or any(given is not None for given in (window, alibi_slopes, sinks)) or is_triangle(attn_mask):
         checks.check_inputs(*args)
     try:
-        if routing.runs_on_reference(query, key, value, attn_mask, dropout_p):
+        mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
+        if routing.runs_on_reference(query, key, value, mask, options):
             checks.check_inputs(*args)
             # Autocast has been applied; inside the composition it would round the weights as well.
             with torch.autocast(query.device.type, enabled=False):
-                return reference.attention(*args, return_lse=True)
-        call = shapes.normalize(query, key, value, attn_mask, enable_gqa)
-        return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, is_causal, scale))
+                return reference.attention_with(query, key, value, mask, options, enable_gqa)
+        call = shapes.normalize(query, key, value, mask, options, enable_gqa)
+        return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, *call.options))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise

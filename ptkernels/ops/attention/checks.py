@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels.ops.attention.reference import compute_dtype
-from ptkernels.ops.attention.shapes import lead_shape
+from ptkernels.ops.attention.options import KEEP_ALL, Options, compute_dtype, is_triangle
+from ptkernels.ops.attention.shapes import lead_shape, split_lead
 
 OP = "attention"
 MAX_HEAD_DIM = 512
@@ -69,19 +69,40 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         _check_like_query(name, tensor, query)
 
 
-def _check_scalars(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> None:
+def _check_number(name: str, number: Any, expected: str = "float") -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{OP}: {name}: got {type(number).__name__}, expected {expected}")
+
+
+def _check_scalars(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any, softcap: Any) -> None:
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{OP}: {name}: got {type(flag).__name__}, expected bool")
-    for name, number, expected in (("dropout_p", dropout_p, "float"), ("scale", scale, "float or None")):
-        if name == "scale" and number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"{OP}: {name}: got {type(number).__name__}, expected {expected}")
+    _check_number("dropout_p", dropout_p)
+    _check_number("softcap", softcap)
+    if scale is not None:
+        _check_number("scale", scale, "float or None")
     if isinstance(dropout_p, (int, float)) and not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{OP}: dropout_p: got {dropout_p}, expected a probability from 0 to 1")
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"{OP}: scale: got {scale}, expected a finite number")
+    if isinstance(softcap, (int, float)) and not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{OP}: softcap: got {softcap}, expected a finite number, 0 or more")
+
+
+def check_window(window: Any) -> None:
+    """Raise unless ``window`` is None or a pair of sizes."""
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"{OP}: window: got {type(window).__name__}, expected a pair (left, right) or None")
+    if len(window) != 2:
+        raise ValueError(f"{OP}: window: got {len(window)} entries, expected a pair (left, right)")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"{OP}: window: got {type(side).__name__} in it, expected int or None")
+        if isinstance(side, int) and side < -1:
+            raise ValueError(f"{OP}: window: got {side} in it, expected -1 (unbounded) or more")
 
 
 def _check_ranks(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -155,6 +176,31 @@ def _check_mask(query: Tensor, mask: Any, scores: _Sizes) -> None:
         )
 
 
+def _check_triangle(mask: Any, is_causal: bool, scores: _Sizes) -> None:
+    if is_causal:
+        raise ValueError(f"{OP}: is_causal: got True, expected False beside an attn_mask that is a causal triangle")
+    sizes = (mask.seq_len_q, mask.seq_len_kv)
+    if not all(_holds(size == full) for size, full in zip(sizes, scores[-2:], strict=True)):
+        raise ValueError(f"{OP}: attn_mask: got a triangle of {list(sizes)}, expected {list(scores[-2:])}")
+
+
+def _check_head_values(name: str, tensor: Any, query: Tensor, batch: _Sizes, heads: int) -> None:
+    _check_tensor(name, tensor)
+    allowed = dict.fromkeys((query.dtype, torch.float32, compute_dtype(query.dtype)))
+    if tensor.dtype not in allowed:
+        expected = ", ".join(map(_dtype_name, allowed))
+        raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
+    _check_like_query(name, tensor, query)
+    sizes, full = tensor.shape, (*batch, heads)
+    fits = 1 <= tensor.dim() <= len(full) and _holds(sizes[-1] == heads)
+    fits = fits and all(
+        _is_one(size) or _holds(size == other)
+        for size, other in zip(reversed(sizes[:-1]), reversed(batch), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{OP}: {name}: got shape {list(sizes)}, expected [{heads}] or {list(full)}")
+
+
 def check_inputs(
     query: Any,
     key: Any,
@@ -164,6 +210,10 @@ def check_inputs(
     is_causal: Any = False,
     scale: Any = None,
     enable_gqa: Any = False,
+    window: Any = None,
+    softcap: Any = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
 ) -> None:
     """Raise the precise error for the first argument of :func:`ptkernels.attention` that is wrong.
 
@@ -174,25 +224,55 @@ def check_inputs(
         ValueError: a shape, a device or a number is out of range.
     """
     _check_operands(query, key, value)
-    _check_scalars(dropout_p, is_causal, scale, enable_gqa)
+    _check_scalars(dropout_p, is_causal, scale, enable_gqa, softcap)
+    check_window(window)
     _check_ranks(query, key, value, enable_gqa)
     _check_lengths_and_dims(query, key, value)
     if enable_gqa:
         _check_grouped_heads(query, key, value)
     _check_lead(query, key, value, enable_gqa)
-    if attn_mask is not None:
-        lead = lead_shape(query, key, value, enable_gqa)
-        _check_mask(query, attn_mask, (*lead, query.size(-2), key.size(-2)))
+    lead = lead_shape(query, key, value, enable_gqa)
+    scores = (*lead, query.size(-2), key.size(-2))
+    if is_triangle(attn_mask):
+        _check_triangle(attn_mask, is_causal, scores)
+    elif attn_mask is not None:
+        _check_mask(query, attn_mask, scores)
+    given = Options(alibi_slopes=alibi_slopes, sinks=sinks)
+    for name in ("alibi_slopes", "sinks"):
+        if (tensor := getattr(given, name)) is not None:
+            _check_head_values(name, tensor, query, *split_lead(lead, enable_gqa, given))
 
 
-def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> None:
+def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options) -> None:
     """:func:`check_inputs` for the operator itself, which takes four dimensions and broadcasts no batch."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{OP}: {name}: got {tensor.dim()} dimensions, expected 4: [batch, heads, length, dim]")
         if not _holds(tensor.size(0) == query.size(0)):
             raise ValueError(f"{OP}: {name}: got batch size {tensor.size(0)}, expected {query.size(0)} like query")
-    check_inputs(query, key, value, attn_mask, scale=scale, enable_gqa=True)
+    check_inputs(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p=options.dropout_p,
+        scale=options.scale,
+        enable_gqa=True,
+        window=(options.window_left, options.window_right),
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        sinks=options.sinks,
+    )
+    check_seed(options, query.size(0))
+
+
+def check_seed(options: Options, batch: int) -> None:
+    """Raise unless dropout, where there is any, has a seed that fits the batch."""
+    if options.keep_below == KEEP_ALL:
+        return
+    seed = options.dropout_seed
+    if seed is None or seed.dtype != torch.int64 or seed.dim() > 1 or not _holds(batch % max(seed.numel(), 1) == 0):
+        raise ValueError(f"{OP}: dropout_seed: expected an int64 tensor of shape [] or [a divisor of the batch size]")
 
 
 def check_backward_inputs(
@@ -204,10 +284,10 @@ def check_backward_inputs(
     out: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
-    scale: float | None,
+    options: Options,
 ) -> None:
     """The same for ``torch.ops.ptkernels._attention_backward``."""
-    check_op_inputs(query, key, value, attn_mask, scale)
+    check_op_inputs(query, key, value, attn_mask, options)
     out_like = ((*query.shape[:3], value.size(3)), query.dtype)
     lse_like = (tuple(query.shape[:3]), compute_dtype(query.dtype))
     for name, tensor, (shape, dtype) in (

@@ -1,8 +1,8 @@
 """Attention in plain torch: the oracle, and the composition that runs where no kernel can.
 
-    scores = scale * query @ key^T + attn_mask          masked and causally hidden entries are -inf
-    weights = softmax(scores)                           0 in rows where every score is -inf
-    out = dropout(weights) @ value,  lse = logsumexp(scores)
+    scores = cap(scale * query @ key^T) - slope * |i + diagonal - j| + attn_mask       cap(x) = softcap * tanh(x / softcap)
+    weights = softmax([scores, sink])[:-1]              hidden entries of scores are -inf, weights 0 where all are
+    out = dropout(weights) @ value,  lse = logsumexp([scores, sink])
 
 A row in which every score is -inf has no softmax. It is defined here as weights 0, lse -inf, and zero derivatives of
 every order. The usual formulas give NaN for it (exp(-inf - -inf)), and a NaN selected away by ``torch.where`` still
@@ -12,15 +12,14 @@ reaches the gradient as 0 * NaN, so such rows are set to a constant *before* the
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax statistics: float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+from ptkernels.ops.attention.options import KEEP_ALL, UNBOUNDED, Options, compute_dtype, resolve
+from ptkernels.ops.attention.shapes import split_lead
 
 
 def share_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -38,22 +37,121 @@ def default_scale(query: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(query.size(-1)) if scale is None else scale
 
 
-def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Weights ``[..., Lq, Lk]`` and log-sum-exp ``[..., Lq]`` of scores, once they are masked."""
+class Softmax(NamedTuple):
+    """Of one call: ``weights`` before dropout, the weight of the sink where there is one, ``lse``."""
+
+    weights: Tensor
+    sink_weights: Tensor | None
+    lse: Tensor
+
+
+def _offsets(scores: Tensor, options: Options) -> Tensor:
+    """``j - (i + diagonal)`` for every pair of row and key."""
+    queries, keys = scores.shape[-2:]
+    rows = torch.arange(queries, device=scores.device) + options.diagonal(queries, keys)
+    return torch.arange(keys, device=scores.device) - rows[:, None]
+
+
+def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options) -> Softmax:
+    """Softmax of scaled products, once they are capped, shifted and masked."""
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.alibi_slopes is not None:
+        distances = _offsets(scores, options).abs().to(scores.dtype)
+        scores = scores - options.alibi_slopes.to(scores.dtype)[..., None, None] * distances
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
         else:
             scores = scores + attn_mask.to(scores.dtype)
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, -math.inf)
+    right = 0 if options.is_causal else options.window_right
+    if right != UNBOUNDED:
+        scores = scores.masked_fill(_offsets(scores, options) > right, -math.inf)
+    if options.window_left != UNBOUNDED:
+        scores = scores.masked_fill(_offsets(scores, options) < -options.window_left, -math.inf)
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype)[..., None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
 
     empty = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty.squeeze(-1), -math.inf)
-    return weights, lse
+    if options.sinks is None:
+        return Softmax(weights, None, lse)
+    return Softmax(weights[..., :-1], weights[..., -1], lse)
+
+
+def _philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011): four words of 32 random bits, in int64, for each counter of four words."""
+    low = 0xFFFFFFFF
+    for _ in range(10):
+        first, third = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = (
+            (third >> 32 & low) ^ counter[1] ^ key[0],
+            third & low,
+            (first >> 32 & low) ^ counter[3] ^ key[1],
+            first & low,
+        )
+        key = (key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low
+    return counter
+
+
+def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int], first_batch: int = 0) -> Tensor:
+    """What dropout keeps of weights ``[batch, heads, Lq, Lk]``: a function of seed and position alone.
+
+    Sixteen bits of Philox decide for one weight: those of counter ``(key, row // 8, head, batch)``, in the place that
+    ``row % 8`` says. ``seed`` of shape ``[n]`` gives each of ``n`` equal runs of the batch a seed of its own, in which
+    the batch counts from ``first_batch``.
+    """
+    batch, heads, queries, keys = shape
+    device = seed.device
+    each = batch // max(seed.numel(), 1)
+    seed = seed.reshape(-1, 1).expand(-1, each).reshape(-1, 1, 1, 1)
+    counter = (
+        torch.arange(keys, device=device),
+        torch.arange((queries + 7) // 8, device=device)[:, None],
+        torch.arange(heads, device=device)[:, None, None],
+        torch.arange(batch, device=device)[:, None, None, None] % max(each, 1) + first_batch,
+    )
+    words = _philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -2)
+    return halves.flatten(2, 3)[:, :, :queries] < keep_below
+
+
+def dropout_factors(
+    weights: Tensor, options: Options, batch: int, heads: int, first_batch: int = 0
+) -> Tensor | float:
+    """0 where a weight is dropped, and the inverse of the share that is kept elsewhere."""
+    if options.dropout_seed is None or options.keep_below == KEEP_ALL:
+        return 1.0
+    shape = (batch, heads, *weights.shape[-2:])
+    keep = dropout_keep(options.dropout_seed, options.keep_below, shape, first_batch).to(weights.device)
+    return keep.view(weights.shape).to(weights.dtype) * (KEEP_ALL / max(options.keep_below, 1))
+
+
+def attention_with(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    options: Options,
+    enable_gqa: bool = True,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of operands of any rank, with the options of the operator."""
+    dtype = query.dtype
+    query, key, value = (tensor.to(compute_dtype(dtype)) for tensor in (query, key, value))
+    if enable_gqa:
+        key, value = share_heads(key, query.size(-3)), share_heads(value, query.size(-3))
+    weights, _, lse = softmax_of_scores(scaled_scores(query, key, options.scale), attn_mask, options)
+    if options.dropout_seed is not None:
+        lead = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
+        batch, heads = split_lead(lead, enable_gqa, options)
+        weights = weights.expand(*lead, *weights.shape[-2:])
+        weights = weights * dropout_factors(weights, options, math.prod(batch), heads, first_batch)
+    out = (weights @ value).to(dtype)
+    return out, lse.expand(out.shape[:-1])
 
 
 @overload
@@ -67,6 +165,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -82,6 +184,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -96,13 +202,17 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain torch :func:`ptkernels.attention`: same arguments, shapes and results, ``O(Lq * Lk)`` memory.
 
     Computes in float64 for float64 inputs and in float32 otherwise, and rounds ``out`` to the query's dtype at the end.
-    Differentiable in every tensor argument, the mask included, any number of times in forward and reverse mode.
-    ``dropout_p`` draws from torch's generator of the query's device, one number per score.
+    Differentiable in every tensor argument any number of times in forward and reverse mode. ``dropout_p`` draws the
+    seed, and with it the weights to drop, that :func:`ptkernels.attention` draws.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -111,15 +221,11 @@ def attention(
         >>> lse.exp()
         tensor([[[1., 2., 3.]]])
     """
-    dtype = query.dtype
-    query, key, value = (tensor.to(compute_dtype(dtype)) for tensor in (query, key, value))
-    if enable_gqa:
-        key, value = share_heads(key, query.size(-3)), share_heads(value, query.size(-3))
-    weights, lse = softmax_of_scores(scaled_scores(query, key, scale), attn_mask, is_causal)
-    if dropout_p > 0.0:
-        weights = torch.dropout(weights, dropout_p, True)
-    out = (weights @ value).to(dtype)
-    return (out, lse.expand(out.shape[:-1])) if return_lse else out
+    mask, options = resolve(
+        query.dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks
+    )
+    out, lse = attention_with(query, key, value, mask, options, enable_gqa)
+    return (out, lse) if return_lse else out
 
 
 def attention_gradients(
@@ -129,33 +235,53 @@ def attention_gradients(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    options: Options,
+    first_batch: int = 0,
+) -> tuple[Tensor | None, ...]:
     """First derivatives of four-dimensional attention, written so that they can be differentiated further.
 
-    With P the weights, dP = dO V^T, and D = rowsum(P * dP):
-    dS = P * (dP - D + dlse),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+    Of query, key, value, attn_mask, alibi_slopes and sinks; None for those that a call does not have. With P the
+    weights, M the factors of dropout, and the rest as in the equations of this module:
+    dP = M * dO V^T,  D = rowsum(P * dP),  dS = P * (dP - D + dlse),  dsink = P_sink * (dlse - D),
+    dslope = -sum(dS * distance),  dX = scale * dS * cap',  dQ = dX K,  dK = dX^T Q,  dV = (M * P)^T dO.
     """
     dtype, batch, heads = query.dtype, query.size(0), query.size(1)
     wide = compute_dtype(dtype)
     grad_out, query = grad_out.to(wide), query.to(wide)
     shared_key, shared_value = (share_heads(tensor.to(wide), heads) for tensor in (key, value))
 
-    weights, lse = softmax_of_scores(scaled_scores(query, shared_key, scale), attn_mask, is_causal)
-    grad_weights = grad_out @ shared_value.transpose(-2, -1)
-    grad_scores = grad_weights - (weights * grad_weights).sum(-1, keepdim=True)
+    products = scaled_scores(query, shared_key, options.scale)
+    weights, sink_weights, lse = softmax_of_scores(products, attn_mask, options)
+    factors = dropout_factors(weights, options, batch, heads, first_batch)
+    grad_weights = (grad_out @ shared_value.transpose(-2, -1)) * factors
+    shift = -(weights * grad_weights).sum(-1)
     if grad_lse is not None:
         # lse is the constant -inf in rows without a score, and what its gradient holds there may be NaN.
-        grad_scores = grad_scores + grad_lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)
-    grad_scores = weights * grad_scores * default_scale(query, scale)
+        shift = shift + grad_lse.masked_fill(lse == -math.inf, 0.0)
+    grad_scores = weights * (grad_weights + shift.unsqueeze(-1))
+
+    grad_mask = grad_slopes = grad_sinks = None
+    if attn_mask is not None and attn_mask.is_floating_point():
+        grad_mask = grad_scores.sum_to_size(attn_mask.shape)
+    if options.alibi_slopes is not None:
+        distances = _offsets(grad_scores, options).abs().to(wide)
+        grad_slopes = -(grad_scores * distances).sum((-2, -1)).sum_to_size(options.alibi_slopes.shape)
+    if options.sinks is not None and sink_weights is not None:
+        grad_sinks = (sink_weights * shift).sum(-1).sum_to_size(options.sinks.shape)
+
+    grad_products = grad_scores * default_scale(query, options.scale)
+    if options.softcap:
+        grad_products = grad_products * (1.0 - torch.tanh(products / options.softcap).square())
 
     def sum_shared(grad: Tensor, like: Tensor) -> Tensor:
         kv_heads = like.size(1)
         return grad.reshape(batch, kv_heads, heads // max(kv_heads, 1), *like.shape[-2:]).sum(2).to(dtype)
 
     return (
-        (grad_scores @ shared_key).to(dtype),
-        sum_shared(grad_scores.transpose(-2, -1) @ query, key),
-        sum_shared(weights.transpose(-2, -1) @ grad_out, value),
+        (grad_products @ shared_key).to(dtype),
+        sum_shared(grad_products.transpose(-2, -1) @ query, key),
+        sum_shared((weights * factors).transpose(-2, -1) @ grad_out, value),
+        grad_mask,
+        grad_slopes,
+        grad_sinks,
     )

@@ -19,10 +19,18 @@ from ptkernels._autograd import Function, apply, below_autograd, forward_of_func
 from ptkernels.ops.attention import batching, reference
 from ptkernels.ops.attention.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.attention.library import attention_op, backward_op
+from ptkernels.ops.attention.options import (
+    OUTPUT_MASK,
+    Options,
+    backward_options,
+    complete_backward,
+    compute_dtype,
+    is_triangle,
+)
 
-_FORWARD_MODE = "forward-mode differentiation has no kernel"
+FORWARD_MODE = "forward-mode differentiation has no kernel"
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
@@ -31,197 +39,138 @@ def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -
 
 
 def _fake_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    check_op_inputs(query, key, value, attn_mask, scale)
+    check_op_inputs(query, key, value, attn_mask, Options(*options))
     batch, heads, length, _ = query.shape
-    lse = query.new_empty(batch, heads, length, dtype=reference.compute_dtype(query.dtype))
+    lse = query.new_empty(batch, heads, length, dtype=compute_dtype(query.dtype))
     return _heads_inside(query, batch, heads, length, value.size(-1)), lse
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    output_mask: tuple[bool, bool, bool] = (True, True, True),
-) -> Gradients:
-    check_backward_inputs(grad_out, grad_lse, query, key, value, out, lse, attn_mask, scale)
-    inputs = (query, key, value)
-    grads = [
-        _heads_inside(tensor, *tensor.shape) if needed else None
-        for tensor, needed in zip(inputs, output_mask, strict=True)
-    ]
-    return grads[0], grads[1], grads[2]
+def _fake_backward(*args: Any) -> Gradients:
+    args = complete_backward(args)
+    _, _, query, key, value, _, _, attn_mask = args[:8]
+    options, wanted = backward_options(args), [*args[OUTPUT_MASK], False, False, False]
+    check_backward_inputs(*args[:8], options)
+    grads = [_heads_inside(t, *t.shape) if needed else None for t, needed in zip((query, key, value), wanted, strict=False)]
+    for tensor, needed in zip((attn_mask, *options.tensors), wanted[3:], strict=False):
+        dtype = compute_dtype(query.dtype)
+        grads.append(tensor.new_empty(tensor.shape, dtype=dtype) if needed and tensor is not None else None)
+    return tuple(grads)
 
 
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        keyset: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
+        ctx: Any, keyset: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = forward_of_function(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+        out, lse = forward_of_function(attention_op, keyset, query, key, value, attn_mask, *options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, attn_mask)
-        ctx.options = (is_causal, scale)
+        ctx.save_for_backward(query, key, value, out, lse, attn_mask, *options[2:5])
+        ctx.options = options
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        query, key, value, out, lse, attn_mask = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 7
+            return (None,) * len(ctx.needs_input_grad)
+        query, key, value, out, lse, attn_mask, *others = ctx.saved_tensors
         if grad_out is None:
             grad_out = out.new_zeros(()).expand_as(out)
-        needed = ctx.needs_input_grad[1:4]
-        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *ctx.options, needed)
+        needed = ctx.needs_input_grad
+        # Before the first option beyond torch's own, at 7, there is nothing else to say.
+        wanted = needed[1:4]
+        if needed[4] or len(needed) > 7:
+            wanted = (*needed[1:5], *(*needed[7:9], False, False)[:2])
+        given = (*ctx.options, *Options()[len(ctx.options) : 2])
+        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *given[:2], wanted, *others, *given[5:])
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
             grads = below_autograd(backward_op, None, *args)
-        return (None, *grads, None, None, None)
+        grad_mask = None if grads[3] is None else grads[3].to(attn_mask.dtype)
+        every = (None, *grads[:3], grad_mask, None, None, *grads[4:], *(None,) * 6)
+        return every[: len(needed)]
 
 
 class _AttentionBackward(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        keyset: Any,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        output_mask: tuple[bool, bool, bool],
-    ) -> Gradients:
-        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, is_causal, scale, output_mask)
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_out, grad_lse, query, key, value, attn_mask)
-        ctx.options = (is_causal, scale)
+        ctx.save_for_backward(*args[:5], args[7], *args[11:14])
+        ctx.options = backward_options(args)
         grads: Gradients = forward_of_function(backward_op, keyset, *args)
         return grads
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # The gradients are functions of grad_out, grad_lse, query, key and value alone: out and lse are intermediate
+        # The gradients are functions of grad_out, grad_lse and the operands alone: out and lse are intermediate
         # results of those, and a derivative through them as well would count the same path twice.
         given = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
-            return (None,) * 12
+            return (None,) * len(ctx.needs_input_grad)
         _backend.fallback(OP, "double backward has no kernel")
-        grad_out, grad_lse, query, key, value, attn_mask = ctx.saved_tensors
+        *operands, attn_mask, slopes, sinks, seed = ctx.saved_tensors
+        saved = {0: operands[0], 1: operands[1], 2: operands[2], 3: operands[3], 4: operands[4]}
+        saved |= {7: attn_mask, 11: slopes, 12: sinks}
+        # Positions among the arguments of what a derivative can be taken of.
+        places = [at for at, t in saved.items() if t is not None and t.is_floating_point()]
 
-        def gradients(
-            grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None = None
-        ) -> tuple[Tensor, ...]:
-            results = reference.attention_gradients(grad_out, grad_lse, query, key, value, attn_mask, *ctx.options)
+        def gradients(*primals: Tensor) -> tuple[Any, ...]:
+            now = saved | dict(zip(places, primals, strict=True))
+            options = ctx.options._replace(alibi_slopes=now[11], sinks=now[12], dropout_seed=seed)
+            results = reference.attention_gradients(*(now[at] for at in (0, 1, 2, 3, 4, 7)), options)
             return tuple(results[index] for index in given)
 
-        primals = (grad_out, query, key, value, *(() if grad_lse is None else (grad_lse,)))
-        pullback: Any = torch.func.vjp(gradients, *primals)[1]
-        grad_grad_out, *grad_qkv, grad_grad_lse = (*pullback(tuple(grads[index] for index in given)), None)[:5]
-        return (None, grad_grad_out, grad_grad_lse, *grad_qkv, *(None,) * 6)
+        pullback: Any = torch.func.vjp(gradients, *(saved[at] for at in places))[1]
+        results = dict(zip(places, pullback(tuple(grads[index] for index in given)), strict=True))
+        return (None, *(results.get(at) for at in range(len(ctx.needs_input_grad) - 1)))
 
 
 def _autograd_attention(
-    keyset: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
+    keyset: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    if reason := uncovered(query, key, value, attn_mask):
-        check_op_inputs(query, key, value, attn_mask, scale)
-        _backend.fallback(OP, reason)
-        return reference.attention(
-            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True, return_lse=True
-        )
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(query, key, value):
-        result: tuple[Tensor, Tensor] = apply(_Attention, keyset, query, key, value, attn_mask, is_causal, scale)
+    differentiable = (query, key, value, attn_mask, *options[2:4])
+    if has_tangent(*differentiable):
+        full = Options(*options)
+        check_op_inputs(query, key, value, attn_mask, full)
+        _backend.fallback(OP, FORWARD_MODE)
+        return reference.attention_with(query, key, value, attn_mask, full)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        result: tuple[Tensor, Tensor] = apply(_Attention, keyset, query, key, value, attn_mask, *options)
     else:
-        result = below_autograd(attention_op, keyset, query, key, value, attn_mask, is_causal, scale)
+        result = below_autograd(attention_op, keyset, query, key, value, attn_mask, *options)
     return result
 
 
-def record(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """Call the operator where a gradient will be needed, outside functorch transforms and forward-mode levels.
 
     Unless something above autograd wants to see the call, it is recorded without the dispatcher's detour through
     :func:`_autograd_attention`, which does the same.
     """
     seen_above = torch._C._is_any_autocast_enabled() or has_torch_function((query, key, value, attn_mask))
-    if seen_above or (attn_mask is not None and attn_mask.requires_grad):
-        result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, is_causal, scale)
+    if seen_above:
+        result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, *options)
     else:
-        result = _Attention.apply(None, query, key, value, attn_mask, is_causal, scale)  # type: ignore[attr-defined]
+        result = _Attention.apply(None, query, key, value, attn_mask, *options)  # type: ignore[attr-defined]
     return result
 
 
-def _autograd_backward(
-    keyset: Any,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    output_mask: tuple[bool, bool, bool] = (True, True, True),
-) -> Gradients:
-    differentiated = (grad_out, grad_lse, query, key, value)
+def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
+    args = complete_backward(args)
+    options = backward_options(args)
+    differentiated = (*args[:5], args[7], *options.tensors)
     if has_tangent(*differentiated):
-        _backend.fallback(OP, _FORWARD_MODE)
-        results = reference.attention_gradients(*differentiated, attn_mask, is_causal, scale)
-        grads = [grad if needed else None for grad, needed in zip(results, output_mask, strict=True)]
-        return grads[0], grads[1], grads[2]
-    args = (*differentiated, out, lse, attn_mask, is_causal, scale, output_mask)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
+        _backend.fallback(OP, FORWARD_MODE)
+        results = reference.attention_gradients(*args[:5], args[7], options)
+        wanted = (*args[OUTPUT_MASK], False, False, False)
+        return tuple(grad if needed else None for grad, needed in zip(results, wanted, strict=False))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
         result: Gradients = apply(_AttentionBackward, keyset, *args)
     else:
         result = below_autograd(backward_op, keyset, *args)
     return result
-
-
-def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
-    """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "the gradient of attn_mask has no kernel"
-    return _FORWARD_MODE if has_tangent(query, key, value, attn_mask) else None
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -239,6 +188,8 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
 
 def autocast_if_enabled(*tensors: Any) -> tuple[Any, ...]:
     """Apply the enclosing autocast region, if any, to arguments that are not known to be tensors yet."""
+    if is_triangle(tensors[3]):
+        return (*autocast_if_enabled(*tensors[:3], None)[:3], tensors[3])
     if not all(isinstance(tensor, Tensor) or (index == 3 and tensor is None) for index, tensor in enumerate(tensors)):
         return tensors
     device_type = tensors[0].device.type

@@ -9,27 +9,34 @@ from torch import Tensor
 
 from ptkernels import _backend, _loader
 from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._autograd import has_tangent
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
+from ptkernels.ops.attention.options import Options, resolve
+from ptkernels.ops.attention.register import FORWARD_MODE
 from ptkernels.ops.attention.shapes import normalize
 
 _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
+MASK_GRADIENT_ON_CUDA = "the gradient of attn_mask has no kernel on cuda"
 
 
 def fallback_reason(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
-    if dropout_p > 0.0:
-        return "dropout_p > 0 has no kernel"
-    return register.uncovered(query, key, value, attn_mask)
+    if query.device.type == "cuda":
+        if in_use := options.beyond_sdpa():
+            return f"{in_use[0]} has no kernel on cuda"
+        if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+            return MASK_GRADIENT_ON_CUDA
+    return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
 
 
-def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
+def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -39,7 +46,7 @@ def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tens
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(OP, query.device.type)
-    reason = fallback_reason(query, key, value, attn_mask, dropout_p)
+    reason = fallback_reason(query, key, value, attn_mask, options)
     if reason is not None:
         _backend.fallback(OP, reason)
     return reason is not None
@@ -49,7 +56,8 @@ def _mask_kind(mask: Tensor | None) -> str:
     return "none" if mask is None else str(mask.dtype).removeprefix("torch.")
 
 
-def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+    """Name of the CPU kernel for operands of four dimensions."""
     introspection = _loader.introspection()
     if introspection is None:
         return "libptkernels.so (ptkernels._introspect, which names its kernels, is not built for this Python)"
@@ -84,10 +92,7 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     return hints
 
 
-_REMEDIES = {
-    "dropout_p > 0 has no kernel": "dropout_p=0.0 runs on the fused kernel",
-    "the gradient of attn_mask has no kernel": "attn_mask.detach() runs on the fused kernel",
-}
+_REMEDIES = {MASK_GRADIENT_ON_CUDA: "attn_mask.detach() runs on the fused kernel"}
 
 
 def explain(
@@ -100,6 +105,10 @@ def explain(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Any = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Account of the call :func:`ptkernels.attention` would make with these arguments, without making it.
@@ -107,21 +116,23 @@ def explain(
     Raises what the call would raise for bad arguments.
     """
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    beyond = (window, softcap, alibi_slopes, sinks)
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
+    attn_mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond, draw=False)
     if _backend.state.backend == "reference":
         return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
-    if reason := fallback_reason(query, key, value, attn_mask, dropout_p):
+    if reason := fallback_reason(query, key, value, attn_mask, options):
         faster = [_REMEDIES[reason]] if reason in _REMEDIES else []
         return Explanation(OP, _COMPOSITION, "reference", reason, faster)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
-    call = normalize(query, key, value, attn_mask, enable_gqa)
+    call = normalize(query, key, value, attn_mask, options, enable_gqa)
     kernel = "shape propagation"
     if device == "cpu":
-        kernel = _cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
+        kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
         kernel = "libptkernels_cuda.so"
     return Explanation(OP, kernel, device, reason, _hints(query, key, value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptkernels._registry import BenchCase, Direction, Level, OpSpec, Sample, register
 from ptkernels.ops.attention import attention, reference, routing
+from ptkernels.ops.attention.options import resolve
 
 
 def _layout_heads_inside(tensor: Tensor) -> Tensor:
@@ -108,7 +109,9 @@ _MASKS: dict[str, Callable[[_Draw], Tensor]] = {
     "all_masked": lambda draw: torch.zeros(draw.shape[2:], dtype=torch.bool, device=draw.generator.device),
     "bias": _mask_bias,
     "bias_per_head": lambda draw: _mask_bias(draw)[:1],
+    "bias_of_pairs": lambda draw: _mask_bias(draw)[0, 0],
     "bias_of_keys": lambda draw: _mask_bias(draw)[0, 0, :1],
+    "bias_of_rows": lambda draw: _mask_bias(draw)[:, :1, :, :1],
     "bias_float32": lambda draw: _mask_bias(draw).float(),
     "minus_inf": lambda draw: draw.blocked(-math.inf, draw.dtype),
     "minus_1e9": lambda draw: draw.blocked(-1e9, draw.dtype),
@@ -131,6 +134,13 @@ class _Case:
     mask: str | None = None
     layout: str = "contiguous"
     scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    slopes: int = 0
+    """Dimensions of ``alibi_slopes``."""
+    sinks: bool = False
+    dropout: float = 0.0
+    mask_gradient: bool = False
 
     def sample(self, dtype: torch.dtype, device: str, requires_grad: bool) -> Sample:
         generator = torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
@@ -148,16 +158,32 @@ class _Case:
             for shape in shapes
         )
         kwargs: dict[str, Any] = {}
+        learned = ["query", "key", "value"]
+        wide = torch.promote_types(dtype, torch.float32)
         if self.mask is not None:
             draw = _Draw((self.batch, self.heads, self.lq, self.lk), dtype, generator)
             kwargs["attn_mask"] = _MASKS[self.mask](draw)
-        if self.causal:
-            kwargs["is_causal"] = True
-        if self.scale is not None:
-            kwargs["scale"] = self.scale
-        if kv_heads != self.heads:
-            kwargs["enable_gqa"] = True
-        return Sample(self.name, operands, kwargs, ("query", "key", "value"))
+            if self.mask_gradient:
+                kwargs["attn_mask"].requires_grad_(requires_grad)
+                learned.append("attn_mask")
+        for name, dims in (("alibi_slopes", self.slopes), ("sinks", int(self.sinks))):
+            if dims:
+                # Sixteenths, which every dtype holds: autocast, which leaves them alone, may round them or not.
+                shape = (self.batch, self.heads)[-dims:]
+                values = torch.randint(1, 17, shape, generator=generator, device=device) / 16
+                kwargs[name] = values.to(wide).requires_grad_(requires_grad)
+                learned.append(name)
+        for name, value, default in (
+            ("is_causal", self.causal, False),
+            ("scale", self.scale, None),
+            ("enable_gqa", kv_heads != self.heads, False),
+            ("window", self.window, None),
+            ("softcap", self.softcap, 0.0),
+            ("dropout_p", self.dropout, 0.0),
+        ):
+            if value != default:
+                kwargs[name] = value
+        return Sample(self.name, operands, kwargs, tuple(learned))
 
 
 _GRADCHECK = [
@@ -172,8 +198,19 @@ _GRADCHECK = [
     _Case("grouped-heads", 2, 3, d=2, batch=1, heads=4, kv_heads=2),
     _Case("one-shared-head", 2, 3, d=2, batch=2, heads=3, kv_heads=1, scale=0.3),
     _Case("heads-inside", 3, 3, d=2, batch=1, heads=2, layout="heads_inside"),
+    _Case("window", 4, 5, d=2, batch=1, heads=1, window=(1, 1)),
+    _Case("bias-gradient", 3, 4, d=2, batch=2, heads=2, mask="bias_per_head", mask_gradient=True, window=(None, 1)),
+    _Case("shaped", 3, 4, d=2, heads=2, softcap=1.5, slopes=1, sinks=True, mask="bias_of_keys", mask_gradient=True),
 ]
 
+_EVERYTHING: dict[str, Any] = {
+    "heads": 4,
+    "kv_heads": 2,
+    "softcap": 2.0,
+    "slopes": 1,
+    "sinks": True,
+    "dropout": 0.2,
+}
 _LENGTHS = [(1, 1), (239, 1), (113, 203), (64, 64), (7, 130)]
 
 _QUICK = [
@@ -197,11 +234,29 @@ _QUICK = [
     _Case("scale", 21, 22, scale=2.5),
     _Case("scale-zero", 21, 22, scale=0.0),
     _Case("scale-negative", 21, 22, scale=-0.7, causal=True),
+    _Case("window", 113, 203, window=(33, 5)),
+    _Case("window-causal", 203, 113, window=(16, None), causal=True),
+    _Case("window-of-one", 70, 70, window=(0, 0)),
+    _Case("window-to-the-right", 37, 170, window=(-1, 60), kv_heads=1, mask="bool"),
+    _Case("window-narrow", 530, 530, batch=1, heads=1, window=(20, 0)),
+    _Case("softcap", 35, 67, softcap=3.0),
+    _Case("slopes", 35, 67, slopes=1, causal=True),
+    _Case("slopes-per-batch", 67, 35, slopes=2),
+    _Case("sinks", 35, 67, sinks=True, kv_heads=1),
+    _Case("sinks-empty-rows", 35, 67, sinks=True, mask="empty_rows"),
+    _Case("dropout", 35, 67, dropout=0.17, causal=True),
+    *(
+        _Case(f"{mask.replace('_', '-')}-gradient", 45, 67, mask=mask, mask_gradient=True)
+        for mask in ("bias", "bias_per_head", "bias_of_pairs", "bias_of_keys", "bias_of_rows", "bias_float32")
+    ),
+    _Case("everything", 141, 67, 24, mask="bias_per_head", mask_gradient=True, window=(50, 9), **_EVERYTHING),
+    _Case("everything-few-rows", 2, 600, 40, mask="bias", mask_gradient=True, window=(None, 550), **_EVERYTHING),
     _Case("no-batch", 3, 4, batch=0),
     _Case("no-heads", 3, 4, heads=0),
     _Case("no-queries", 0, 4),
     _Case("no-keys", 3, 0),
     _Case("no-keys-causal", 3, 0, causal=True),
+    _Case("no-keys-sinks", 3, 0, sinks=True),
 ]
 
 _FULL = [
@@ -262,7 +317,13 @@ def composition(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
+    bottom_right: bool = False,
+    first_batch: int = 0,
 ) -> Any:
     """Attention as models write it out: products in the dtype of the inputs, softmax in float32."""
     dtype = query.dtype
@@ -270,8 +331,13 @@ def composition(
     if enable_gqa:
         key, value = (reference.share_heads(tensor, query.size(-3)) for tensor in (key, value))
     scores = (query @ key.transpose(-2, -1)).to(wide) * reference.default_scale(query, scale)
-    weights, lse = reference.softmax_of_scores(scores, attn_mask, is_causal)
-    out = torch.dropout(weights, dropout_p, dropout_p > 0.0).to(dtype) @ value
+    attn_mask, options = resolve(dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
+    options = options._replace(bottom_right=options.bottom_right or bottom_right)
+    weights, _, lse = reference.softmax_of_scores(scores, attn_mask, options)
+    if dropout_p > 0.0:
+        batch, heads = math.prod(weights.shape[:-3]), query.size(-3)
+        weights = weights * reference.dropout_factors(weights, options, batch, heads, first_batch)
+    out = weights.to(dtype) @ value
     return (out, lse) if return_lse else out
 
 
@@ -285,15 +351,22 @@ def torch_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: Sequence[int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """PyTorch's own attention, and the written-out one for what that refuses or answers with NaN."""
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    refused = attn_mask is not None and (
+    beyond = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    refused = softcap != 0.0 or any(given is not None for given in (window, alibi_slopes, sinks))
+    refused = refused or dropout_p > 0.0
+    refused |= attn_mask is not None and (
         is_causal or attn_mask.dim() < 2 or attn_mask.dtype not in (torch.bool, query.dtype)
     )
     if return_lse or refused or 0 in (query.size(-3), key.size(-2)):
-        return composition(*args, return_lse=return_lse)
+        return composition(*args, **beyond, return_lse=return_lse)
     out = F.scaled_dot_product_attention(*args[:6], scale=scale, enable_gqa=enable_gqa)
     return composition(*args) if out.isnan().any() else out
 

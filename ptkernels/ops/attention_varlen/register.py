@@ -1,0 +1,161 @@
+"""What torch's subsystems need to know about ``ptkernels::attention_varlen`` beyond its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptkernels import _backend
+from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels.ops.attention.options import Options, compute_dtype
+from ptkernels.ops.attention.register import FORWARD_MODE, autocast
+from ptkernels.ops.attention_varlen import batching, reference
+from ptkernels.ops.attention_varlen.checks import OP, check_inputs
+from ptkernels.ops.attention_varlen.library import varlen_backward_op, varlen_op
+
+Gradients = tuple[Tensor | None, ...]
+
+# Positions: of the options among the forward's arguments; of output_mask and the options among the backward's.
+_OPTIONS, _OUTPUT_MASK, _BACKWARD_OPTIONS = 7, 11, 12
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = args[:_OPTIONS]
+    options = Options(*args[_OPTIONS:])
+    check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    tokens, heads, _ = query.shape
+    out = query.new_empty(tokens, heads, value.size(2))
+    return out, query.new_empty(heads, tokens, dtype=compute_dtype(query.dtype))
+
+
+def _fake_backward(*args: Any) -> Gradients:
+    query, options, wanted = args[2], Options(*args[_BACKWARD_OPTIONS:]), args[_OUTPUT_MASK]
+    check_inputs(*args[2:5], *args[7:_OUTPUT_MASK], options)
+    found = [(tensor, tensor.dtype) for tensor in args[2:5]]
+    found += [(tensor, compute_dtype(query.dtype)) for tensor in options.tensors]
+    return tuple(
+        tensor.new_empty(tensor.shape, dtype=dtype) if needed and tensor is not None else None
+        for (tensor, dtype), needed in zip(found, wanted, strict=True)
+    )
+
+
+class _Varlen(Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward_of_function(varlen_op, keyset, *args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:5], out, lse, *args[_OPTIONS + 2 : _OPTIONS + 5])
+        ctx.lengths, ctx.options = args[5:7], Options(*args[_OPTIONS:])._replace(
+            alibi_slopes=None, sinks=None, dropout_seed=None
+        )
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(needed)
+        query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, slopes, sinks, seed = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = out.new_zeros(()).expand_as(out)
+        options = ctx.options._replace(alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+        # The keyset comes first among the inputs.
+        wanted = [*needed[1:4], *needed[_OPTIONS + 3 : _OPTIONS + 5]]
+        args = (grad_out, grad_lse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, wanted)
+        if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
+            grads = varlen_backward_op(*args, *options)
+        else:
+            grads = below_autograd(varlen_backward_op, None, *args, *options)
+        every = (None, *grads[:3], *(None,) * 6, *grads[3:])
+        return (*every, *(None,) * (len(needed) - len(every)))
+
+
+class _VarlenBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:5], *args[7:9], *args[_BACKWARD_OPTIONS + 2 : _BACKWARD_OPTIONS + 5])
+        ctx.options = Options(*args[_BACKWARD_OPTIONS:])._replace(alibi_slopes=None, sinks=None, dropout_seed=None)
+        grads: Gradients = forward_of_function(varlen_backward_op, keyset, *args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # The gradients are functions of grad_out, grad_lse and the operands alone, not of out and lse as well.
+        given = [index for index, grad in enumerate(grads) if grad is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        _backend.fallback(OP, "double backward has no kernel")
+        *operands, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
+        saved = dict(enumerate(operands)) | {_BACKWARD_OPTIONS + 2: slopes, _BACKWARD_OPTIONS + 3: sinks}
+        places = [at for at, tensor in saved.items() if tensor is not None]
+
+        def gradients(*primals: Tensor) -> tuple[Any, ...]:
+            now = saved | dict(zip(places, primals, strict=True))
+            options = ctx.options._replace(
+                alibi_slopes=now[_BACKWARD_OPTIONS + 2], sinks=now[_BACKWARD_OPTIONS + 3], dropout_seed=seed
+            )
+            operands = (now[at] for at in range(5))
+            results = reference.attention_varlen_gradients(*operands, cu_seqlens_q, cu_seqlens_k, options)
+            return tuple(results[index] for index in given)
+
+        pullback: Any = torch.func.vjp(gradients, *(saved[at] for at in places))[1]
+        results = dict(zip(places, pullback(tuple(grads[index] for index in given)), strict=True))
+        return (None, *(results.get(at) for at in range(len(ctx.needs_input_grad) - 1)))
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    options = Options(*args[_OPTIONS:])
+    args = (*args[:_OPTIONS], *options)
+    differentiable = (*args[:3], *options.tensors)
+    if has_tangent(*differentiable):
+        check_inputs(*args[:_OPTIONS], options)
+        _backend.fallback(OP, FORWARD_MODE)
+        return reference.attention_varlen_with(*args[:5], options)
+    if _needs_grad(*differentiable):
+        result: tuple[Tensor, Tensor] = apply(_Varlen, keyset, *args)
+    else:
+        result = below_autograd(varlen_op, keyset, *args)
+    return result
+
+
+def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
+    options = Options(*args[_BACKWARD_OPTIONS:])
+    args = (*args[:_BACKWARD_OPTIONS], *options)
+    differentiable = (*args[:5], *options.tensors)
+    if has_tangent(*differentiable):
+        _backend.fallback(OP, FORWARD_MODE)
+        results = reference.attention_varlen_gradients(*args[:5], *args[7:9], options)
+        return tuple(grad if needed else None for grad, needed in zip(results, args[_OUTPUT_MASK], strict=True))
+    if _needs_grad(*differentiable):
+        result: Gradients = apply(_VarlenBackward, keyset, *args)
+    else:
+        result = below_autograd(varlen_backward_op, keyset, *args)
+    return result
+
+
+def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..., tuple[Tensor, Tensor]]:
+    def kernel(query: Tensor, key_: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            result: tuple[Tensor, Tensor] = varlen_op(*autocast(device_type, query, key_, value), *rest)
+            return result
+
+    return kernel
+
+
+_library = torch.library.Library("ptkernels", "FRAGMENT")
+torch.library.register_fake("ptkernels::attention_varlen", _fake_forward, lib=_library)
+torch.library.register_fake("ptkernels::_attention_varlen_backward", _fake_backward, lib=_library)
+_library.impl("attention_varlen", _autograd_forward, "Autograd", with_keyset=True)
+_library.impl("_attention_varlen_backward", _autograd_backward, "Autograd", with_keyset=True)
+torch.library.register_vmap("ptkernels::attention_varlen", batching.vmap_forward, lib=_library)
+torch.library.register_vmap("ptkernels::_attention_varlen_backward", batching.vmap_backward, lib=_library)
+_library.impl("_attention_varlen_backward", batching.legacy_vmap_backward, "Batched")
+_library.impl("attention_varlen", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")

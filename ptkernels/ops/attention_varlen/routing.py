@@ -1,0 +1,85 @@
+"""Where a call of packed attention runs, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ptkernels import _backend
+from ptkernels._autograd import has_tangent
+from ptkernels._registry import Explanation, KernelInfo
+from ptkernels.ops.attention import routing as dense
+from ptkernels.ops.attention.checks import check_window
+from ptkernels.ops.attention.options import Options, resolve
+from ptkernels.ops.attention.register import FORWARD_MODE, autocast_if_enabled
+from ptkernels.ops.attention_varlen import library
+from ptkernels.ops.attention_varlen.checks import OP, check_inputs
+
+_LOOP = "plain torch loop over sequences"
+
+
+def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | None:
+    """Why no kernel covers a checked call, or None where one does."""
+    if query.device.type not in (*library.DEVICES, "meta"):
+        return f"no kernel for {query.device.type} tensors"
+    return FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
+
+
+def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
+    """Choose between the kernels and the reference, and announce a reference that was not asked for."""
+    if _backend.state.backend == "reference":
+        return True
+    _backend.check_requested(OP, query.device.type)
+    reason = fallback_reason(query, key, value, options)
+    if reason is not None:
+        _backend.fallback(OP, reason)
+    return reason is not None
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    scale: float | None = None,
+    window: Any = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+) -> Explanation:
+    """Account of the call :func:`ptkernels.attention_varlen` would make with these arguments, without making it."""
+    query, key, value, _ = autocast_if_enabled(query, key, value, None)
+    check_window(window)
+    beyond = (window, softcap, alibi_slopes, sinks)
+    _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, *beyond, draw=False)
+    bounds = [0 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
+    check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, *bounds, options._replace(bottom_right=bottom_right))
+    if _backend.state.backend == "reference":
+        reason = "backend 'reference' was asked for"
+        return Explanation(OP, _LOOP, "reference", reason, ["leave ptkernels.backend('reference')"])
+    device = query.device.type
+    _backend.check_requested(OP, device)
+    if reason := fallback_reason(query, key, value, options):
+        return Explanation(OP, _LOOP, "reference", reason)
+    # The choice of kernel is that of one batch as long as the longest sequence.
+    kernel = "shape propagation"
+    if device == "cpu":
+        longest = [int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0 for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
+        q, k, v = (tensor[:length].transpose(0, 1).unsqueeze(0) for tensor, length in zip((query, key, value), (longest[0], longest[1], longest[1]), strict=True))
+        kernel = dense.cpu_kernel(q, k, v, None, is_causal)
+    return Explanation(OP, kernel, device, f"fused kernel for {device} tensors")
+
+
+def kernels() -> list[KernelInfo]:
+    """Every implementation of packed attention and whether it can run in this process."""
+    found = [info for info in dense.kernels() if info.backend == "cpu"]
+    return [*found, KernelInfo(_LOOP, "reference", found[0].dtypes, True)]
