@@ -13,8 +13,9 @@ from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 
-__all__ = ["Explanation", "__version__", "attention", "backend", "errors", "explain", "reference"]
+__all__ = ["Explanation", "__version__", "attention", "attention_with_kv_cache", "backend", "errors", "explain", "reference"]
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -7,5 +7,6 @@ supports, and in float64 they are what tests and benchmarks compare with.
 from __future__ import annotations
 
 from ptkernels.ops.attention.reference import attention
+from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_with_kv_cache"]
