@@ -40,21 +40,41 @@ struct PairOf<bf16> {
   }
 };
 
+// GCC finds the widening instructions behind __builtin_convertvector only where source and target are registers.
+PTK_INLINE Vec<float> widen_s8(const int8_t* p) {
+#if PTK_X86_AVX512
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 template <>
 struct PairOf<int8_t> {
   using A = float;
   static constexpr int kStep = 2 * kLanes<A>;
   static constexpr int place(int i) { return i; }
-  PTK_INLINE Vec<float> widen(const int8_t* p) {
-    typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec<int32_t>),
-                                   Vec<float>);
-  }
   PTK_INLINE void load_pair(const int8_t* p, Vec<A>& low, Vec<A>& high) {
-    low = widen(p);
-    high = widen(p + kLanes<A>);
+    low = widen_s8(p);
+    high = widen_s8(p + kLanes<A>);
   }
 };
+
+PTK_INLINE Vec<uint16_t> widen_u8(const uint8_t* p) {
+#if PTK_X86_AVX512
+  return (Vec<uint16_t>)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<uint16_t>)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<uint16_t> v;
+  for (int i = 0; i < kLanes<uint16_t>; ++i) v[i] = p[i];
+  return v;
+#endif
+}
 
 // Shifted into place, the bits are those of a binary16 that is 2^8 times smaller.
 inline constexpr float kE4m3Unit = 256;
@@ -63,16 +83,14 @@ struct PairOf<e4m3> {
   using A = float;
   static constexpr int kStep = 2 * kLanes<A>;
   static constexpr int place(int i) { return i; }
-  PTK_INLINE Vec<float> widen(const e4m3* p) {
-    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
-    const HalfBits code = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), HalfBits);
-    HalfBits half = (code & 0x80) << 8 | (code & 0x7f) << 7;
-    half |= (HalfBits)((code & 0x7f) == 0x7f) & 0x7e00;
-    return widen_f16(half);
-  }
   PTK_INLINE void load_pair(const e4m3* p, Vec<A>& low, Vec<A>& high) {
-    low = widen(p);
-    high = widen(p + kLanes<A>);
+    const Vec<uint16_t> code = widen_u8(&p->bits), magnitude = code & 0x7f;
+    const Vec<uint16_t> nan = (Vec<uint16_t>)(magnitude == 0x7f) & 0x7e00;
+    const Vec<uint16_t> half = (code & 0x80) << 8 | magnitude << 7 | nan;
+    HalfBits halves[2];
+    std::memcpy(halves, &half, sizeof half);
+    low = widen_f16(halves[0]);
+    high = widen_f16(halves[1]);
   }
 };
 
@@ -108,8 +126,8 @@ public:
 
 private:
   static constexpr int64_t kChunk = 512;  // slots whose scores are held at once
-  static constexpr int64_t kBlock = 32;   // rows of values that stay in L1 while all of dim_v is summed
-  static constexpr int64_t kAhead = 16;   // rows between a prefetch and the use
+  static constexpr int64_t kBlock = 32;   // rows of values that stay in L1 while all of dim_v is summed, and rows
+                                          // between a prefetch and the use
   static constexpr int64_t kLds = kChunk + 64;
   static constexpr int64_t kParallelWork = 1 << 16;
 
@@ -230,43 +248,27 @@ private:
     Pair::load_pair(buffer, low, high);
   }
 
-  // scores[r][j] of R queries: the sums of kLane (query, key) pairs at a time.
+  // A row at a time and in the order of memory: that is what the hardware's own prefetching recognises and runs ahead
+  // of.
+  static inline __attribute__((always_inline)) void prefetch_row(const C* row, int64_t n) {
+    for (int64_t d = 0; d < n; d += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + d);
+  }
+
+  // scores[r][j] of R queries: the sums of kLane (query, key) pairs at a time, G keys in each pass over dim.
   template <int R>
   void score_keys(const A* q, const C* const* keys, int64_t n, A* scores) const {
-    constexpr int J = kLane / R;
-    const int64_t full = p_.dim_qk / kStep * kStep, tail = p_.dim_qk - full;
+    constexpr int J = kLane / R, G = J > 1 ? 2 : 1;
     for (int64_t j = 0; j < n; j += J) {
       Vec<A> sum[kLane] = {};
-      const C *k[J], *ahead[J];
-#pragma GCC unroll 16
-      for (int i = 0; i < J; ++i) {
-        k[i] = keys[least(j + i, n - 1)];
-        ahead[i] = keys[least(j + i + kAhead, n + kBlock - 1)];
-      }
-      auto add = [&](int64_t d, const Vec<A>(&low)[J], const Vec<A>(&high)[J]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const Vec<A> q0 = load(q + r * ld_q_ + d), q1 = load(q + r * ld_q_ + d + kLane);
-#pragma GCC unroll 16
-          for (int i = 0; i < J; ++i) {
-            sum[r * J + i] += q0 * low[i];
-            sum[r * J + i] += q1 * high[i];
-          }
+#pragma GCC unroll 8
+      for (int g = 0; g < J; g += G) {
+        const C* k[G];
+#pragma GCC unroll 2
+        for (int i = 0; i < G; ++i) {
+          k[i] = keys[least(j + g + i, n - 1)];
+          prefetch_row(keys[least(j + g + i + kBlock, n + kBlock - 1)], p_.dim_qk);
         }
-      };
-      for (int64_t d = 0; d < full; d += kStep) {
-        Vec<A> low[J], high[J];
-#pragma GCC unroll 16
-        for (int i = 0; i < J; ++i) {
-          __builtin_prefetch(ahead[i] + d);
-          Pair::load_pair(k[i] + d, low[i], high[i]);
-        }
-        add(d, low, high);
-      }
-      if (tail) {
-        Vec<A> low[J], high[J];
-        for (int i = 0; i < J; ++i) load_tail(k[i] + full, tail, low[i], high[i]);
-        add(full, low, high);
+        multiply_keys<R, G, J>(q, k, sum + g);
       }
       transpose<A>(sum);
       Vec<A> total = sum[0];
@@ -279,18 +281,58 @@ private:
     }
   }
 
+  // sum[r * J + i] += products of query r and key i.
+  template <int R, int G, int J>
+  inline __attribute__((always_inline)) void multiply_keys(const A* q, const C* const (&k)[G], Vec<A>* sum) const {
+    const int64_t full = p_.dim_qk / kStep * kStep, tail = p_.dim_qk - full;
+    Vec<A> low[G], high[G];
+    auto add = [&](int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> q0 = load(q + r * ld_q_ + d), q1 = load(q + r * ld_q_ + d + kLane);
+#pragma GCC unroll 2
+        for (int i = 0; i < G; ++i) {
+          sum[r * J + i] += q0 * low[i];
+          sum[r * J + i] += q1 * high[i];
+        }
+      }
+    };
+    for (int64_t d = 0; d < full; d += kStep) {
+#pragma GCC unroll 2
+      for (int i = 0; i < G; ++i) Pair::load_pair(k[i] + d, low[i], high[i]);
+      add(d);
+    }
+    if (tail) {
+#pragma GCC unroll 2
+      for (int i = 0; i < G; ++i) load_tail(k[i] + full, tail, low[i], high[i]);
+      add(full);
+    }
+  }
+
   // out[r] = sum over j of p[r][j] values[j], in the order of the pairs.
   template <int R>
   void weigh_values(const A* p, const C* const* values, int64_t n, A* out) const {
     for (int r = 0; r < R; ++r) std::memset(out + r * partial_row(), 0, ld_v_ * sizeof(A));
     constexpr int wide = 4 / R;
     const int64_t full = p_.dim_v / kStep * kStep;
+    const int64_t slices = (full / kStep + wide - 1) / wide, ahead = slices ? (kBlock + slices - 1) / slices : kBlock;
     for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
       const int64_t count = least(kBlock, n - j0);
-      int64_t d = 0;
+      int64_t d = 0, next = 0;
+      // The rows of the next block, a share of them before each slice of this one.
+      auto prefetch = [&]() __attribute__((always_inline)) {
+        for (const int64_t end = least(next + ahead, count); next < end; ++next)
+          prefetch_row(values[j0 + kBlock + next], p_.dim_v);
+      };
       if constexpr (wide > 1)
-        for (; d + wide * kStep <= full; d += wide * kStep) weigh_slice<R, wide>(p + j0, values + j0, count, d, out);
-      for (; d < full; d += kStep) weigh_slice<R, 1>(p + j0, values + j0, count, d, out);
+        for (; d + wide * kStep <= full; d += wide * kStep) {
+          prefetch();
+          weigh_slice<R, wide>(p + j0, values + j0, count, d, out);
+        }
+      for (; d < full; d += kStep) {
+        prefetch();
+        weigh_slice<R, 1>(p + j0, values + j0, count, d, out);
+      }
       if (d < p_.dim_v) weigh_tail<R>(p + j0, values + j0, count, d, out);
     }
   }
@@ -304,7 +346,6 @@ private:
       for (int i = 0; i < 2 * S; ++i) sum[r][i] = load(out + r * partial_row() + d + i * kLane);
     for (int64_t j = 0; j < count; ++j) {
       const C* v = values[j] + d;
-      __builtin_prefetch(values[j + kAhead] + d);
       Vec<A> x[2 * S];
 #pragma GCC unroll 4
       for (int i = 0; i < S; ++i) Pair::load_pair(v + i * kStep, x[2 * i], x[2 * i + 1]);
