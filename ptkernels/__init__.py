@@ -15,6 +15,7 @@ from ptkernels._replace import replace
 from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_with_kv_cache",
     "backend",
     "errors",
     "explain",

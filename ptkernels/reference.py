@@ -7,6 +7,11 @@ supports, and in float64 they are what tests and benchmarks compare with.
 from __future__ import annotations
 
 from ptkernels.ops.attention.reference import attention
+from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 from ptkernels.ops.attention_varlen.reference import attention_varlen
 
-__all__ = ["attention", "attention_varlen"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
+]

@@ -1,6 +1,7 @@
 // ptkernels._introspect: what the loaded libptkernels.so was built as and would run. Import it after that library.
 #include "csrc/cpu/isa.h"
 #include "csrc/ops/attention/attention.h"
+#include "csrc/ops/attention_kv_cache/kv_cache.h"
 
 #include <map>
 #include <stdexcept>
@@ -49,6 +50,17 @@ std::string attention_kernel(const std::string& dtype, int64_t batch, int64_t he
   return ptk::attention_kernel_name(p);
 }
 
+std::string attention_with_kv_cache_kernel(const std::string& dtype, bool is_quantized, int64_t heads_q,
+                                           int64_t heads_kv, int64_t len_q) {
+  ptk::KvCacheParams p;
+  p.dtype = parse_dtype(dtype);
+  p.cache_type = is_quantized ? ptk::CacheType::s8 : ptk::CacheType::as_query;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.len_q = len_q;
+  return ptk::kv_cache_kernel_name(p);
+}
+
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
   std::map<std::string, std::string> attention;
@@ -95,4 +107,7 @@ PYBIND11_MODULE(_introspect, module) {
              py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"), py::arg("len_k"), py::arg("dim_qk"),
              py::arg("dim_v"), py::arg("is_causal") = false, py::arg("mask") = "none",
              "Name of the CPU kernel that attention would run. mask: none, bool or a float dtype.");
+  module.def("attention_with_kv_cache_kernel", &attention_with_kv_cache_kernel, py::kw_only(), py::arg("dtype"),
+             py::arg("is_quantized"), py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"),
+             "Name of the CPU kernel that attention_with_kv_cache would run.");
 }
