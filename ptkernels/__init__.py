@@ -8,13 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ptkernels import errors, reference
+from ptkernels import errors, nn, reference
 from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
+from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
 
-__all__ = ["Explanation", "__version__", "attention", "backend", "errors", "explain", "reference"]
+__all__ = [
+    "Explanation",
+    "__version__",
+    "attention",
+    "backend",
+    "errors",
+    "explain",
+    "gru",
+    "lstm",
+    "nn",
+    "packed_rnn",
+    "reference",
+    "rnn",
+]
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -7,5 +7,7 @@ supports, and in float64 they are what tests and benchmarks compare with.
 from __future__ import annotations
 
 from ptkernels.ops.attention.reference import attention
+from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
+from ptkernels.ops.packed_rnn.reference import packed_rnn
 
-__all__ = ["attention"]
+__all__ = ["attention", "gru", "lstm", "packed_rnn", "rnn"]

@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_rnn(Tensor input, std:
   Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
   Tensor cells = empty_contiguous(layer.input, save && is_lstm ? layer.cells_shape() : none, sum_dtype(p.dtype));
   zero_padding(layer.sequences, output);
+  zero_unused(layer, gates);
+  zero_unused(layer, cells);
   if (p.tokens > 0) {
     const RowOffsets input_rows = layer.sequences.offsets(layer.input);
     const RowOffsets output_rows = layer.sequences.offsets(output);

@@ -29,12 +29,13 @@ struct RnnProblem {
   DType dtype = DType::f32;
   RnnMode mode = RnnMode::lstm;
   int64_t directions = 1;
-  int64_t steps = 0;    // of the longest sequence
-  int64_t batch = 0;    // sequences, those of length 0 included
-  int64_t tokens = 0;   // sum of the lengths
-  int64_t input = 0;    // features
-  int64_t hidden = 0;   // units
-  int64_t outputs = 0;  // features of h: hidden, or the projection's
+  int64_t steps = 0;       // of the longest sequence
+  int64_t batch = 0;       // sequences, those of length 0 included
+  int64_t tokens = 0;      // sum of the lengths
+  int64_t saved_rows = 0;  // of each direction in gates and cells: tokens, or more
+  int64_t input = 0;       // features
+  int64_t hidden = 0;      // units
+  int64_t outputs = 0;     // features of h: hidden, or the projection's
   bool projected = false;
 };
 
@@ -69,8 +70,8 @@ struct RnnForwardParams {
   void* h_n = nullptr;       // as h0 and c0; only sequences with a token are written
   void* c_n = nullptr;
   // Kept for the backward, null where none will follow. Tokens in packed order.
-  void* gates = nullptr;  // [directions, tokens, saved_gates, hidden], after their activation
-  void* cells = nullptr;  // [directions, tokens, hidden], float32 (float64 for float64)
+  void* gates = nullptr;  // [directions, saved_rows, saved_gates, hidden], after activation
+  void* cells = nullptr;  // [directions, saved_rows, hidden], float32 (float64 for float64)
 };
 
 struct RnnBackwardParams {

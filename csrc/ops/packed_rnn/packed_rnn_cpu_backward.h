@@ -190,7 +190,7 @@ private:
   // A vector of units of one sequence at one step.
   struct Row {
     Vec<A> grad;  // of h, before the projection
-    int64_t d, t, b, unit, valid, token;
+    int64_t d, t, b, unit, valid, token, saved;
     A* grad_h;
   };
 
@@ -202,7 +202,16 @@ private:
     const int64_t stored = stored_gates(), valid = p_.hidden - unit;
     Vec<A> bias[4] = {};
     for (int64_t b = 0; b < n; ++b) {
-      Row r{Vec<A>{}, d, t, b, unit, valid, d * p_.tokens + token_[t] + b, m.grad_h + b * z_.outputs + unit};
+      const int64_t token = token_[t] + b;
+      Row r{Vec<A>{},
+            d,
+            t,
+            b,
+            unit,
+            valid,
+            d * p_.tokens + token,
+            d * p_.saved_rows + token,
+            m.grad_h + b * z_.outputs + unit};
       r.grad = p_.projected ? load(m.grad_unprojected + b * z_.units + unit)
                             : load(r.grad_h) + output_gradient(d, t, b, unit, valid);
       Vec<A> g[4];
@@ -222,7 +231,7 @@ private:
   }
 
   Vec<A> saved_gate(const Row& r, int64_t q) const {
-    return load_valid(at<const T>(f_.gates, (r.token * 4 + q) * p_.hidden + r.unit), r.valid);
+    return load_valid(at<const T>(f_.gates, (r.saved * 4 + q) * p_.hidden + r.unit), r.valid);
   }
 
   // Step before t in the direction's time, for a sequence; -1 where it began at t.
@@ -235,11 +244,12 @@ private:
     const Direction& m = direction_[r.d];
     const int64_t before = step_before(r);
     const Vec<A> i = saved_gate(r, 0), f = saved_gate(r, 1), c_in = saved_gate(r, 2), o = saved_gate(r, 3);
-    const Vec<A> c = load_valid(at<const A>(f_.cells, r.token * p_.hidden + r.unit), r.valid);
+    const Vec<A> c = load_valid(at<const A>(f_.cells, r.saved * p_.hidden + r.unit), r.valid);
     const Vec<A> c_before =
         before < 0
             ? load(m.c0 + r.b * z_.units + r.unit)
-            : load_valid(at<const A>(f_.cells, (r.d * p_.tokens + token_[before] + r.b) * p_.hidden + r.unit), r.valid);
+            : load_valid(at<const A>(f_.cells, (r.d * p_.saved_rows + token_[before] + r.b) * p_.hidden + r.unit),
+                         r.valid);
     A* grad_c = m.grad_c + r.b * z_.units + r.unit;
     const Vec<A> squashed = tanh<A>(c);
     if (f_.unprojected) store_valid(at<T>(f_.unprojected, r.token * p_.hidden + r.unit), o * squashed, r.valid);

@@ -239,7 +239,7 @@ private:
 
   RowTarget target(int64_t d, int64_t round, int64_t b, int64_t unit) {
     const Direction& m = direction_[d];
-    const int64_t t = step_of(d, round), token = d * p_.tokens + token_[t] + b;
+    const int64_t t = step_of(d, round), token = d * p_.saved_rows + token_[t] + b;
     const int64_t state = d * p_.batch + f_.order[b];
     const bool last = is_last(d, t, b);
     RowTarget r{};

@@ -49,6 +49,8 @@ public:
     p.steps = static_cast<int64_t>(sequences.batch_sizes.size());
     p.batch = batch;
     p.tokens = sequences.tokens;
+    // Shapes must not depend on the lengths: what is saved for padded sequences has room for full ones.
+    p.saved_rows = input.size(0) * (sequences.is_padded() ? input.size(1) : 1);
     p.input = input.size(input.dim() - 1);
     read_params();
     read_state();
@@ -68,9 +70,9 @@ public:
   }
   std::vector<int64_t> state_shape(int64_t features) const { return {problem.directions, problem.batch, features}; }
   std::vector<int64_t> gates_shape() const {
-    return {problem.directions, problem.tokens, saved_gates(problem.mode), problem.hidden};
+    return {problem.directions, problem.saved_rows, saved_gates(problem.mode), problem.hidden};
   }
-  std::vector<int64_t> cells_shape() const { return {problem.directions, problem.tokens, problem.hidden}; }
+  std::vector<int64_t> cells_shape() const { return {problem.directions, problem.saved_rows, problem.hidden}; }
 
   void fill_weights(RnnWeights* weights) const {
     for (int64_t d = 0; d < problem.directions; ++d) {
@@ -163,6 +165,19 @@ inline void zero_padding(const Sequences& sequences, const Tensor& tensor) {
       const int64_t row = batch_first ? b * steps + t : t * sequences.batch + b;
       std::memset(data + row * features * bytes, 0, features * bytes);
     }
+  }
+}
+
+// What is saved has rows of tokens first; the rest is defined too.
+inline void zero_unused(const Layer& layer, const Tensor& saved) {
+  const RnnProblem& p = layer.problem;
+  if (p.saved_rows == p.tokens || saved.dim() < 2) {
+    return;
+  }
+  const size_t row = saved.stride(1) * element_size(*float_dtype(saved));
+  for (int64_t d = 0; d < p.directions; ++d) {
+    std::memset(static_cast<char*>(saved.mutable_data_ptr()) + (d * p.saved_rows + p.tokens) * row, 0,
+                (p.saved_rows - p.tokens) * row);
   }
 }
 
