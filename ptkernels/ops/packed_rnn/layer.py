@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ptkernels.ops.packed_rnn import reference, routing
 from ptkernels.ops.packed_rnn.checks import OP, check_layer, check_values
@@ -32,7 +33,8 @@ def run_layer(op: str, args: OpArguments) -> tuple[Tensor, Tensor, Tensor]:
         state, params = others[: len(state)], others[len(state) :]
     args = (input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     check_layer(op, *args)
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
+    if not traced and not torch._C._are_functorch_transforms_active():
         check_values(op, input, sizes, sorted_indices, batch_size, layout)
     if routing.runs_on_reference(op, input, state, params):
         with torch.autocast(device_type, enabled=False):

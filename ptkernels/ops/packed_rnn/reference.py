@@ -43,13 +43,19 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
         assert sizes is not None
         slots = torch.arange(batch) if sorted_indices is None else sorted_indices
         return Order(sizes.tolist(), slots.to(device), torch.arange(input.size(0), device=device))
+    if sizes is None:
+        steps = input.size(1 if layout == "batch_first" else 0)
+        rows = torch.arange(steps * batch, device=device).reshape(
+            (batch, steps) if layout == "batch_first" else (steps, batch)
+        )
+        rows = rows.mT if layout == "batch_first" else rows
+        return Order([batch] * steps if batch else [], torch.arange(batch, device=device), rows.flatten())
     if layout == "varlen":
-        assert sizes is not None
         starts, lengths = sizes[:-1].cpu(), sizes.diff().cpu()
         stride_step = 1
     else:
         steps = input.size(1 if layout == "batch_first" else 0)
-        lengths = torch.full((batch,), steps) if sizes is None else sizes.cpu()
+        lengths = sizes.cpu()
         starts = torch.arange(batch) * (steps if layout == "batch_first" else 1)
         stride_step = 1 if layout == "batch_first" else batch
     slots = lengths.argsort(descending=True, stable=True)
@@ -180,25 +186,129 @@ def packed_rnn(
     return (output, h_n, c_n) if mode == "lstm" else (output, h_n)
 
 
+def _cell_gradients(
+    mode: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None], grad_h: Tensor, grad_c: Tensor
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """Gradients of a step: of x and the weights, of h, of c."""
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    assert weight_ih is not None and weight_hh is not None
+    of_input = torch.nn.functional.linear(x, weight_ih, bias_ih)
+    of_hidden = torch.nn.functional.linear(h, weight_hh, bias_hh)
+    through_h: Tensor | None = None
+    grad_hr: Tensor | None = None
+    if mode == "lstm":
+        i, f, g, o = (of_input + of_hidden).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        squashed = (f * c + i * g).tanh()
+        if weight_hr is not None:
+            grad_hr = grad_h.mT @ (o * squashed)
+            grad_h = grad_h @ weight_hr
+        grad_c = grad_c + grad_h * o * (1 - squashed * squashed)
+        parts = [grad_c * g * i * (1 - i), grad_c * c * f * (1 - f), grad_c * i * (1 - g * g)]
+        of_x = of_h = torch.cat([*parts, grad_h * squashed * o * (1 - o)], -1)
+        grad_c = grad_c * f
+    elif mode == "gru":
+        (r, z, n), (hr, hz, hn) = of_input.chunk(3, -1), of_hidden.chunk(3, -1)
+        r, z = (r + hr).sigmoid(), (z + hz).sigmoid()
+        n = (n + r * hn).tanh()
+        grad_n = grad_h * (1 - z) * (1 - n * n)
+        shared = [grad_n * hn * r * (1 - r), grad_h * (h - n) * z * (1 - z)]
+        of_x, of_h = torch.cat([*shared, grad_n], -1), torch.cat([*shared, grad_n * r], -1)
+        through_h = grad_h * z
+    else:
+        total = of_input + of_hidden
+        slope = 1 - total.tanh() ** 2 if mode == "tanh" else (total > 0).to(total.dtype)
+        of_x = of_h = grad_h * slope
+    grads: list[Tensor | None] = [
+        of_x @ weight_ih,
+        of_x.mT @ x,
+        of_h.mT @ h,
+        None if bias_ih is None else of_x.sum(0),
+        None if bias_hh is None else of_h.sum(0),
+        grad_hr,
+    ]
+    grad_before = of_h @ weight_hh
+    return grads, grad_before if through_h is None else grad_before + through_h, grad_c
+
+
+def _run_gradients(
+    mode: str,
+    x: list[Tensor],
+    states: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
+    grads: tuple[list[Tensor], Tensor, Tensor],
+    reverse: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Gradients of one direction: of x in packed order, the weights, h and c before the first step."""
+    h, c = states
+    grad_outputs, grad_h, grad_c = grads
+    steps = list(range(len(x)))[:: -1 if reverse else 1]
+    before = []
+    for step in steps:
+        running = x[step].size(0)
+        before.append((h[:running], c[:running]))
+        new_h, new_c = _cell(mode, x[step], h[:running], c[:running], weights)
+        h, c = torch.cat([new_h, h[running:]]), torch.cat([new_c, c[running:]])
+    grad_x: dict[int, Tensor] = {}
+    sums: list[Tensor] = []
+    for step, (h, c) in zip(reversed(steps), reversed(before), strict=True):
+        running = x[step].size(0)
+        incoming = grad_h[:running] + grad_outputs[step]
+        found, new_h, new_c = _cell_gradients(mode, x[step], h, c, weights, incoming, grad_c[:running])
+        grad_h, grad_c = torch.cat([new_h, grad_h[running:]]), torch.cat([new_c, grad_c[running:]])
+        grad_x[step], *own = [grad for grad in found if grad is not None]
+        sums = [total + grad for total, grad in zip(sums, own, strict=True)] if sums else own
+    return torch.cat([grad_x[step] for step in range(len(x))]), sums, grad_h, grad_c
+
+
 def gradients(
     grads: Sequence[Tensor | None],
     input: Tensor,
     state: Sequence[Tensor],
     params: Sequence[Tensor],
-    *options: object,
+    sizes: Tensor | None,
+    sorted_indices: Tensor | None,
+    batch_size: int,
+    layout: str,
+    mode: str,
+    bidirectional: bool,
 ) -> list[Tensor]:
-    """First derivatives with respect to input, states and parameters, which can be differentiated further.
+    """First derivatives with respect to input, states and parameters, written so that they can be differentiated further.
 
-    ``grads`` are those of output, h_n and c_n, None where one is zero; ``options`` are sizes, sorted_indices,
-    batch_size, layout, mode and bidirectional.
+    ``grads`` are those of output, h_n and c_n, None where one is zero.
     """
-    sizes, sorted_indices, *others = options
-    given = [index for index, grad in enumerate(grads) if grad is not None]
+    wide = compute_dtype(input.dtype)
+    order = order_of(input, sizes, sorted_indices, batch_size, layout)
+    directions = 2 if bidirectional else 1
+    weights = split_weights([param.to(wide) for param in params], directions)
+    flat = input.to(wide).reshape(-1, input.size(-1))
+    x = list(flat.index_select(0, order.rows).split(order.batch_sizes)) if order.batch_sizes else []
+    hidden = params[0].size(0) // GATES[mode]
+    outputs = hidden if weights[0][4] is None else weights[0][4].size(0)
 
-    def run(input: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        states, weights = tensors[: len(state)], tensors[len(state) :]
-        results = layer(input, sizes, sorted_indices, states, weights, *others)  # type: ignore[arg-type]
-        return tuple(results[index] for index in given)
+    def by_slot(tensor: Tensor | None, features: int) -> Tensor:
+        if tensor is None:
+            return flat.new_zeros(directions, batch_size, features)
+        return tensor.to(wide).index_select(1, order.slots)
 
-    _, pullback = torch.func.vjp(run, input, *state, *params)
-    return list(pullback(tuple(grad for grad in grads if grad is not None)))
+    h0 = by_slot(state[0] if state else None, outputs)
+    c0 = by_slot(state[1] if len(state) > 1 else None, hidden)
+    grad_h, grad_c = by_slot(grads[1], outputs), by_slot(grads[2] if mode == "lstm" else None, hidden)
+    of_output = flat.new_zeros(flat.size(0), directions * outputs) if grads[0] is None else grads[0].to(wide)
+    of_output = of_output.reshape(flat.size(0), directions * outputs).index_select(0, order.rows)
+    if not x:
+        unsorted = order.slots.argsort()
+        of_states = [grad.index_select(1, unsorted) for grad in (grad_h, grad_c)[: len(state)]]
+        return [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
+    found = []
+    for d in range(directions):
+        rows = of_output[:, d * outputs : (d + 1) * outputs].split(order.batch_sizes)
+        flowing = (list(rows), grad_h[d], grad_c[d])
+        found.append(_run_gradients(mode, x, (h0[d], c0[d]), weights[d], flowing, reverse=d == 1))
+    unsorted = order.slots.argsort()
+    grad_rows = found[0][0] if directions == 1 else found[0][0] + found[1][0]
+    grad_input = flat.new_zeros(flat.shape).index_copy(0, order.rows, grad_rows).reshape(input.shape)
+    of_states = [torch.stack([own[2 + i] for own in found]).index_select(1, unsorted) for i in range(len(state))]
+    of_params = [grad for own in found for grad in own[1]]
+    tensors = (input, *state, *params)
+    return [grad.to(tensor.dtype) for grad, tensor in zip((grad_input, *of_states, *of_params), tensors, strict=True)]
