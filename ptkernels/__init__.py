@@ -18,6 +18,8 @@ from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a 
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
+from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
+from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
 
 __all__ = [
     "Explanation",
@@ -28,10 +30,14 @@ __all__ = [
     "backend",
     "errors",
     "explain",
+    "gru",
+    "lstm",
     "nn",
+    "packed_rnn",
     "patch_sdpa",
     "reference",
     "replace",
+    "rnn",
 ]
 
 

@@ -130,6 +130,11 @@ class OpSpec:
     tolerances: Tolerances = field(default_factory=Tolerances)
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Other implementations with the public signature, timed side by side with ours."""
+    enlarged: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
+    """Changes that make the first gradcheck sample a call so many times larger. Default: the differentiable arguments
+    are repeated along their first dimension."""
+    one_call_under_vmap: tuple[str, ...] | None = None
+    """Arguments that ``torch.vmap`` maps within one call of the operator; others take one each. Default: all."""
 
 
 _ops: dict[str, OpSpec] = {}

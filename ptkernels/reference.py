@@ -9,9 +9,15 @@ from __future__ import annotations
 from ptkernels.ops.attention.reference import attention
 from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 from ptkernels.ops.attention_varlen.reference import attention_varlen
+from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
+from ptkernels.ops.packed_rnn.reference import packed_rnn
 
 __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "gru",
+    "lstm",
+    "packed_rnn",
+    "rnn",
 ]

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -67,18 +68,32 @@ inline int32_t shim_dtype(DType dtype) {
 }
 
 // torch::stable has no empty_strided as of torch 2.13. Uninitialised, on the device of `like`.
-template <size_t Rank>
-Tensor empty_strided(const Tensor& like, const std::array<int64_t, Rank>& sizes,
-                     const std::array<int64_t, Rank>& strides, DType dtype) {
+template <typename Sizes>
+Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, DType dtype) {
   int32_t device_type = 0;
   int32_t device_index = 0;
   AtenTensorHandle handle = nullptr;
   PTK_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == TORCH_SUCCESS &&
                 aoti_torch_get_device_index(like.get(), &device_index) == TORCH_SUCCESS &&
-                aoti_torch_empty_strided(Rank, sizes.data(), strides.data(), shim_dtype(dtype), device_type,
-                                         device_index, &handle) == TORCH_SUCCESS,
+                aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                         shim_dtype(dtype), device_type, device_index, &handle) == TORCH_SUCCESS,
             "ptkernels: cannot allocate a tensor of shape ", shape_text(sizes));
   return Tensor(handle);
+}
+
+template <size_t Rank>
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, Rank>& sizes,
+                     const std::array<int64_t, Rank>& strides, DType dtype) {
+  return empty_strided<std::array<int64_t, Rank>>(like, sizes, strides, dtype);
+}
+
+inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) {
+    strides[i] = stride;
+  }
+  return empty_strided(like, sizes, strides, dtype);
 }
 
 }  // namespace ptk

@@ -9,6 +9,44 @@ namespace ptk::PTK_ISA {
 inline constexpr double kLog2E = 1.4426950408889634074;
 inline constexpr double kLn2 = 0.69314718055994530942;
 
+namespace detail {
+
+// (2^r - 1) / r for |r| <= 1/2.
+template <int Degree>
+PTK_INLINE Vec<float> exp2_slope(Vec<float> r) {
+  static_assert(Degree == 4 || Degree == 6);
+  Vec<float> p;
+  if constexpr (Degree == 6) {
+    p = r * 1.5353362e-4f + 1.33988739e-3f;
+    p = p * r + 9.61843692e-3f;
+    p = p * r + 5.55033237e-2f;
+    p = p * r + 2.40226477e-1f;
+    return p * r + 6.93147182e-1f;
+  } else {
+    p = r * 9.58285294e-3f + 5.59064262e-2f;
+    p = p * r + 2.40240991e-1f;
+    return p * r + 6.93124175e-1f;
+  }
+}
+
+// (e^t - 1) / t for |t| <= ln(2) / 2.
+PTK_INLINE Vec<double> exp_slope(Vec<double> t) {
+  Vec<double> p = t * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * t + 1.0 / 39916800;
+  p = p * t + 1.0 / 3628800;
+  p = p * t + 1.0 / 362880;
+  p = p * t + 1.0 / 40320;
+  p = p * t + 1.0 / 5040;
+  p = p * t + 1.0 / 720;
+  p = p * t + 1.0 / 120;
+  p = p * t + 1.0 / 24;
+  p = p * t + 1.0 / 6;
+  p = p * t + 0.5;
+  return p * t + 1.0;
+}
+
+}  // namespace detail
+
 // 2^x for x <= 127 (1023 for double); exactly 0 for x <= -127 (-1023), where
 // results would be subnormal; NaN stays NaN.
 //
@@ -21,25 +59,11 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 // is rounded to 16 bits.
 template <int Degree = 6>
 PTK_INLINE Vec<float> exp2(Vec<float> x) {
-  static_assert(Degree == 4 || Degree == 6);
   constexpr float kMagic = 0x1.8p23f + 127.0f;
   x = max(broadcast(-127.0f), x);
   Vec<float> shifted = x + kMagic;
   Vec<float> r = x - (shifted - kMagic);
-  Vec<float> p;
-  if constexpr (Degree == 6) {
-    p = r * 1.5353362e-4f + 1.33988739e-3f;
-    p = p * r + 9.61843692e-3f;
-    p = p * r + 5.55033237e-2f;
-    p = p * r + 2.40226477e-1f;
-    p = p * r + 6.93147182e-1f;
-  } else {
-    p = r * 9.58285294e-3f + 5.59064262e-2f;
-    p = p * r + 2.40240991e-1f;
-    p = p * r + 6.93124175e-1f;
-  }
-  p = p * r + 1.0f;
-  return p * bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(shifted) << 23);
+  return (detail::exp2_slope<Degree>(r) * r + 1.0f) * bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(shifted) << 23);
 }
 
 // Taylor of exp(r ln 2) to degree 13: truncation below 2^-57, < 1.5 ULP with
@@ -50,20 +74,59 @@ PTK_INLINE Vec<double> exp2(Vec<double> x) {
   x = max(broadcast(-1023.0), x);
   Vec<double> shifted = x + kMagic;
   Vec<double> t = (x - (shifted - kMagic)) * kLn2;
-  Vec<double> p = t * (1.0 / 6227020800) + 1.0 / 479001600;
-  p = p * t + 1.0 / 39916800;
-  p = p * t + 1.0 / 3628800;
-  p = p * t + 1.0 / 362880;
-  p = p * t + 1.0 / 40320;
-  p = p * t + 1.0 / 5040;
-  p = p * t + 1.0 / 720;
-  p = p * t + 1.0 / 120;
-  p = p * t + 1.0 / 24;
-  p = p * t + 1.0 / 6;
-  p = p * t + 0.5;
-  p = p * t + 1.0;
-  p = p * t + 1.0;
-  return p * bit_cast<Vec<double>>(bit_cast<Vec<int64_t>>(shifted) << 52);
+  return (detail::exp_slope(t) * t + 1.0) * bit_cast<Vec<double>>(bit_cast<Vec<int64_t>>(shifted) << 52);
+}
+
+namespace detail {
+
+// e^x as scale * (1 + fraction) for |x| <= 87 (708 for double), where scale is a power of two. ln 2 in two parts, the
+// first short enough that n times it is exact, keeps the reduced argument to full precision.
+template <class A>
+struct Exponential {
+  Vec<A> scale, fraction;
+};
+
+PTK_INLINE Exponential<float> exponential(Vec<float> x) {
+  constexpr float kMagic = 0x1.8p23f + 127.0f;
+  Vec<float> shifted = x * static_cast<float>(kLog2E) + kMagic;
+  Vec<float> n = shifted - kMagic;
+  Vec<float> r = ((x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f) * static_cast<float>(kLog2E);
+  return {bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(shifted) << 23), exp2_slope<6>(r) * r};
+}
+
+PTK_INLINE Exponential<double> exponential(Vec<double> x) {
+  constexpr double kMagic = 0x1.8p52 + 1023.0;
+  Vec<double> shifted = x * kLog2E + kMagic;
+  Vec<double> n = shifted - kMagic;
+  Vec<double> t = (x - n * 0x1.62e42fefa38p-1) - n * 0x1.ef35793c7673p-45;
+  return {bit_cast<Vec<double>>(bit_cast<Vec<int64_t>>(shifted) << 52), exp_slope(t) * t};
+}
+
+// x limited to [-bound, bound]; NaN stays NaN.
+template <class A>
+PTK_INLINE Vec<A> clamp(Vec<A> x, A bound) {
+  return -max(broadcast(-bound), -max(broadcast(-bound), x));
+}
+
+}  // namespace detail
+
+// 1 / (1 + e^-x): < 3 ULP where |x| <= 87 (708); beyond, within 2e-38 (1e-307) of 0 or 1.
+template <class A>
+PTK_INLINE Vec<A> sigmoid(Vec<A> x) {
+  constexpr A kBound = sizeof(A) == 4 ? A(87) : A(708);
+  const auto e = detail::exponential(-detail::clamp(x, kBound));
+  return A(1) / (A(1) + (e.scale * e.fraction + e.scale));
+}
+
+// (e^2x - 1) / (e^2x + 1): < 4 ULP everywhere, since e^2x - 1 is formed without cancellation. Beyond the bound the
+// result is 1 to the last bit.
+template <class A>
+PTK_INLINE Vec<A> tanh(Vec<A> x) {
+  constexpr A kBound = sizeof(A) == 4 ? A(9.5) : A(19.5);
+  const Vec<A> y = detail::clamp(x, kBound);
+  const auto e = detail::exponential(y + y);
+  const Vec<A> minus_one = e.scale * e.fraction + (e.scale - A(1));
+  return minus_one / (minus_one + A(2));
 }
 
 }  // namespace ptk::PTK_ISA

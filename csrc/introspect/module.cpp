@@ -2,6 +2,7 @@
 #include "csrc/cpu/isa.h"
 #include "csrc/ops/attention/attention.h"
 #include "csrc/ops/attention_kv_cache/kv_cache.h"
+#include "csrc/ops/packed_rnn/packed_rnn.h"
 
 #include <map>
 #include <stdexcept>
@@ -68,7 +69,13 @@ std::map<std::string, std::map<std::string, std::string>> kernel_table() {
     const char* name = ptk::dtype_name(dtype);
     attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
   }
-  return {{"attention", attention}};
+  std::map<std::string, std::string> packed_rnn;
+  for (const ptk::DType dtype : kDTypes) {
+    ptk::RnnProblem p;
+    p.dtype = dtype;
+    packed_rnn[ptk::dtype_name(dtype)] = ptk::packed_rnn_kernel_name(p);
+  }
+  return {{"attention", attention}, {"packed_rnn", packed_rnn}};
 }
 
 std::vector<std::string> compiled_isas() {

@@ -1,5 +1,8 @@
 """Drop-in modules over the operators, with constructors, parameters and state_dict of their torch.nn originals."""
 
-from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from __future__ import annotations
 
-__all__ = ["MultiheadAttention", "TransformerEncoderLayer"]
+from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "TransformerEncoderLayer"]

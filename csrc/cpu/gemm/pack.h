@@ -42,12 +42,41 @@ static inline void pack_row(const T* src, int64_t stride, int64_t n, int64_t n_p
   if (n_padded > n) std::memset(dst + n, 0, (n_padded - n) * sizeof(To));
 }
 
+namespace detail {
+
+// A given by its transpose (contiguous in m): squares of lanes x lanes, transposed in registers. Returns how much of k
+// it has done for all rows, a multiple of the lanes; the last rows come one by one.
+template <class T>
+static inline int64_t pack_a_transposed(const T* src, int64_t stride_k, int64_t m, int64_t k, Element<T>* dst,
+                                        int64_t ld) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  const int64_t k_full = k / lanes * lanes, m_full = m / lanes * lanes;
+  for (int64_t k0 = 0; k0 < k_full; k0 += lanes) {
+    for (int64_t m0 = 0; m0 < m_full; m0 += lanes) {
+      Vec<A> rows[lanes];
+      for (int i = 0; i < lanes; ++i) rows[i] = load_as(src + (k0 + i) * stride_k + m0);
+      transpose<A>(rows);
+      for (int i = 0; i < lanes; ++i) store_as(dst + (m0 + i) * ld + k0, rows[i]);
+    }
+  }
+  for (int64_t i = m_full; i < m; ++i) pack_row(src + i, stride_k, k_full, k_full, dst + i * ld);
+  return k_full;
+}
+
+}  // namespace detail
+
 // A operand: m rows of k, row stride `ld` (in elements) in dst, padded as the
 // micro-kernel wants it.
 template <class T>
 static inline void pack_a(const T* src, int64_t stride_m, int64_t stride_k, int64_t m, int64_t k, Element<T>* dst,
                           int64_t ld) {
-  for (int64_t i = 0; i < m; ++i) pack_row(src + i * stride_m, stride_k, k, padded_k<T>(k), dst + i * ld);
+  int64_t done = 0;
+  if constexpr (sizeof(T) > 1) {
+    if (stride_m == 1 && stride_k != 1) done = detail::pack_a_transposed(src, stride_k, m, k, dst, ld);
+  }
+  for (int64_t i = 0; i < m; ++i)
+    pack_row(src + i * stride_m + done * stride_k, stride_k, k - done, padded_k<T>(k) - done, dst + i * ld + done);
 }
 
 namespace detail {

@@ -1,0 +1,347 @@
+// Schema of the recurrent layers and their CPU implementation.
+//
+// The backward runs the recurrence with the kernel of the active ISA, which leaves the gradients of all gates, and then
+// forms every other gradient as one product over all tokens.
+#include "csrc/cpu/gemm/gemm_driver.h"
+#include "csrc/ops/packed_rnn/packed_rnn_glue.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace ptk {
+namespace {
+
+Tensor state_like(const Layer& layer, size_t index, int64_t features) {
+  Tensor out = empty_contiguous(layer.input, layer.state_shape(features), layer.problem.dtype);
+  // Sequences without a token keep what they came with.
+  if (index < layer.state.size()) {
+    torch::stable::copy_(out, layer.state[index]);
+  } else {
+    torch::stable::zero_(out);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_rnn(Tensor input, std::optional<Tensor> sizes,
+                                                              std::optional<Tensor> sorted_indices,
+                                                              std::vector<Tensor> state, std::vector<Tensor> params,
+                                                              int64_t batch_size, std::string layout, std::string mode,
+                                                              bool bidirectional, bool save) {
+  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
+                    bidirectional);
+  const RnnProblem& p = layer.problem;
+  const bool is_lstm = p.mode == RnnMode::lstm;
+  const std::vector<int64_t> none = {0};
+  Tensor output = empty_contiguous(layer.input, layer.output_shape(), p.dtype);
+  Tensor h_n = state_like(layer, 0, p.outputs);
+  Tensor c_n = is_lstm ? state_like(layer, 1, p.hidden) : empty_contiguous(layer.input, none, p.dtype);
+  const bool save_gates = save && saved_gates(p.mode) > 0;
+  Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
+  Tensor cells = empty_contiguous(layer.input, save && is_lstm ? layer.cells_shape() : none, sum_dtype(p.dtype));
+  zero_padding(layer.sequences, output);
+  zero_unused(layer, gates);
+  zero_unused(layer, cells);
+  if (p.tokens > 0) {
+    const RowOffsets input_rows = layer.sequences.offsets(layer.input);
+    const RowOffsets output_rows = layer.sequences.offsets(output);
+    RnnForwardParams f;
+    f.problem = p;
+    f.batch_sizes = layer.sequences.batch_sizes.data();
+    f.order = layer.sequences.order.data();
+    layer.fill_weights(f.weights);
+    f.input = layer.input.const_data_ptr();
+    f.input_rows = input_rows.rows();
+    f.output = output.mutable_data_ptr();
+    f.output_rows = output_rows.rows();
+    f.h0 = layer.state_data(0);
+    f.c0 = layer.state_data(1);
+    f.h_n = h_n.mutable_data_ptr();
+    f.c_n = is_lstm ? c_n.mutable_data_ptr() : nullptr;
+    f.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
+    f.cells = save && is_lstm ? cells.mutable_data_ptr() : nullptr;
+    PTK_CHECK(PTK_DISPATCH(packed_rnn_kernels).forward(f), "packed_rnn: out of memory");
+  }
+  return {output, h_n, c_n, gates, cells};
+}
+
+// C[m, n] = A^T B over `tokens` rows, in the storage type.
+void product(GemmProblem g) {
+  PTK_CHECK(PTK_DISPATCH(gemm_kernels).gemm(g), "packed_rnn: out of memory");
+}
+
+GemmType gemm_type(DType dtype) {
+  return static_cast<GemmType>(dtype);
+}
+
+char* offset(const void* data, int64_t elements, DType dtype) {
+  return static_cast<char*>(const_cast<void*>(data)) + elements * static_cast<int64_t>(element_size(dtype));
+}
+
+class Backward {
+public:
+  Backward(const Layer& layer, const Tensor& output, const Tensor& gates, const Tensor& cells,
+           const std::vector<bool>& wanted)
+      : layer_(layer), p_(layer.problem), output_(output), gates_(gates), cells_(cells) {
+    PTK_CHECK(wanted.size() == 1 + layer.state.size() + layer.params.size(), "packed_rnn: output_mask: got ",
+              wanted.size(), " entries, expected one for input, each state and each parameter");
+    allocate(wanted[0], layer.input.sizes());
+    for (size_t i = 0; i < layer.state.size(); ++i) {
+      allocate(wanted[1 + i], layer.state[i].sizes());
+    }
+    for (size_t i = 0; i < layer.params.size(); ++i) {
+      allocate(wanted[1 + layer.state.size() + i], layer.params[i].sizes());
+    }
+  }
+
+  std::vector<Tensor> run(const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_h_n,
+                          const std::optional<Tensor>& grad_c_n) {
+    if (p_.tokens == 0) {
+      for (std::optional<Tensor>& grad : grads_) {
+        if (grad) {
+          torch::stable::zero_(*grad);
+        }
+      }
+      copy_state_gradient(0, grad_h_n);
+      copy_state_gradient(1, grad_c_n);
+    } else {
+      recurrence(grad_output, grad_h_n, grad_c_n);
+      for (int64_t d = 0; d < p_.directions; ++d) {
+        weight_gradients(d);
+      }
+      input_gradient();
+    }
+    std::vector<Tensor> given;
+    for (const std::optional<Tensor>& grad : grads_) {
+      if (grad) {
+        given.push_back(*grad);
+      }
+    }
+    return given;
+  }
+
+private:
+  void allocate(bool wanted, const auto& sizes) {
+    grads_.push_back(wanted ? std::optional(empty_contiguous(
+                                  layer_.input, std::vector<int64_t>(sizes.begin(), sizes.end()), p_.dtype))
+                            : std::nullopt);
+  }
+
+  void copy_state_gradient(size_t index, const std::optional<Tensor>& grad) {
+    if (index < layer_.state.size() && grads_[1 + index] && grad) {
+      torch::stable::copy_(*grads_[1 + index], *grad);
+    }
+  }
+
+  std::optional<Tensor>& param_gradient(int64_t direction, int64_t index) {
+    return grads_[1 + layer_.state.size() + direction * layer_.params_per_direction() + index];
+  }
+
+  int64_t stored_gates() const { return p_.mode == RnnMode::gru ? 4 : gate_count(p_.mode); }
+
+  static void* data_of(std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
+
+  void recurrence(const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_h_n,
+                  const std::optional<Tensor>& grad_c_n) {
+    const Sequences& sequences = layer_.sequences;
+    const RowOffsets output_rows = sequences.offsets(output_);
+    grad_gates_ = empty_contiguous(layer_.input, {p_.directions, p_.tokens, stored_gates(), p_.hidden}, p_.dtype);
+    const auto only_if_projected = [&](int64_t features) {
+      return empty_contiguous(layer_.input, {p_.directions, p_.projected ? p_.tokens : 0, features}, p_.dtype);
+    };
+    grad_projected_ = only_if_projected(p_.outputs);
+    unprojected_ = only_if_projected(p_.hidden);
+    RnnBackwardParams f;
+    f.problem = p_;
+    f.batch_sizes = sequences.batch_sizes.data();
+    f.order = sequences.order.data();
+    layer_.fill_weights(f.weights);
+    f.output = output_.const_data_ptr();
+    f.grad_output = grad_output ? grad_output->const_data_ptr() : nullptr;
+    f.output_rows = output_rows.rows();
+    f.h0 = layer_.state_data(0);
+    f.c0 = layer_.state_data(1);
+    f.gates = gates_.const_data_ptr();
+    f.cells = cells_.const_data_ptr();
+    f.grad_h_n = grad_h_n ? grad_h_n->const_data_ptr() : nullptr;
+    f.grad_c_n = grad_c_n ? grad_c_n->const_data_ptr() : nullptr;
+    f.grad_gates = grad_gates_->mutable_data_ptr();
+    f.grad_projected = p_.projected ? grad_projected_->mutable_data_ptr() : nullptr;
+    f.unprojected = p_.projected ? unprojected_->mutable_data_ptr() : nullptr;
+    for (int64_t d = 0; layer_.has_bias() && d < p_.directions; ++d) {
+      f.grad_bias_input[d] = data_of(param_gradient(d, 2));
+      f.grad_bias_hidden[d] = data_of(param_gradient(d, 3));
+    }
+    f.grad_h0 = layer_.state.empty() ? nullptr : data_of(grads_[1]);
+    f.grad_c0 = layer_.state.size() < 2 ? nullptr : data_of(grads_[2]);
+    PTK_CHECK(PTK_DISPATCH(packed_rnn_kernels).backward(f), "packed_rnn: out of memory");
+  }
+
+  // grad [rows of `a`'s columns, n] = a^T b, both [tokens, ..] with the given row lengths.
+  void over_tokens(const void* a, int64_t row_a, int64_t m, const void* b, int64_t row_b, int64_t n, void* grad) const {
+    product({gemm_type(p_.dtype), 1, m, n, p_.tokens, a, {0, 1, row_a}, b, {0, row_b, 1}, nullptr, false, grad});
+  }
+
+  // Inputs in packed order; the tensor itself where it is in that order.
+  const Tensor& packed_input() {
+    if (layer_.sequences.layout == RnnLayout::packed) {
+      return layer_.input;
+    }
+    if (!packed_input_) {
+      packed_input_ = empty_contiguous(layer_.input, {p_.tokens, p_.input}, p_.dtype);
+      const RowOffsets rows = layer_.sequences.offsets(layer_.input);
+      move_rows(layer_.sequences, rows, const_cast<void*>(layer_.input.const_data_ptr()),
+                packed_input_->mutable_data_ptr(), p_.input, element_size(p_.dtype), true);
+    }
+    return *packed_input_;
+  }
+
+  // h that each token's step started from, in packed order.
+  Tensor h_before(int64_t d) const {
+    Tensor before = empty_contiguous(layer_.input, {p_.tokens, p_.outputs}, p_.dtype);
+    const Sequences& s = layer_.sequences;
+    const RowOffsets offsets = s.offsets(output_);
+    const RnnRows rows = offsets.rows();
+    const size_t bytes = p_.outputs * element_size(p_.dtype);
+    auto* to = static_cast<char*>(before.mutable_data_ptr());
+    for (int64_t t = 0; t < p_.steps; ++t) {
+      const int64_t source = d == 0 ? t - 1 : t + 1;
+      for (int64_t b = 0; b < s.batch_sizes[t]; ++b, to += bytes) {
+        if (source >= 0 && source < p_.steps && b < s.batch_sizes[source]) {
+          std::memcpy(to, offset(output_.const_data_ptr(), rows(source, b) + d * p_.outputs, p_.dtype), bytes);
+        } else if (layer_.state.empty()) {
+          std::memset(to, 0, bytes);
+        } else {
+          std::memcpy(to, offset(layer_.state_data(0), (d * p_.batch + s.order[b]) * p_.outputs, p_.dtype), bytes);
+        }
+      }
+    }
+    return before;
+  }
+
+  void weight_gradients(int64_t d) {
+    const int64_t row = stored_gates() * p_.hidden, gates = gate_count(p_.mode) * p_.hidden;
+    const void* grad_gates = offset(grad_gates_->const_data_ptr(), d * p_.tokens * row, p_.dtype);
+    if (std::optional<Tensor>& grad = param_gradient(d, 0)) {
+      const Tensor& x = packed_input();
+      over_tokens(grad_gates, row, gates, x.const_data_ptr(), x.stride(0), p_.input, grad->mutable_data_ptr());
+    }
+    if (std::optional<Tensor>& grad = param_gradient(d, 1)) {
+      const Tensor h = h_before(d);
+      // n of a gru: its recurrent term has a gradient of its own, the fourth.
+      const int64_t shared = p_.mode == RnnMode::gru ? 2 * p_.hidden : gates;
+      void* out = grad->mutable_data_ptr();
+      over_tokens(grad_gates, row, shared, h.const_data_ptr(), p_.outputs, p_.outputs, out);
+      if (shared < gates) {
+        over_tokens(offset(grad_gates, 3 * p_.hidden, p_.dtype), row, p_.hidden, h.const_data_ptr(), p_.outputs,
+                    p_.outputs, offset(out, shared * p_.outputs, p_.dtype));
+      }
+    }
+    if (!p_.projected) {
+      return;
+    }
+    if (std::optional<Tensor>& grad = param_gradient(d, layer_.params_per_direction() - 1)) {
+      over_tokens(offset(grad_projected_->const_data_ptr(), d * p_.tokens * p_.outputs, p_.dtype), p_.outputs,
+                  p_.outputs, offset(unprojected_->const_data_ptr(), d * p_.tokens * p_.hidden, p_.dtype), p_.hidden,
+                  p_.hidden, grad->mutable_data_ptr());
+    }
+  }
+
+  void input_gradient() {
+    if (!grads_[0]) {
+      return;
+    }
+    const int64_t row = stored_gates() * p_.hidden, gates = gate_count(p_.mode) * p_.hidden;
+    Tensor weights = layer_.param(0, 0);
+    if (p_.directions == 2) {
+      weights = empty_contiguous(layer_.input, {2, gates, p_.input}, p_.dtype);
+      for (int64_t d = 0; d < 2; ++d) {
+        std::memcpy(offset(weights.mutable_data_ptr(), d * gates * p_.input, p_.dtype),
+                    layer_.param(d, 0).const_data_ptr(), gates * p_.input * element_size(p_.dtype));
+      }
+    }
+    const bool in_place = layer_.sequences.layout == RnnLayout::packed;
+    Tensor grad = in_place ? *grads_[0] : empty_contiguous(layer_.input, {p_.tokens, p_.input}, p_.dtype);
+    product({gemm_type(p_.dtype),
+             p_.directions,
+             p_.tokens,
+             p_.input,
+             gates,
+             grad_gates_->const_data_ptr(),
+             {p_.tokens * row, row, 1},
+             weights.const_data_ptr(),
+             {gates * p_.input, p_.input, 1},
+             nullptr,
+             false,
+             grad.mutable_data_ptr()});
+    if (!in_place) {
+      zero_padding(layer_.sequences, *grads_[0]);
+      move_rows(layer_.sequences, layer_.sequences.offsets(*grads_[0]), grads_[0]->mutable_data_ptr(),
+                grad.mutable_data_ptr(), p_.input, element_size(p_.dtype), false);
+    }
+  }
+
+  const Layer& layer_;
+  const RnnProblem& p_;
+  const Tensor &output_, &gates_, &cells_;
+  std::vector<std::optional<Tensor>> grads_;  // of input, states, parameters; set where wanted
+  std::optional<Tensor> grad_gates_, grad_projected_, unprojected_, packed_input_;
+};
+
+std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_h_n,
+                                        std::optional<Tensor> grad_c_n, Tensor input, std::optional<Tensor> sizes,
+                                        std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
+                                        std::vector<Tensor> params, Tensor output, Tensor gates, Tensor cells,
+                                        int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+                                        std::vector<bool> output_mask) {
+  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
+                    bidirectional);
+  const RnnProblem& p = layer.problem;
+  const auto check = [&](const char* name, std::optional<Tensor>& tensor, const std::vector<int64_t>& shape) {
+    if (tensor) {
+      check_rnn_tensor(name, *tensor, layer.input);
+      check_rnn_shape(name, *tensor, shape);
+      tensor = torch::stable::contiguous(*tensor);
+    }
+  };
+  PTK_CHECK(!grad_c_n || p.mode == RnnMode::lstm, "packed_rnn: grad_c_n: got one, expected None without cells");
+  check("grad_output", grad_output, layer.output_shape());
+  check("grad_h_n", grad_h_n, layer.state_shape(p.outputs));
+  check("grad_c_n", grad_c_n, layer.state_shape(p.hidden));
+  check_rnn_tensor("output", output, layer.input);
+  check_rnn_shape("output", output, layer.output_shape());
+  if (saved_gates(p.mode) > 0) {
+    check_rnn_tensor("gates", gates, layer.input);
+    check_rnn_shape("gates", gates, layer.gates_shape());
+  }
+  if (p.mode == RnnMode::lstm) {
+    PTK_CHECK(cells.is_cpu() && float_dtype(cells) == sum_dtype(p.dtype),
+              "packed_rnn: cells: got another dtype, expected ", dtype_name(sum_dtype(p.dtype)));
+    check_rnn_shape("cells", cells, layer.cells_shape());
+  }
+  output = torch::stable::contiguous(output);
+  gates = torch::stable::contiguous(gates);
+  cells = torch::stable::contiguous(cells);
+  return Backward(layer, output, gates, cells, output_mask).run(grad_output, grad_h_n, grad_c_n);
+}
+
+}  // namespace
+
+const char* packed_rnn_kernel_name(const RnnProblem& problem) {
+  return PTK_DISPATCH(packed_rnn_kernels).describe(problem);
+}
+
+}  // namespace ptk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
+  library.def("packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
+              "int batch_size, str layout, str mode, bool bidirectional=False, bool save=False) "
+              "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("_packed_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+              "Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, Tensor output, Tensor gates, "
+              "Tensor cells, int batch_size, str layout, str mode, bool bidirectional, bool[] output_mask) "
+              "-> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptkernels, CPU, library) {
+  library.impl("packed_rnn", TORCH_BOX(&ptk::packed_rnn));
+  library.impl("_packed_rnn_backward", TORCH_BOX(&ptk::packed_rnn_backward));
+}

@@ -1,0 +1,95 @@
+// What forward and backward of the recurrent layers share on the CPU: sizes, slices, products in steps of depth.
+#pragma once
+
+#include "csrc/cpu/carver.h"
+#include "csrc/cpu/gemm/gemm.h"
+#include "csrc/cpu/math.h"
+#include "csrc/cpu/scratch.h"
+#include "csrc/ops/packed_rnn/packed_rnn.h"
+#include "csrc/ops/packed_rnn/packed_rnn_team.h"
+
+namespace ptk::PTK_ISA {
+
+// Units are dealt out in panels of the engine: a gate's columns are padded to whole panels, so that the gates of a unit
+// lie at the same place of equally long rows and no vector of units is cut.
+template <class T>
+struct RnnSizes {
+  using Traits = GemmTraits<T>;
+  static constexpr int64_t kNr = Traits::kNr;
+  static_assert(kNr % Traits::kKStep == 0, "a row of units is a row of the next product's A");
+
+  explicit RnnSizes(const RnnProblem& p) : p(p) {
+    // A round costs a meeting of all slices: less than this many multiply-adds each is not worth it.
+    constexpr int64_t kWorthwhile = 32 << 10;
+    const int64_t mean_batch = p.tokens / most(p.steps, 1);
+    const int64_t worthwhile = mean_batch * gates * p.hidden * (p.outputs + (p.input + 1) / 2) / kWorthwhile;
+    const int64_t threads = least(num_threads(), Team::kMaxSlices);
+    slices = most(1, least(least(threads / p.directions, panels), worthwhile));
+  }
+
+  int64_t slice_panel(int64_t slice) const { return slice * panels / slices; }
+  int64_t slice_output_panel(int64_t slice) const { return slice * (outputs / kNr) / slices; }
+  int64_t slice_units(int64_t slice) const { return (slice_panel(slice + 1) - slice_panel(slice)) * kNr; }
+  int64_t padded_rows() const { return round_up(p.batch, 32); }
+  int64_t next_batch(const int64_t* batch_sizes, int64_t step) const {
+    return step + 1 < p.steps ? batch_sizes[step + 1] : 0;
+  }
+
+  const RnnProblem& p;
+  const int64_t gates = gate_count(p.mode);
+  const int64_t units = padded_n<T>(p.hidden), panels = units / kNr;
+  const int64_t outputs = padded_n<T>(p.outputs);
+  int64_t slices;
+};
+
+// C = or += A B, depth in steps whose panel of B stays in L1.
+template <class T>
+static inline void rnn_product(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
+                               int64_t panel_stride, Acc<T>* c, int64_t ldc, bool add) {
+  constexpr int64_t kDepth = 512;
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+    const int64_t depth = least(kDepth, k - k0);
+    if (add || k0 > 0) {
+      gemm<T>(m, n, depth, a + k0, lda, b + k0 * GemmTraits<T>::kNr, panel_stride, AddSums<Acc<T>>{c, ldc});
+    } else {
+      gemm<T>(m, n, depth, a + k0, lda, b + k0 * GemmTraits<T>::kNr, panel_stride, StoreSums<Acc<T>>{c, ldc});
+    }
+  }
+}
+
+template <class T>
+PTK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    T narrow[kLanes<float>];
+    store_as(narrow, v);
+    return load_as(narrow);
+  } else {
+    return v;
+  }
+}
+
+// v, rounded to the storage type T, as an element of the next product.
+template <class T>
+PTK_INLINE void store_element(Element<T>* p, Vec<Acc<T>> v) {
+  if constexpr (sizeof(Element<T>) == 2) {
+    store_as(p, v);
+  } else {
+    store(p, rounded<T>(v));
+  }
+}
+
+template <class T>
+PTK_INLINE void store_valid(T* p, Vec<Acc<T>> v, int64_t valid) {
+  if (valid > 0) store_as_partial(p, v, valid);
+}
+template <class T>
+PTK_INLINE Vec<Acc<T>> load_valid(const T* p, int64_t valid) {
+  return valid > 0 ? load_as_partial(p, valid) : Vec<Acc<T>>{};
+}
+
+template <class U>
+PTK_INLINE U* at(const void* base, int64_t offset) {
+  return static_cast<U*>(const_cast<void*>(base)) + offset;
+}
+
+}  // namespace ptk::PTK_ISA

@@ -1,0 +1,193 @@
+"""Recurrent modules: ``torch.nn``'s own, running on fused kernels and taking sequences in every form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ptkernels.ops.packed_rnn.inputs import sequences_of
+from ptkernels.ops.packed_rnn.layer import run_layer
+from ptkernels.ops.packed_rnn.stack import _states, run_stack
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _Stack(nn.RNNBase):
+    """What the three have in common; mixed in before the torch module whose parameters it uses."""
+
+    def _run(
+        self, op: str, mode: str, input: Any, hx: Any, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Any, Tensor, Tensor]:
+        first = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+        sequences = sequences_of(op, input, first, self.batch_first, lengths, cu_seqlens)
+        if sequences.data.size(-1) != self.input_size:
+            raise ValueError(f"{op}: input: got {sequences.data.size(-1)} features, expected {self.input_size}")
+        state = _states(op, hx, mode, sequences.unbatched)
+        # By name, not from _flat_weights: a reparametrised or replaced weight counts as it is now.
+        params = [getattr(self, name) for names in self._all_weights for name in names]
+        dropout = self.dropout if self.training else 0.0
+        return run_stack(
+            op,
+            sequences,
+            state,
+            params,
+            mode,
+            self.num_layers,
+            dropout,
+            self.bidirectional,
+            len(self._all_weights[0]),
+        )
+
+
+class LSTM(_Stack, nn.LSTM):
+    """``torch.nn.LSTM`` on :func:`ptkernels.lstm`: same constructor, parameters, initialisation and ``state_dict``.
+
+    Args:
+        *args: those of :class:`torch.nn.LSTM`: input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+            dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None.
+        **kwargs: the same by keyword.
+
+    Shape:
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, (h_n, c_n))``. Forms of input,
+        shapes and errors are those of :func:`ptkernels.lstm`.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> layer = ptk.nn.LSTM(8, 16, num_layers=2, bidirectional=True, batch_first=True)
+        >>> output, (h_n, c_n) = layer(torch.randn(3, 5, 8), lengths=torch.tensor([5, 0, 2]))
+        >>> output.shape, h_n.shape
+        (torch.Size([3, 5, 32]), torch.Size([4, 3, 16]))
+        >>> bool((output[1] == 0).all())
+        True
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        output, h_n, c_n = self._run("lstm", "lstm", input, hx, lengths, cu_seqlens)
+        return output, (h_n, c_n)
+
+
+class GRU(_Stack, nn.GRU):
+    """``torch.nn.GRU`` on :func:`ptkernels.gru`: same constructor, parameters, initialisation and ``state_dict``.
+
+    Args:
+        *args: those of :class:`torch.nn.GRU`.
+        **kwargs: the same by keyword.
+
+    Shape:
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> output, h_n = ptk.nn.GRU(8, 16)(torch.randn(5, 3, 8))
+        >>> output.shape
+        torch.Size([5, 3, 16])
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        return self._run("gru", "gru", input, hx, lengths, cu_seqlens)[:2]
+
+
+class RNN(_Stack, nn.RNN):
+    """``torch.nn.RNN`` on :func:`ptkernels.rnn`: same constructor, parameters, initialisation and ``state_dict``.
+
+    Args:
+        *args: those of :class:`torch.nn.RNN`, ``nonlinearity`` included.
+        **kwargs: the same by keyword.
+
+    Shape:
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> output, h_n = ptk.nn.RNN(8, 16, nonlinearity="relu")(torch.randn(5, 3, 8))
+        >>> output.shape
+        torch.Size([5, 3, 16])
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens)[:2]
+
+
+def _cell(op: str, mode: str, module: nn.RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
+    """One step of the operator: the cell's batch is its only step."""
+    if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+        shape = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"{op}: input: got {shape}, expected [batch, features] or [features]")
+    unbatched = input.dim() == 1
+    data = input.unsqueeze(0) if unbatched else input
+    state = []
+    if hx is not None:
+        given = list(hx) if mode == "lstm" else [hx]
+        for name, tensor in zip(("hx", "cx"), given, strict=False):
+            if not isinstance(tensor, Tensor) or tensor.dim() != input.dim():
+                raise ValueError(f"{op}: {name}: got another number of dimensions, expected {input.dim()} like input")
+        state = [(tensor.unsqueeze(0) if unbatched else tensor).unsqueeze(0) for tensor in given]
+    params = [module.weight_ih, module.weight_hh, *([module.bias_ih, module.bias_hh] if module.bias else [])]
+    batch = data.size(0)
+    args = (data.unsqueeze(0), None, None, state, params, batch, "time_first", mode, False)
+    _, h, c = run_layer(op, args)
+    h, c = h.squeeze(0), c.squeeze(0) if mode == "lstm" else c
+    return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
+
+
+class LSTMCell(nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on the fused kernels: same constructor, parameters and results.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> h, c = ptk.nn.LSTMCell(8, 16)(torch.randn(3, 8))
+        >>> h.shape
+        torch.Size([3, 16])
+    """
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return _cell("LSTMCell", "lstm", self, input, hx)
+
+
+class GRUCell(nn.GRUCell):
+    """``torch.nn.GRUCell`` on the fused kernels: same constructor, parameters and results.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> ptk.nn.GRUCell(8, 16)(torch.randn(3, 8)).shape
+        torch.Size([3, 16])
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _cell("GRUCell", "gru", self, input, hx)[0]
+
+
+class RNNCell(nn.RNNCell):
+    """``torch.nn.RNNCell`` on the fused kernels: same constructor, parameters and results.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> ptk.nn.RNNCell(8, 16)(torch.randn(3, 8)).shape
+        torch.Size([3, 16])
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _cell("RNNCell", self.nonlinearity, self, input, hx)[0]

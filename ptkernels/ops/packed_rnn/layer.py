@@ -1,0 +1,196 @@
+"""One recurrent layer, both directions inside: from the arguments of a call to the operator or the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ptkernels.ops.packed_rnn import reference, routing
+from ptkernels.ops.packed_rnn.checks import OP, check_layer, check_values
+from ptkernels.ops.packed_rnn.library import rnn_op
+from ptkernels.ops.packed_rnn.register import autocast
+
+OpArguments = tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[Tensor], int, str, str, bool]
+
+
+def host_integers(tensor: Tensor | None) -> Tensor | None:
+    """Lengths and the like as the operator reads them: int64 on the CPU."""
+    if tensor is None or (tensor.dtype == torch.int64 and tensor.device.type == "cpu"):
+        return tensor
+    return tensor.to("cpu", torch.int64)
+
+
+def run_layer(op: str, args: OpArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked arguments to output, h_n and c_n (empty where there are no cells)."""
+    input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional = args
+    device_type = input.device.type
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        input, *others = autocast(device_type, (input, *state, *params))
+        state, params = others[: len(state)], others[len(state) :]
+    args = (input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
+    check_layer(op, *args)
+    traced = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
+    if not traced and not torch._C._are_functorch_transforms_active():
+        check_values(op, input, sizes, sorted_indices, batch_size, layout)
+    if routing.runs_on_reference(op, input, state, params):
+        with torch.autocast(device_type, enabled=False):
+            return reference.layer(*args)
+    tensors = (input, *state, *params)
+    plain = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    if plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            output, h_n, c_n, _, _ = rnn_op(*args)
+    else:
+        output, h_n, c_n, _, _ = rnn_op(*args)
+    return output, h_n, c_n
+
+
+def as_op_arguments(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_hr: Tensor | None,
+    mode: str,
+    sizes: Tensor | None,
+    layout: str,
+    batch_size: int | None,
+    sorted_indices: Tensor | None,
+) -> OpArguments:
+    """Arguments of :func:`packed_rnn` as the operator takes them.
+
+    Raises:
+        TypeError: an argument that must be a tensor is none.
+        ValueError: a bias or a state comes without the other, or the weights disagree on the number of directions.
+    """
+    for name, value in (("input", input), ("weight_ih", weight_ih), ("weight_hh", weight_hh)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{OP}: {name}: got {type(value).__name__}, expected torch.Tensor")
+    if (bias_ih is None) != (bias_hh is None):
+        raise ValueError(f"{OP}: bias_hh: got one bias without the other, expected both or neither")
+    if cx is not None and (hx is None or mode != "lstm"):
+        raise ValueError(f"{OP}: cx: got cells {'without hx' if hx is None else f'for {mode}'}, expected None")
+    stacked = weight_ih.dim() == 3
+    if stacked and weight_ih.size(0) != 2:
+        raise ValueError(f"{OP}: weight_ih: got {weight_ih.size(0)} directions, expected 2, or two dimensions")
+    weights = [weight for weight in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if weight is not None]
+    for weight in weights:
+        if stacked and (weight.dim() < 2 or weight.size(0) != 2):
+            raise ValueError(f"{OP}: weights: got shape {list(weight.shape)}, expected [2, ..] like weight_ih")
+    params = [weight[d] for d in (0, 1) for weight in weights] if stacked else weights
+    state: list[Tensor] = []
+    if hx is not None:
+        state = [hx]
+        if mode == "lstm":
+            if cx is None:
+                hidden = weight_hh.size(-2) // reference.GATES["lstm"]
+                cx = hx.new_zeros(*hx.shape[:-1], hidden)
+            state.append(cx)
+    sizes, sorted_indices = host_integers(sizes), host_integers(sorted_indices)
+    if batch_size is None:
+        batch_size = _batch_of(input, sizes, sorted_indices, state, layout)
+    return input, sizes, sorted_indices, state, params, batch_size, layout, mode, stacked
+
+
+def _batch_of(
+    input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None, state: Sequence[Tensor], layout: str
+) -> Any:
+    """How many sequences a call has, from what is known without reading data where possible."""
+    if layout in ("time_first", "batch_first"):
+        return input.size(0 if layout == "batch_first" else 1) if input.dim() == 3 else 0
+    if layout == "varlen":
+        return max(sizes.size(0) - 1, 0) if sizes is not None else 0
+    if sorted_indices is not None:
+        return sorted_indices.size(0)
+    if state and state[0].dim() == 3:
+        return state[0].size(1)
+    return int(sizes[0].item()) if sizes is not None and sizes.numel() else 0
+
+
+def packed_rnn(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    hx: Tensor | None = None,
+    cx: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    mode: str = "lstm",
+    sizes: Tensor | None = None,
+    layout: str = "packed",
+    batch_size: int | None = None,
+    sorted_indices: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    r"""One recurrent layer over ragged sequences, forward or in both directions, as one operator.
+
+    The layer under :func:`ptkernels.lstm`, :func:`ptkernels.gru` and :func:`ptkernels.rnn`, which take the usual inputs
+    and stack layers. Weights have the shapes of ``torch.nn``, for two directions stacked in a leading dimension.
+
+    Args:
+        input: float64, float32, bfloat16 or float16, as ``layout`` says.
+        weight_ih: ``[gates * hidden, features]``, or ``[2, gates * hidden, features]`` for two directions; gates are
+            4 (i, f, g, o) for ``"lstm"``, 3 (r, z, n) for ``"gru"``, 1 for ``"tanh"`` and ``"relu"``.
+        weight_hh: ``[.., gates * hidden, outputs]``, where outputs is hidden, or that of the projection.
+        bias_ih: ``[.., gates * hidden]``, together with ``bias_hh`` or not at all.
+        bias_hh: as ``bias_ih``.
+        hx: ``[directions, batch, outputs]``. Default: zeros.
+        cx: ``[directions, batch, hidden]``, for ``"lstm"`` only. Default: zeros.
+        weight_hr: ``[.., outputs, hidden]``, the projection of an LSTM. Default: none.
+        mode: ``"lstm"``, ``"gru"``, ``"tanh"`` or ``"relu"``.
+        sizes: int64; ``batch_sizes`` of packed input, ``cu_seqlens`` of concatenated, ``lengths`` of padded input, which
+            may be None where all sequences are full.
+        layout: ``"packed"`` (``[tokens, features]``, step after step), ``"varlen"`` (``[tokens, features]``, sequence
+            after sequence), ``"time_first"`` (``[steps, batch, features]``) or ``"batch_first"``.
+        batch_size: number of sequences. Default: found from the others.
+        sorted_indices: of packed input, which sequence (row of ``hx``) is longest, next longest, and so on.
+
+    Returns:
+        ``output`` laid out like ``input``, padding 0; ``h_n`` like ``hx``; for ``"lstm"`` also ``c_n`` like ``cx``.
+
+    Raises:
+        TypeError: an argument has a type or dtype that the layer does not take.
+        ValueError: shapes, devices or lengths do not fit; the message names the argument.
+        ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
+
+    Note:
+        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept in
+        float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the number
+        of threads nor on how sequences are cut into calls. For the backward an LSTM keeps its gates and cells, a GRU its
+        gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM ``hidden`` in
+        float32. Double backward and forward-mode differentiation run on the reference, with a warning.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> data = torch.randn(7, 3)  # lengths 3, 3 and 1
+        >>> output, h_n, c_n = ptk.packed_rnn(
+        ...     data, torch.randn(16, 3), torch.randn(16, 4), sizes=torch.tensor([3, 2, 2])
+        ... )
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 4]), torch.Size([1, 3, 4]))
+    """
+    args = as_op_arguments(
+        input,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        hx,
+        cx,
+        weight_hr,
+        mode,
+        sizes,
+        layout,
+        batch_size,
+        sorted_indices,
+    )
+    output, h_n, c_n = run_layer(OP, args)
+    return (output, h_n, c_n) if mode == "lstm" else (output, h_n)
