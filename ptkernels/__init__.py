@@ -13,8 +13,20 @@ from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
 
-__all__ = ["Explanation", "__version__", "attention", "backend", "errors", "explain", "reference"]
+__all__ = [
+    "Explanation",
+    "QuantizedWeight",
+    "__version__",
+    "attention",
+    "backend",
+    "errors",
+    "explain",
+    "quantize_weight",
+    "quantized_linear",
+    "reference",
+]
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

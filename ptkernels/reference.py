@@ -7,5 +7,6 @@ supports, and in float64 they are what tests and benchmarks compare with.
 from __future__ import annotations
 
 from ptkernels.ops.attention.reference import attention
+from ptkernels.ops.quantized_matmul.reference import quantized_linear
 
-__all__ = ["attention"]
+__all__ = ["attention", "quantized_linear"]

@@ -1,6 +1,7 @@
 // ptkernels._introspect: what the loaded libptkernels.so was built as and would run. Import it after that library.
 #include "csrc/cpu/isa.h"
 #include "csrc/ops/attention/attention.h"
+#include "csrc/ops/quantized_matmul/quantized_matmul.h"
 
 #include <map>
 #include <stdexcept>
@@ -49,14 +50,29 @@ std::string attention_kernel(const std::string& dtype, int64_t batch, int64_t he
   return ptk::attention_kernel_name(p);
 }
 
+std::string quantized_matmul_kernel(const std::string& dtype, int64_t m, int64_t n, int64_t k,
+                                    const std::string& code_format, int64_t group_size, bool quantize_input) {
+  ptk::QuantizedForward p;
+  p.input.dtype = parse_dtype(dtype);
+  p.m = m;
+  p.weight.n = n;
+  p.weight.k = k;
+  p.weight.group = group_size;
+  p.weight.format = ptk::parse_code_format(code_format);
+  p.quantize_input = quantize_input;
+  return ptk::quantized_matmul_kernel_name(p);
+}
+
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
   std::map<std::string, std::string> attention;
+  std::map<std::string, std::string> quantized_matmul;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
     attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
+    quantized_matmul[name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
   }
-  return {{"attention", attention}};
+  return {{"attention", attention}, {"quantized_matmul", quantized_matmul}};
 }
 
 std::vector<std::string> compiled_isas() {
@@ -95,4 +111,7 @@ PYBIND11_MODULE(_introspect, module) {
              py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"), py::arg("len_k"), py::arg("dim_qk"),
              py::arg("dim_v"), py::arg("is_causal") = false, py::arg("mask") = "none",
              "Name of the CPU kernel that attention would run. mask: none, bool or a float dtype.");
+  module.def("quantized_matmul_kernel", &quantized_matmul_kernel, py::kw_only(), py::arg("dtype"), py::arg("m"),
+             py::arg("n"), py::arg("k"), py::arg("code_format"), py::arg("group_size"), py::arg("quantize_input"),
+             "Name of the CPU kernel that quantized_linear would run.");
 }
