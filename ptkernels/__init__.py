@@ -14,6 +14,7 @@ from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
+from ptkernels.ops.quantized_matmul import spec as _quantized_matmul_spec  # noqa: F401 - likewise
 
 __all__ = [
     "Explanation",

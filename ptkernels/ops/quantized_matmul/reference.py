@@ -35,7 +35,8 @@ def input_codes(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, T
         broken = ~top.isfinite()
         tiny = top < 2.0**-100
         scale = torch.where(tiny, 0.0, top / 127.0)
-        factor = torch.where(tiny, 0.0, 127.0 / top)
+        # A tensor over a tensor: for a number over a tensor torch multiplies by the reciprocal, which rounds twice.
+        factor = torch.where(tiny, 0.0, torch.full_like(top, 127.0) / top)
     codes = torch.where(broken, 0.0, (narrow * factor).clamp(-127.0, 127.0).round())
     return codes, torch.where(broken, float("nan"), scale)
 
@@ -100,7 +101,7 @@ def product(
     wide = compute_dtype(x.dtype)
     value = x.to(wide)
     if quantize_input:
-        value = _straight_through(value, input_scale)
+        value = straight_through(value, input_scale)
     out = value @ dequantize(codes, scales, zeros, code_format, group_size, x.size(-1), wide).T
     if bias is not None:
         out = out + bias.to(wide)
@@ -131,7 +132,8 @@ class _StraightThrough(torch.autograd.Function):
         return tangent
 
 
-def _straight_through(x: Tensor, input_scale: Tensor | None) -> Tensor:
+def straight_through(x: Tensor, input_scale: Tensor | None) -> Tensor:
+    """The input rounded to its 8-bit grid, in its own dtype; gradients pass unchanged."""
     codes, scale = input_codes(x, input_scale)
     rounded = codes.to(x.dtype) * scale.to(x.dtype)
     return _StraightThrough.apply(x, rounded)  # type: ignore[no-any-return,no-untyped-call]
