@@ -20,9 +20,12 @@ from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
 from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
+from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
+from ptkernels.ops.quantized_matmul import spec as _quantized_matmul_spec  # noqa: F401 - likewise
 
 __all__ = [
     "Explanation",
+    "QuantizedWeight",
     "__version__",
     "attention",
     "attention_varlen",
@@ -35,6 +38,8 @@ __all__ = [
     "nn",
     "packed_rnn",
     "patch_sdpa",
+    "quantize_weight",
+    "quantized_linear",
     "reference",
     "replace",
     "rnn",

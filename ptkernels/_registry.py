@@ -25,6 +25,8 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
     grad_inputs: tuple[str, ...] = ()
     """Names of the differentiable arguments, as in the public function's signature."""
+    batch_inputs: tuple[str, ...] | None = None
+    """Those whose first dimension may have any size, as long as they agree; default: all of ``grad_inputs``."""
 
 
 @dataclass(frozen=True)

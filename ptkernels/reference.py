@@ -11,6 +11,7 @@ from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 from ptkernels.ops.attention_varlen.reference import attention_varlen
 from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
 from ptkernels.ops.packed_rnn.reference import packed_rnn
+from ptkernels.ops.quantized_matmul.reference import quantized_linear
 
 __all__ = [
     "attention",
@@ -19,5 +20,6 @@ __all__ = [
     "gru",
     "lstm",
     "packed_rnn",
+    "quantized_linear",
     "rnn",
 ]

@@ -3,6 +3,7 @@
 #include "csrc/ops/attention/attention.h"
 #include "csrc/ops/attention_kv_cache/kv_cache.h"
 #include "csrc/ops/packed_rnn/packed_rnn.h"
+#include "csrc/ops/quantized_matmul/quantized_matmul.h"
 
 #include <map>
 #include <stdexcept>
@@ -62,12 +63,27 @@ std::string attention_with_kv_cache_kernel(const std::string& dtype, bool is_qua
   return ptk::kv_cache_kernel_name(p);
 }
 
+std::string quantized_matmul_kernel(const std::string& dtype, int64_t m, int64_t n, int64_t k,
+                                    const std::string& code_format, int64_t group_size, bool quantize_input) {
+  ptk::QuantizedForward p;
+  p.input.dtype = parse_dtype(dtype);
+  p.m = m;
+  p.weight.n = n;
+  p.weight.k = k;
+  p.weight.group = group_size;
+  p.weight.format = ptk::parse_code_format(code_format);
+  p.quantize_input = quantize_input;
+  return ptk::quantized_matmul_kernel_name(p);
+}
+
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
   std::map<std::string, std::string> attention;
+  std::map<std::string, std::string> quantized_matmul;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
     attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
+    quantized_matmul[name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
   }
   std::map<std::string, std::string> packed_rnn;
   for (const ptk::DType dtype : kDTypes) {
@@ -75,7 +91,7 @@ std::map<std::string, std::map<std::string, std::string>> kernel_table() {
     p.dtype = dtype;
     packed_rnn[ptk::dtype_name(dtype)] = ptk::packed_rnn_kernel_name(p);
   }
-  return {{"attention", attention}, {"packed_rnn", packed_rnn}};
+  return {{"attention", attention}, {"packed_rnn", packed_rnn}, {"quantized_matmul", quantized_matmul}};
 }
 
 std::vector<std::string> compiled_isas() {
@@ -117,4 +133,7 @@ PYBIND11_MODULE(_introspect, module) {
   module.def("attention_with_kv_cache_kernel", &attention_with_kv_cache_kernel, py::kw_only(), py::arg("dtype"),
              py::arg("is_quantized"), py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"),
              "Name of the CPU kernel that attention_with_kv_cache would run.");
+  module.def("quantized_matmul_kernel", &quantized_matmul_kernel, py::kw_only(), py::arg("dtype"), py::arg("m"),
+             py::arg("n"), py::arg("k"), py::arg("code_format"), py::arg("group_size"), py::arg("quantize_input"),
+             "Name of the CPU kernel that quantized_linear would run.");
 }

@@ -35,7 +35,11 @@ PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t
     dot_bf16_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
 #endif
-#if PTK_ISA_LEVEL < 5
+#if PTK_ISA_LEVEL < 3
+  if constexpr (multiply == Multiply::madd_s16) {
+    madd_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+  }
+#elif PTK_ISA_LEVEL < 5
   if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8) {
     dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
@@ -68,7 +72,8 @@ inline constexpr bool kUsesTiles = GemmTraits<T>::kKStep * sizeof(Element<T>) ==
 // Types that are widened at packing share the kernels of the type they are
 // widened to.
 template <class T>
-using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma, Element<T>, T>;
+using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma, Element<T>,
+                                      std::conditional_t<GemmTraits<T>::kMultiply == Multiply::madd_s16, int8_t, T>>;
 
 template <class T, class Epilogue>
 static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,

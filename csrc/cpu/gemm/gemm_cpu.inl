@@ -184,8 +184,8 @@ double peak_rate(double seconds) {
 #endif
   using S = Sum<T>;
   Vec<S> x = broadcast(S(0)), y = broadcast(S(0));
-  PTK_OPAQUE(x);
   PTK_OPAQUE(y);
+  PTK_OPAQUE(x);
   auto step = [x, y](Vec<S> s) __attribute__((always_inline)) {
     if constexpr (multiply == Multiply::fma) {
       return s + x * y;
@@ -201,7 +201,8 @@ double peak_rate(double seconds) {
     }
 #elif PTK_ISA_LEVEL < 3
     else {
-      return s + detail::multiply_add_pairs(bit_cast<Vec<int16_t>>(x), bit_cast<Vec<int16_t>>(y));
+      // A product of x and y would not change from step to step, and be computed once.
+      return s + detail::multiply_add_pairs(bit_cast<Vec<int16_t>>(s), bit_cast<Vec<int16_t>>(y));
     }
 #else
     else {

@@ -201,14 +201,8 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 #endif
 
 #if PTK_ISA_LEVEL < 3
-// Without a four-way dot instruction: widen to 16 bits and multiply-add pairs
-// (exact: |a * b| <= 255 * 128, and the 32-bit sum of a pair cannot overflow),
-// never the saturating 8-bit form. The sums of a column's even and odd pairs
-// sit in neighbouring lanes until the end.
-struct Wide {
-  Vec<int32_t> half[2];
-};
-
+// Without a four-way dot instruction: pairs of 16-bit numbers are multiplied and added (exact: |a * b| <= 255 * 128, and
+// the 32-bit sum of a pair cannot overflow), never by the saturating 8-bit form.
 PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
 #if PTK_X86_AVX512
   return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -222,36 +216,37 @@ PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
 #endif
 }
 
-template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns, Epilogue& epilogue) {
-  constexpr int lanes = kLanes<int32_t>, nr = 2 * lanes;
+PTK_INLINE Vec<int16_t> load_widened(const int8_t* p) {
+#if PTK_X86_AVX512
+  return (Vec<int16_t>)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<int16_t>)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   using Bytes = typename VectorOf<int8_t, kVectorBytes / 2>::unaligned;
-  using Quad = typename VectorOf<T, 4>::type;
-  using Quad16 = typename VectorOf<int16_t, 8>::type;
-  Vec<int32_t> pairs[M][4] = {};
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec<int16_t>);
+#endif
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void madd_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                            int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int nr = GemmTraits<T>::kNr;
+  Vec<int32_t> sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
-    const T* a = blocks[block].a + row * lda;
+    auto a = RowPointers<int16_t, M>::make(blocks[block].a + row * lda, lda);
     const int8_t* b = blocks[block].b;
-    for (int64_t i = 0; i < k; i += 4) {
-      Vec<int16_t> wide[4];
-      for (int v = 0; v < 4; ++v)
-        wide[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(b + v * kVectorBytes / 2), Vec<int16_t>);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; i += 2) {
+      Vec<int16_t> b0 = load_widened(b), b1 = load_widened(b + nr);
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        Quad quad;
-        std::memcpy(&quad, a + m * lda + i, 4);
-        Vec<int64_t> x = broadcast(bit_cast<int64_t>(__builtin_convertvector(quad, Quad16)));
-        for (int v = 0; v < 4; ++v) pairs[m][v] += multiply_add_pairs(bit_cast<Vec<int16_t>>(x), wide[v]);
+        Vec<int16_t> x = bit_cast<Vec<int16_t>>(broadcast(a.template at<int32_t>(m)));
+        sum[m][0] += multiply_add_pairs(x, b0);
+        sum[m][1] += multiply_add_pairs(x, b1);
       }
-      b += 4 * nr;
+      a.advance(sizeof(int32_t));
+      b += 2 * nr;
     }
-  }
-  Vec<int32_t> sum[M][2];
-  for (int m = 0; m < M; ++m) {
-    int32_t lane[4 * lanes], column_sum[2 * lanes];
-    std::memcpy(lane, pairs[m], sizeof lane);
-    for (int n = 0; n < 2 * lanes; ++n) column_sum[n] = lane[2 * n] + lane[2 * n + 1];
-    std::memcpy(sum[m], column_sum, sizeof column_sum);
   }
   finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }

@@ -7,7 +7,7 @@
 // B is packed into panels of kNr columns; within a panel, k runs outermost in
 // groups of kPack consecutive values, so that one vector load feeds one
 // multiply-add (kPack = 1) or one dot-product instruction (kPack = 2 for bf16,
-// 4 for 8-bit):
+// 4 for 8-bit; 2 for 8-bit where only 16-bit pairs can be multiplied):
 //
 //   packed[panel][k / kPack][column in panel][k % kPack]         k padded with
 //   zeros to a multiple of kKStep
@@ -21,7 +21,7 @@
 
 namespace ptk::PTK_ISA {
 
-enum class Multiply { fma, dot_bf16, dot_s8, dot_u8 };
+enum class Multiply { fma, dot_bf16, madd_s16, dot_s8, dot_u8 };
 
 // Micro-kernel shape for operands of storage type T. `Element` is the type both
 // operands are packed to.
@@ -49,6 +49,18 @@ struct GemmTraits<bf16> {
 
 // 8-bit: A is T (signed or unsigned), B always signed; exact 32-bit sums at
 // every level.
+#if PTK_ISA_LEVEL < 3
+// A is widened at packing, once; B on its way into the registers, once for kMr rows.
+template <class T>
+struct Gemm8Traits {
+  static constexpr Multiply kMultiply = Multiply::madd_s16;
+  using Element = int16_t;
+  using Sum = int32_t;
+  static constexpr int kPack = 2, kKStep = 2, kRowPad = 1;
+  static constexpr int kNr = 2 * kLanes<int32_t>;
+  static constexpr int kMr = PTK_ISA_LEVEL == 2 ? 14 : 6;
+};
+#else
 template <class T>
 struct Gemm8Traits {
   static constexpr Multiply kMultiply = std::is_same_v<T, int8_t> ? Multiply::dot_s8 : Multiply::dot_u8;
@@ -57,8 +69,9 @@ struct Gemm8Traits {
   static constexpr bool kTiles = PTK_ISA_LEVEL >= 5;
   static constexpr int kPack = 4, kKStep = kTiles ? 64 : 4, kRowPad = kTiles ? 16 : 1;
   static constexpr int kNr = 2 * kLanes<int32_t>;
-  static constexpr int kMr = kTiles ? 32 : PTK_ISA_LEVEL >= 3 ? 12 : PTK_ISA_LEVEL == 2 ? 6 : 2;
+  static constexpr int kMr = kTiles ? 32 : 12;
 };
+#endif
 template <>
 struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};
 template <>
@@ -70,7 +83,7 @@ template <class T>
 using Sum = typename GemmTraits<T>::Sum;
 // B's element type: as A's, but signed for the 8-bit products.
 template <class T>
-using ElementB = std::conditional_t<std::is_same_v<Element<T>, uint8_t>, int8_t, Element<T>>;
+using ElementB = std::conditional_t<sizeof(T) == 1, int8_t, Element<T>>;
 
 PTK_INLINE constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;

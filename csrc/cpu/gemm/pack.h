@@ -12,6 +12,8 @@ template <class T, class To>
 PTK_INLINE To convert_element(T x) {
   if constexpr (std::is_same_v<T, To>) {
     return x;
+  } else if constexpr (sizeof(T) == 1) {
+    return x;
   } else {
     return static_cast<To>(load_scalar(&x));
   }
@@ -32,6 +34,8 @@ template <class T, class To>
 static inline void pack_row(const T* src, int64_t stride, int64_t n, int64_t n_padded, To* dst) {
   if constexpr (std::is_same_v<T, To>) {
     copy_row(src, stride, n, dst);
+  } else if constexpr (sizeof(T) == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
   } else if (stride == 1) {
     int64_t i = 0;
     for (; i + kLanes<To> <= n; i += kLanes<To>) store(dst + i, load_as(src + i));
@@ -137,7 +141,10 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
                                 ElementB<T>* dst, int64_t k_padded) {
   using Traits = GemmTraits<T>;
   using E = ElementB<T>;
-  if (stride_k == 1 && k > 1) return detail::pack_panel_k_contiguous(src, stride_n, k, k_padded, columns, dst);
+  constexpr bool unit_is_word = sizeof(E) * Traits::kPack == sizeof(detail::UnitOf<E>);
+  if constexpr (unit_is_word) {
+    if (stride_k == 1 && k > 1) return detail::pack_panel_k_contiguous(src, stride_n, k, k_padded, columns, dst);
+  }
   if (stride_n == 1 && columns == Traits::kNr) {
     if constexpr (Traits::kPack == 1) {
       for (int64_t kk = 0; kk < k; ++kk)

@@ -1,0 +1,211 @@
+// Schemas of the quantized linear layer, and their CPU implementation: the kernel of the active ISA.
+#include "csrc/ops/quantized_matmul/quantized_matmul.h"
+
+#include "csrc/core/stable_compat.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace ptk {
+
+CodeFormat parse_code_format(std::string_view name) {
+  for (int i = 0; i < kCodeFormats; ++i) {
+    if (name == code_format_name(static_cast<CodeFormat>(i))) {
+      return static_cast<CodeFormat>(i);
+    }
+  }
+  throw std::invalid_argument("quantized_linear: code_format: got '" + std::string(name) +
+                              "', expected s8, u4, u2, nf4, fp4 or fp8");
+}
+
+namespace {
+
+Activation parse_activation(std::string_view name) {
+  constexpr const char* names[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "swiglu"};
+  for (size_t i = 0; i < std::size(names); ++i) {
+    if (name == names[i]) {
+      return static_cast<Activation>(i);
+    }
+  }
+  fail("quantized_linear: activation: got '", name, "', expected none, relu, gelu, gelu_tanh, silu or swiglu");
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+  PTK_CHECK(tensor.is_cpu(), "quantized_linear: ", name, ": got a tensor on another device, expected the CPU");
+}
+
+DType check_float(const char* name, const Tensor& tensor) {
+  check_cpu(name, tensor);
+  const std::optional<DType> dtype = float_dtype(tensor);
+  PTK_CHECK(dtype, "quantized_linear: ", name, ": got another dtype, expected float64, float32, bfloat16 or float16");
+  return *dtype;
+}
+
+void check_dims(const char* name, const Tensor& tensor, int64_t expected) {
+  PTK_CHECK(tensor.dim() == expected, "quantized_linear: ", name, ": got ", tensor.dim(), " dimensions, expected ",
+            expected);
+}
+
+void check_shape(const char* name, const Tensor& tensor, const auto& expected) {
+  PTK_CHECK(std::ranges::equal(tensor.sizes(), expected), "quantized_linear: ", name, ": got shape ",
+            shape_text(tensor.sizes()), ", expected ", shape_text(expected));
+}
+
+// float64 goes with float64 alone.
+void check_goes_with(const char* name, DType dtype, DType input) {
+  PTK_CHECK((dtype == DType::f64) == (input == DType::f64), "quantized_linear: ", name, ": got ", dtype_name(dtype),
+            ", expected ", input == DType::f64 ? "float64, like input" : "float32, bfloat16 or float16");
+}
+
+ConstMatrix matrix(const Tensor& tensor, DType dtype) {
+  return {tensor.const_data_ptr(), dtype, {tensor.stride(0), tensor.stride(1)}};
+}
+
+// The tensors that a weight view points into.
+struct HeldWeight {
+  Tensor codes, scales;
+  std::optional<Tensor> zeros;
+  QuantizedWeightView view;
+
+  HeldWeight(const Tensor& codes_, const Tensor& scales_, const std::optional<Tensor>& zeros_, std::string_view format,
+             int64_t group_size, int64_t in_features)
+      : codes(codes_), scales(scales_), zeros(zeros_) {
+    view.format = parse_code_format(format);
+    check_cpu("codes", codes);
+    check_dims("codes", codes, 2);
+    const int32_t expected = view.format == CodeFormat::s8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8();
+    PTK_CHECK(shim_dtype(codes) == expected, "quantized_linear: codes: got another dtype, expected ",
+              view.format == CodeFormat::s8 ? "int8" : "uint8", " for ", format);
+    PTK_CHECK(group_size == -1 || (group_size > 0 && group_size % 16 == 0), "quantized_linear: group_size: got ",
+              group_size, ", expected -1 or a positive multiple of 16");
+    PTK_CHECK(in_features >= 0, "quantized_linear: in_features: got ", in_features, ", expected at least 0");
+    view.n = codes.size(0);
+    view.k = in_features;
+    const int64_t whole = std::max<int64_t>(in_features, 1);
+    view.group = group_size == -1 ? whole : std::min(group_size, whole);
+    check_shape("codes", codes, std::array{view.n, view.row_bytes()});
+    hold("scales", scales);
+    codes = torch::stable::contiguous(codes);
+    view.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+    view.scales = static_cast<const float*>(scales.const_data_ptr());
+    if (zeros) {
+      hold("zeros", *zeros);
+      view.zeros = static_cast<const float*>(zeros->const_data_ptr());
+    }
+  }
+
+private:
+  void hold(const char* name, Tensor& tensor) const {
+    PTK_CHECK(check_float(name, tensor) == DType::f32, "quantized_linear: ", name,
+              ": got another dtype, expected float32");
+    check_shape(name, tensor, std::array{view.n, view.groups()});
+    tensor = torch::stable::contiguous(tensor);
+  }
+};
+
+Tensor quantized_linear(Tensor input, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
+                        std::optional<Tensor> bias, std::optional<Tensor> residual, std::string code_format,
+                        int64_t group_size, bool quantize_input, std::optional<Tensor> input_scale,
+                        std::string activation, std::optional<torch::headeronly::ScalarType> out_dtype) {
+  const DType dtype = check_float("input", input);
+  check_dims("input", input, 2);
+  const HeldWeight weight(codes, scales, zeros, code_format, group_size, input.size(1));
+  QuantizedForward p;
+  p.weight = weight.view;
+  p.m = input.size(0);
+  p.input = matrix(input, dtype);
+  p.quantize_input = quantize_input;
+  PTK_CHECK(!quantize_input || p.weight.format == CodeFormat::s8 || p.weight.format == CodeFormat::u4,
+            "quantized_linear: quantize_input: got True with ", code_format, " codes, expected s8 or u4");
+  if (input_scale) {
+    PTK_CHECK(quantize_input, "quantized_linear: input_scale: got one without quantize_input");
+    PTK_CHECK(check_float("input_scale", *input_scale) == DType::f32 && input_scale->numel() == 1,
+              "quantized_linear: input_scale: got ", input_scale->numel(), " elements, expected one of float32");
+    p.input_scale = static_cast<const float*>(input_scale->const_data_ptr());
+  }
+  p.activation = parse_activation(activation);
+  const bool gated = p.activation == Activation::swiglu;
+  PTK_CHECK(!gated || p.weight.n % 2 == 0, "quantized_linear: activation: got swiglu with ", p.weight.n,
+            " output features, expected an even number");
+  if (bias) {
+    p.bias_dtype = check_float("bias", *bias);
+    check_goes_with("bias", p.bias_dtype, dtype);
+    check_shape("bias", *bias, std::array{p.weight.n});
+    bias = torch::stable::contiguous(*bias);
+    p.bias = bias->const_data_ptr();
+  }
+  if (residual) {
+    const DType residual_dtype = check_float("residual", *residual);
+    check_goes_with("residual", residual_dtype, dtype);
+    check_shape("residual", *residual, std::array{p.m, p.weight.n});
+    p.residual = matrix(*residual, residual_dtype);
+  }
+  p.out_dtype = dtype;
+  if (out_dtype) {
+    using torch::headeronly::ScalarType;
+    constexpr std::array types = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+    const auto found = std::ranges::find(types, *out_dtype);
+    PTK_CHECK(found != types.end(), "quantized_linear: out_dtype: got another dtype, expected a floating one");
+    p.out_dtype = static_cast<DType>(found - types.begin());
+    check_goes_with("out_dtype", p.out_dtype, dtype);
+  }
+  const int64_t columns = gated ? p.weight.n / 2 : p.weight.n;
+  Tensor out = empty_strided<2>(input, {p.m, columns}, {std::max<int64_t>(columns, 1), 1}, p.out_dtype);
+  if (p.m == 0 || columns == 0) {
+    return out;
+  }
+  p.out = out.mutable_data_ptr();
+  PTK_CHECK(PTK_DISPATCH(quantized_matmul_kernels).forward(p), "quantized_linear: out of memory");
+  return out;
+}
+
+Tensor quantized_linear_backward(Tensor grad_out, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
+                                 std::string code_format, int64_t group_size, int64_t in_features) {
+  const DType dtype = check_float("grad_out", grad_out);
+  check_dims("grad_out", grad_out, 2);
+  const HeldWeight weight(codes, scales, zeros, code_format, group_size, in_features);
+  QuantizedBackward p;
+  p.weight = weight.view;
+  p.m = grad_out.size(0);
+  check_shape("grad_out", grad_out, std::array{p.m, p.weight.n});
+  p.grad_out = matrix(grad_out, dtype);
+  Tensor grad_input =
+      empty_strided<2>(grad_out, {p.m, in_features}, {std::max<int64_t>(in_features, 1), 1}, dtype);
+  if (p.m == 0 || in_features == 0) {
+    return grad_input;
+  }
+  if (p.weight.n == 0) {
+    torch::stable::zero_(grad_input);
+    return grad_input;
+  }
+  p.grad_input = grad_input.mutable_data_ptr();
+  PTK_CHECK(PTK_DISPATCH(quantized_matmul_kernels).backward(p), "quantized_linear: out of memory");
+  return grad_input;
+}
+
+}  // namespace
+
+const char* quantized_matmul_kernel_name(const QuantizedForward& problem) {
+  return PTK_DISPATCH(quantized_matmul_kernels).describe(problem);
+}
+
+}  // namespace ptk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
+  library.def("quantized_linear(Tensor input, Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? bias=None, "
+              "Tensor? residual=None, str code_format='s8', int group_size=-1, bool quantize_input=False, "
+              "Tensor? input_scale=None, str activation='none', ScalarType? out_dtype=None) -> Tensor");
+  library.def("_quantized_linear_backward(Tensor grad_out, Tensor codes, Tensor scales, Tensor? zeros, "
+              "str code_format, int group_size, int in_features) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptkernels, CPU, library) {
+  library.impl("quantized_linear", TORCH_BOX(&ptk::quantized_linear));
+  library.impl("_quantized_linear_backward", TORCH_BOX(&ptk::quantized_linear_backward));
+}

@@ -1,0 +1,119 @@
+// Products with a quantized weight on the CPU, one ISA level: which kernel answers which problem. The kernels are in
+// quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (at most four rows of input) and
+// quantized_matmul_cpu_backward.h.
+#if PTK_ISA_LEVEL < 3
+#include "csrc/ops/quantized_matmul/quantized_matmul_cpu_direct.h"
+#endif
+#include "csrc/ops/quantized_matmul/quantized_matmul_cpu_backward.h"
+
+namespace ptk::PTK_ISA {
+namespace {
+
+// Above avx512 the levels differ in 8-bit products (avx512_vnni, amx) and in bfloat16 ones (avx512_bf16, amx): everything
+// else runs the kernels of the level below.
+#if PTK_ISA_LEVEL >= 3
+#if PTK_ISA_LEVEL == 3
+const QuantizedMatmulKernels& below() {
+  return avx512::quantized_matmul_kernels();
+}
+#elif PTK_ISA_LEVEL == 4
+const QuantizedMatmulKernels& below() {
+  return avx512_vnni::quantized_matmul_kernels();
+}
+#else
+const QuantizedMatmulKernels& below() {
+  return avx512_bf16::quantized_matmul_kernels();
+}
+#endif
+
+constexpr int64_t kDirectRows = 4;
+
+bool is_own(const QuantizedForward& p) {
+  if (p.m <= kDirectRows || p.input.dtype == DType::f64) return false;
+  return p.quantize_input ? PTK_ISA_LEVEL != 4 : PTK_ISA_LEVEL >= 4 && p.input.dtype == DType::bf16;
+}
+bool is_own(const QuantizedBackward& p) {
+  return PTK_ISA_LEVEL >= 4 && p.grad_out.dtype == DType::bf16;
+}
+
+bool forward(const QuantizedForward& p) {
+  if (!is_own(p)) return below().forward(p);
+#if PTK_ISA_LEVEL != 4
+  if (p.quantize_input) return TiledForward<int8_t, float>(p).run();
+#endif
+#if PTK_ISA_LEVEL >= 4
+  return TiledForward<bf16, float>(p).run();
+#endif
+  __builtin_unreachable();
+}
+
+bool backward(const QuantizedBackward& p) {
+  if (!is_own(p)) return below().backward(p);
+#if PTK_ISA_LEVEL >= 4
+  return TiledBackward<bf16>(p).run();
+#endif
+  __builtin_unreachable();
+}
+
+#else
+
+constexpr bool is_own(const QuantizedForward&) {
+  return true;
+}
+const QuantizedMatmulKernels& below() {
+  return quantized_matmul_kernels();
+}
+
+bool forward(const QuantizedForward& p) {
+  if (DirectForward::suits(p)) return DirectForward(p).run();
+  const DType dtype = p.input.dtype;
+  if (p.quantize_input)
+    return dtype == DType::f64 ? TiledForward<int8_t, double>(p).run() : TiledForward<int8_t, float>(p).run();
+  switch (dtype) {
+  case DType::f64:
+    return TiledForward<double, double>(p).run();
+  case DType::f32:
+    return TiledForward<float, float>(p).run();
+  case DType::bf16:
+    return TiledForward<bf16, float>(p).run();
+  case DType::f16:
+    return TiledForward<f16, float>(p).run();
+  }
+  __builtin_unreachable();
+}
+
+bool backward(const QuantizedBackward& p) {
+  switch (p.grad_out.dtype) {
+  case DType::f64:
+    return TiledBackward<double>(p).run();
+  case DType::f32:
+    return TiledBackward<float>(p).run();
+  case DType::bf16:
+    return TiledBackward<bf16>(p).run();
+  case DType::f16:
+    return TiledBackward<f16>(p).run();
+  }
+  __builtin_unreachable();
+}
+
+#endif
+
+#define PTK_TEXT(x) #x
+#define PTK_NAME(isa, kernel) "cpu." PTK_TEXT(isa) "." kernel
+
+const char* describe(const QuantizedForward& p) {
+  if (!is_own(p)) return below().describe(p);
+#if PTK_ISA_LEVEL < 3
+  if (DirectForward::suits(p)) return p.quantize_input ? PTK_NAME(PTK_ISA, "direct_int8") : PTK_NAME(PTK_ISA, "direct");
+#endif
+  return p.quantize_input ? PTK_NAME(PTK_ISA, "tiled_int8") : PTK_NAME(PTK_ISA, "tiled");
+}
+
+}  // namespace
+
+const QuantizedMatmulKernels& quantized_matmul_kernels() {
+  static constexpr QuantizedMatmulKernels kernels = {forward, backward, describe};
+  return kernels;
+}
+
+}  // namespace ptk::PTK_ISA

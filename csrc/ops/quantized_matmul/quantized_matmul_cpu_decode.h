@@ -1,0 +1,197 @@
+// Codes to numbers: one row of the weight at a time, in the order of k.
+#pragma once
+
+#include "csrc/cpu/carver.h"
+#include "csrc/ops/quantized_matmul/quantized_matmul.h"
+
+namespace ptk::PTK_ISA {
+
+// The values that 4-bit codes stand for. nf4: Dettmers et al., QLoRA (2023), appendix E. fp4: OCP microscaling, e2m1.
+alignas(64) static constexpr float kCodebooks[2][16] = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
+};
+
+PTK_INLINE const float* codebook_of(CodeFormat format) {
+  return kCodebooks[format == CodeFormat::fp4];
+}
+
+// ---- kLanes<float> consecutive values, starting at a byte
+// ----------------------------------------------------------
+
+template <CodeFormat F>
+struct Decoder;
+
+// Lane i of the result holds the bits that start at `Bits * i`, the rest of the word above them.
+template <int Bits>
+PTK_INLINE Vec<uint32_t> spread(const uint8_t* p) {
+  constexpr int lanes = kLanes<float>, per_word = 32 / Bits;
+  const Vec<uint32_t> shift = iota<uint32_t>() % per_word * Bits;
+  if constexpr (lanes <= per_word) {
+    uint32_t word = 0;
+    std::memcpy(&word, p, lanes * Bits / 8);
+    return broadcast(word) >> shift;
+  } else {
+    uint32_t words[2];
+    std::memcpy(words, p, 8);
+    return (iota<uint32_t>() < static_cast<uint32_t>(per_word) ? broadcast(words[0]) : broadcast(words[1])) >> shift;
+  }
+}
+
+PTK_INLINE Vec<int32_t> widen_bytes(const int8_t* p) {
+#if PTK_X86_AVX512
+  return (Vec<int32_t>)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<int32_t>)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  using Bytes = typename VectorOf<int8_t, kLanes<float>>::unaligned;
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec<int32_t>);
+#endif
+}
+
+template <>
+struct Decoder<CodeFormat::s8> {
+  PTK_INLINE Vec<float> values(const uint8_t* p) {
+    return __builtin_convertvector(widen_bytes(reinterpret_cast<const int8_t*>(p)), Vec<float>);
+  }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) { return static_cast<int8_t>(row[k]); }
+};
+
+template <>
+struct Decoder<CodeFormat::u4> {
+  PTK_INLINE Vec<float> values(const uint8_t* p) {
+    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<4>(p) & 15) - 8, Vec<float>);
+  }
+  PTK_INLINE int code(const uint8_t* row, int64_t k) { return row[k / 2] >> k % 2 * 4 & 15; }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) { return code(row, k) - 8; }
+};
+
+template <>
+struct Decoder<CodeFormat::u2> {
+  PTK_INLINE Vec<float> values(const uint8_t* p) {
+    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<2>(p) & 3) - 2, Vec<float>);
+  }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) { return (row[k / 4] >> k % 4 * 2 & 3) - 2; }
+};
+
+template <CodeFormat F>
+struct CodebookDecoder {
+  PTK_INLINE Vec<float> values(const uint8_t* p) {
+    constexpr int lanes = kLanes<float>;
+    const float* book = codebook_of(F);
+    const Vec<int32_t> code = bit_cast<Vec<int32_t>>(spread<4>(p) & 15);
+    Vec<float> value{};
+    if constexpr (lanes == 16) {
+      value = __builtin_shuffle(load(book), code);
+    } else if constexpr (lanes == 8) {
+      value = code < 8 ? __builtin_shuffle(load(book), code) : __builtin_shuffle(load(book + 8), code);
+    } else {
+      for (int i = 0; i < lanes; ++i) value[i] = book[code[i]];
+    }
+    return value;
+  }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) {
+    return codebook_of(F)[Decoder<CodeFormat::u4>::code(row, k)];
+  }
+};
+template <>
+struct Decoder<CodeFormat::nf4> : CodebookDecoder<CodeFormat::nf4> {};
+template <>
+struct Decoder<CodeFormat::fp4> : CodebookDecoder<CodeFormat::fp4> {};
+
+// Exponent and mantissa moved into float's place make a number that is too small by 2^120, subnormals included.
+template <>
+struct Decoder<CodeFormat::fp8> {
+  PTK_INLINE Vec<float> values(const uint8_t* p) {
+    const Vec<int32_t> code = widen_bytes(reinterpret_cast<const int8_t*>(p));
+    const Vec<int32_t> magnitude = code & 0x7f;
+    const Vec<int32_t> bits = bit_cast<Vec<int32_t>>(bit_cast<Vec<float>>(magnitude << 20) * 0x1p120f);
+    const Vec<int32_t> number = magnitude == 0x7f ? Vec<int32_t>{} + 0x7fc00000 : bits;
+    return bit_cast<Vec<float>>(number | (code & static_cast<int32_t>(0x80000000)));
+  }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) {
+    const uint32_t code = row[k], magnitude = code & 0x7f;
+    const float number = magnitude == 0x7f ? __builtin_nanf("") : bit_cast<float>(magnitude << 20) * 0x1p120f;
+    return code & 0x80 ? -number : number;
+  }
+};
+
+// ---- rows
+// --------------------------------------------------------------------------------------------------
+
+// Calls body(decoder) with the format as a type.
+template <class Body>
+PTK_INLINE void with_format(CodeFormat format, const Body& body) {
+  switch (format) {
+#define PTK_CASE(name)                                                                                                 \
+  case CodeFormat::name:                                                                                               \
+    return body(Decoder<CodeFormat::name>())
+    PTK_CASE(s8);
+    PTK_CASE(u4);
+    PTK_CASE(u2);
+    PTK_CASE(nf4);
+    PTK_CASE(fp4);
+    PTK_CASE(fp8);
+#undef PTK_CASE
+  }
+}
+
+// dst[i] = weight[row, k0 + i] for i < count. k0 is a multiple of 16.
+template <class E, class D>
+static inline void decode_row(const QuantizedWeightView& w, D, int64_t row, int64_t k0, int64_t count, E* dst) {
+  const uint8_t* codes = w.codes + row * w.row_bytes();
+  const float* scales = w.scales + row * w.groups();
+  const float* zeros = w.zeros ? w.zeros + row * w.groups() : nullptr;
+  for (int64_t k = k0; k < k0 + count;) {
+    const int64_t g = k / w.group, end = least(k0 + count, (g + 1) * w.group);
+    if constexpr (!std::is_same_v<E, double>) {
+      const float scale = scales[g], zero = zeros ? zeros[g] : 0.0f;
+      for (; k + kLanes<float> <= end; k += kLanes<float>)
+        store_as(dst + k - k0, (D::values(codes + k * code_bits(w.format) / 8) - zero) * scale);
+    }
+    for (; k < end; ++k) {
+      const double value = (D::value(codes, k) - (zeros ? zeros[g] : 0.0f)) * static_cast<double>(scales[g]);
+      dst[k - k0] = round_to<E>(static_cast<Acc<E>>(value));
+    }
+  }
+}
+
+// The codes of an s8 or u4 row as the integers they stand for, in A's element type, zeros from count to padded.
+template <class E>
+static inline void decode_integers(const QuantizedWeightView& w, int64_t row, int64_t k0, int64_t count, int64_t padded,
+                                   E* dst) {
+  const uint8_t* codes = w.codes + row * w.row_bytes();
+  int64_t i = 0;
+  if (w.format == CodeFormat::s8) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(codes) + k0;
+#if PTK_ISA_LEVEL < 3
+    for (; i + kLanes<int16_t> <= count; i += kLanes<int16_t>) store(dst + i, detail::load_widened(bytes + i));
+#else
+    std::memcpy(dst, bytes, count);
+    i = count;
+#endif
+    for (; i < count; ++i) dst[i] = bytes[i];
+  } else {
+    using Bytes = typename VectorOf<uint8_t, 16>::unaligned;
+    using Block = typename VectorOf<int8_t, 16>::type;
+    for (; i + 32 <= count; i += 32) {
+      const auto packed = *reinterpret_cast<const Bytes*>(codes + (k0 + i) / 2);
+      const auto low = (Block)(packed & 15) - 8, high = (Block)(packed >> 4) - 8;
+      alignas(16) int8_t values[32];
+      auto* halves = reinterpret_cast<Block*>(values);
+      halves[0] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      halves[1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#if PTK_ISA_LEVEL < 3
+      for (int j = 0; j < 32; j += kLanes<int16_t>) store(dst + i + j, detail::load_widened(values + j));
+#else
+      std::memcpy(dst + i, values, 32);
+#endif
+    }
+    for (; i < count; ++i) dst[i] = static_cast<E>(Decoder<CodeFormat::u4>::code(codes, k0 + i) - 8);
+  }
+  for (; i < padded; ++i) dst[i] = 0;
+}
+
+}  // namespace ptk::PTK_ISA

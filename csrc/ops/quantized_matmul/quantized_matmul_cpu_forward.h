@@ -1,0 +1,224 @@
+// Forward on the CPU for many rows of input, computed transposed:
+//
+//   out^T[n, m] = weight[n, :] input^T[:, m]
+//
+//   layout     the weight is the product's A operand, so its rows need no rearrangement: they are decoded in the order of
+//              k, in which codes lie in memory. The input is the B operand, packed once for the whole call; quantized
+//              input is quantized on the way.
+//   tiling     items of kRows x kColumns of out^T. Per item, depth in steps: kRows x depth of the weight are decoded into
+//              L2 and meet every panel of the input there. Integer steps end where a group of scales ends, so that a
+//              step's exact sums take one scale on their way to the float sums.
+//   threads    every item is computed by one thread in a fixed order: results do not depend on their number
+#pragma once
+
+#include "csrc/core/parallel.h"
+#include "csrc/cpu/gemm/gemm.h"
+#include "csrc/cpu/scratch.h"
+#include "csrc/ops/quantized_matmul/quantized_matmul_cpu_input.h"
+
+namespace ptk::PTK_ISA {
+
+// Multiply-adds below which a second thread costs more than it saves.
+static constexpr int64_t kParallelWork = 1 << 17;
+
+template <class Body>
+PTK_INLINE void for_items(int64_t count, int64_t work, const Body& body) {
+  if (work < kParallelWork) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  } else {
+    parallel_items(count, body);
+  }
+}
+
+// Memory of one call, shared by its threads.
+struct CallMemory {
+  void* block = nullptr;
+  ~CallMemory() { __builtin_free(block); }
+  char* allocate(int64_t bytes) {
+    block = __builtin_malloc(bytes + 64);
+    return block ? reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(block), 64)) : nullptr;
+  }
+};
+
+// What integer sums of one step become: sums += scale[row] * (integers - zero[row] * code_sums[column]).
+template <class F>
+struct FoldIntegers {
+  F* sums;
+  int64_t ld;
+  const float* scales;
+  const float* zeros;
+  int64_t stride;          // from a row's scale to the next row's
+  const float* code_sums;  // of the input over the step; null without zeros
+  const RowBlock* block;
+
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<int32_t> integers,
+                                                        int64_t valid) const {
+    const int64_t index = block->row(row) * stride;
+    if constexpr (std::is_same_v<F, double>) {
+      for (int64_t i = 0; i < valid; ++i) {
+        const double zero = zeros ? static_cast<double>(zeros[index]) * code_sums[column + i] : 0.0;
+        sums[row * ld + column + i] += scales[index] * (integers[i] - zero);
+      }
+    } else {
+      Vec<float> v = __builtin_convertvector(integers, Vec<float>);
+      if (zeros) v -= zeros[index] * load_partial(code_sums + column, valid);
+      F* p = sums + row * ld + column;
+      store_partial(p, load_partial(p, valid) + scales[index] * v, valid);
+    }
+  }
+};
+
+// T: the input's dtype, or int8_t where the input is quantized. F: what sums are kept in.
+template <class T, class F>
+class TiledForward {
+  static constexpr bool kIntegers = std::is_same_v<T, int8_t>;
+  using E = Element<T>;
+  using EB = ElementB<T>;
+  static constexpr int64_t kMr = GemmTraits<T>::kMr, kNr = GemmTraits<T>::kNr;
+  static constexpr int64_t kRows = 128 / kMr * kMr, kColumns = 256, kDepth = kIntegers ? 512 : 256;
+  static constexpr int64_t kLda = kDepth + 64 / sizeof(E);
+
+public:
+  explicit TiledForward(const QuantizedForward& p) : p_(p), w_(p.weight) {
+    const int64_t span = kIntegers ? w_.group : most(w_.k, 1);
+    depth_ = least(kDepth, span);
+    steps_per_span_ = (span + depth_ - 1) / depth_;
+    steps_ = (w_.k / span) * steps_per_span_ + (w_.k % span + depth_ - 1) / depth_;
+    span_ = span;
+    columns_ = padded_n<T>(p.m);
+    panel_stride_ = padded_k<T>(depth_) * kNr;
+    step_stride_ = padded_k<T>(depth_) * columns_;
+  }
+
+  // False when memory ran out.
+  bool run() {
+    CallMemory memory;
+    const int64_t packed = round_up(steps_ * step_stride_ * sizeof(EB), 64);
+    const int64_t scales = kIntegers ? round_up(columns_, 16) : 0, sums = kIntegers && w_.zeros ? steps_ * columns_ : 0;
+    char* block = memory.allocate(packed + (scales + sums) * sizeof(float));
+    if (!block) return false;
+    packed_ = reinterpret_cast<EB*>(block);
+    if (kIntegers) input_scales_ = reinterpret_cast<float*>(block + packed);
+    if (sums) code_sums_ = input_scales_ + scales;
+
+    bool ok = true;
+    auto each = [&](int64_t count, int64_t work, const auto& body) {
+      for_items(count, work, [&](int64_t i) {
+        if (!body(i)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      });
+    };
+    each(columns_ / kNr, p_.m * w_.k * 4, [&](int64_t panel) { return pack_panel(panel); });
+    if (!ok) return false;
+    const RowBlocks blocks(p_, kRows);
+    const int64_t across = (p_.m + kColumns - 1) / kColumns;
+    each(blocks.count() * across, p_.m * w_.n * w_.k,
+         [&](int64_t i) { return item(blocks[i / across], i % across * kColumns); });
+    return ok;
+  }
+
+private:
+  struct Step {
+    int64_t k0, k, group;
+  };
+  Step step(int64_t i) const {
+    const int64_t span = i / steps_per_span_, k0 = span * span_ + i % steps_per_span_ * depth_;
+    return {k0, least(depth_, least(w_.k, (span + 1) * span_) - k0), k0 / w_.group};
+  }
+
+  bool pack_panel(int64_t panel) {
+    const int64_t m0 = panel * kNr, rows = least(kNr, p_.m - m0);
+    if constexpr (kIntegers) {
+      const int64_t value_bytes = round_up(w_.k + kLanes<float>, 16) * sizeof(float);
+      char* scratch = static_cast<char*>(thread_scratch(value_bytes + w_.k));
+      if (!scratch) return false;
+      auto* values = reinterpret_cast<float*>(scratch);
+      auto* codes = reinterpret_cast<int8_t*>(scratch + value_bytes);
+      for (int64_t j = 0; j < kNr; ++j) {
+        if (j < rows) input_scales_[m0 + j] = quantize_row(p_.input, m0 + j, w_.k, p_.input_scale, values, codes);
+        for (int64_t i = 0; i < steps_; ++i) scatter(j < rows ? codes : nullptr, i, panel, j);
+      }
+    } else {
+      const auto* x = static_cast<const T*>(p_.input.data) + m0 * p_.input.strides[0];
+      const int64_t stride = p_.input.strides[1];
+      for (int64_t i = 0; i < steps_; ++i) {
+        const Step s = step(i);
+        pack_b_panel<T>(x + s.k0 * stride, stride, p_.input.strides[0], s.k, rows, packed_panel(i, panel),
+                        padded_k<T>(s.k));
+      }
+    }
+    return true;
+  }
+
+  EB* packed_panel(int64_t step, int64_t panel) const { return packed_ + step * step_stride_ + panel * panel_stride_; }
+
+  // Column j of a panel from one row's codes (null: zeros), kPack at a time.
+  void scatter(const int8_t* codes, int64_t i, int64_t panel, int64_t j) {
+    constexpr int64_t pack = GemmTraits<T>::kPack;
+    const Step s = step(i);
+    int8_t* dst = reinterpret_cast<int8_t*>(packed_panel(i, panel)) + j * pack;
+    const int64_t whole = codes ? s.k / pack * pack : 0;
+    for (int64_t k = 0; k < whole; k += pack) __builtin_memcpy(dst + k * kNr, codes + s.k0 + k, pack);
+    for (int64_t k = whole; k < padded_k<T>(s.k); ++k)
+      dst[k / pack * pack * kNr + k % pack] = codes && k < s.k ? codes[s.k0 + k] : 0;
+    if (!code_sums_) return;
+    int32_t sum = 0;
+    if (codes)
+      for (int64_t k = 0; k < s.k; ++k) sum += codes[s.k0 + k];
+    code_sums_[i * columns_ + panel * kNr + j] = static_cast<float>(sum);
+  }
+
+  bool item(const RowBlock& block, int64_t m0) const {
+    const int64_t columns = least(kColumns, p_.m - m0), ld = round_up(columns, kNr);
+    const int64_t rows = block.rows(), sum_rows = round_up(kRows, 32) + kLanes<F>;
+    Carver carver;
+    carver.take<E>(round_up(kRows, 32) * kLda);
+    carver.take<F>(sum_rows * ld);
+    char* scratch = static_cast<char*>(thread_scratch(carver.bytes()));
+    if (!scratch) return false;
+    carver.next = scratch;
+    E* a = carver.take<E>(round_up(kRows, 32) * kLda);
+    F* sums = carver.take<F>(sum_rows * ld);
+    std::memset(sums, 0, sum_rows * ld * sizeof(F));
+    TileScope tiles;
+    for (int64_t i = 0; i < steps_; ++i) {
+      const Step s = step(i);
+      const EB* b = packed_panel(i, m0 / kNr);
+      decode(block, s, a);
+      if constexpr (kIntegers) {
+        const FoldIntegers<F> fold{sums,        ld,
+                                   w_.scales + s.group, w_.zeros ? w_.zeros + s.group : nullptr,
+                                   w_.groups(), code_sums_ ? code_sums_ + i * columns_ + m0 : nullptr,
+                                   &block};
+        gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, fold);
+      } else {
+        gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, AddSums<F>{sums, ld});
+      }
+    }
+    Finish<F>(p_, block, sums, ld, input_scales_).run(m0, columns);
+    return true;
+  }
+
+  void decode(const RowBlock& block, const Step& s, E* a) const {
+    const int64_t padded = padded_k<T>(s.k);
+    if constexpr (kIntegers) {
+      for (int64_t r = 0; r < block.rows(); ++r) decode_integers(w_, block.row(r), s.k0, s.k, padded, a + r * kLda);
+    } else {
+      with_format(w_.format, [&](auto decoder) {
+        for (int64_t r = 0; r < block.rows(); ++r) {
+          decode_row(w_, decoder, block.row(r), s.k0, s.k, a + r * kLda);
+          for (int64_t k = s.k; k < padded; ++k) a[r * kLda + k] = E{};
+        }
+      });
+    }
+  }
+
+  const QuantizedForward& p_;
+  const QuantizedWeightView& w_;
+  int64_t span_ = 0, depth_ = 0, steps_per_span_ = 0, steps_ = 0;
+  int64_t columns_ = 0, panel_stride_ = 0, step_stride_ = 0;
+  EB* packed_ = nullptr;
+  float* input_scales_ = nullptr;
+  float* code_sums_ = nullptr;
+};
+
+}  // namespace ptk::PTK_ISA
