@@ -1,0 +1,401 @@
+"""Launching attention's Triton kernels: tile sizes, strides, and the order of the backward's kernels.
+
+The device code, with its equation, layout and tiling, is in ``triton_kernels``. :func:`forward` and :func:`backward`
+take the arguments of ``ptkernels::attention`` and ``ptkernels::_attention_backward``; :func:`varlen_forward` and
+:func:`varlen_backward` the packed layout. Nothing here waits for the GPU or reads a tensor on the host, so all of it
+can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ptkernels import _triton
+from ptkernels.ops.attention import triton_kernels as kernels
+
+KEEP_ALL = 1 << 16
+UNBOUNDED = -1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Launcher = Callable[[Any], Any]
+"""Turns a kernel into what is indexed by a grid: the identity, or ``torch.library.wrap_triton`` under tracing."""
+
+
+class Tile(NamedTuple):
+    """Sizes of one program: rows, keys, warps, and how many key blocks are in flight."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# Most rows and keys first. By head dim up to: on GPUs from sm_90 on, and before.
+_FORWARD_TILES = {
+    64: (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
+    128: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    256: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    512: (Tile(64, 32, 8, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+_BACKWARD_TILES = {
+    64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    128: (Tile(64, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+    256: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    512: (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+}
+
+
+def tiles(dtype: torch.dtype, dim: int, dim_v: int, arch: int, *, backward: bool = False) -> list[Tile]:
+    """The tile sizes worth trying that fit the architecture, best guess first."""
+    block_d, block_dv = _triton.power_of_2(dim), _triton.power_of_2(dim_v)
+    size = max(dtype.itemsize, 2)
+    table = _BACKWARD_TILES if backward else _FORWARD_TILES
+    candidates = table[max(64, block_d, block_dv)]
+
+    def shared(tile: Tile) -> int:
+        resident, streamed = (tile.m, tile.n) if not backward else (max(tile.m, tile.n), max(tile.m, tile.n))
+        scores = tile.m * tile.n * size
+        return size * (block_d + block_dv) * (resident + streamed * tile.stages) + scores
+
+    # Products in IEEE float32 run on registers alone: a big tile would not fit in them.
+    if dtype == torch.float32:
+        candidates = tuple(Tile(min(tile.m, 32), min(tile.n, 32), tile.warps, 1) for tile in candidates[1:])
+    fitting = [tile for tile in dict.fromkeys(candidates) if shared(tile) <= _triton.shared_memory(arch)]
+    return fitting or [candidates[-1]]
+
+
+class Call(NamedTuple):
+    """What forward and backward share of one call: the operator's options, and the geometry of packed sequences."""
+
+    is_causal: bool = False
+    scale: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    bottom_right: bool = False
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+def _shape(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int]:
+    """batch, heads, and the longest queries and keys."""
+    if call.cu_seqlens_q is None:
+        return query.size(0), query.size(1), query.size(2), key.size(2)
+    return call.cu_seqlens_q.numel() - 1, query.size(1), call.max_seqlen_q, call.max_seqlen_k
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head, length and dim; those of a packed ``[tokens, heads, dim]`` with a batch stride of 0."""
+    if tensor.dim() == 3:
+        return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
+    return tuple(tensor.stride())
+
+
+def _statistics_strides(lse: Tensor) -> tuple[int, int]:
+    """Of batch and head of a contiguous ``[batch, heads, length]``, or ``[heads, tokens]``."""
+    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
+
+
+def _broadcast_strides(tensor: Tensor | None, shape: Sequence[int]) -> tuple[int, ...]:
+    return (0,) * len(shape) if tensor is None else tuple(tensor.expand(shape).stride())
+
+
+class _Arguments:
+    """The parts of every launch that depend on the call alone."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> None:
+        self.batch, self.heads, self.len_q, self.len_k = _shape(query, key, call)
+        self.group = self.heads // max(key.size(1), 1)
+        self.dtype, self.arch = query.dtype, _triton.arch_of(query)
+        dim, dim_v = query.size(-1), value.size(-1)
+        self.scale = 1.0 / math.sqrt(dim) if call.scale is None else call.scale
+        right = 0 if call.is_causal else call.window_right
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        self.mask = query if mask is None else mask
+        mask_kind = kernels.NO_MASK if mask is None else kernels.FLOAT_MASK
+        if mask is not None and mask.dtype == torch.uint8:
+            mask_kind = kernels.BOOL_MASK
+        lead = (self.batch, self.heads)
+        self.mask_strides = _broadcast_strides(mask, (*lead, self.len_q, self.len_k))
+        self.slope_strides = _broadcast_strides(call.alibi_slopes, lead)
+        self.sink_strides = _broadcast_strides(call.sinks, lead)
+        self.slopes = query if call.alibi_slopes is None else call.alibi_slopes
+        self.sinks = query if call.sinks is None else call.sinks
+        keep_below = round((1.0 - call.dropout_p) * KEEP_ALL)
+        dropout = call.dropout_seed is not None and keep_below < KEEP_ALL
+        # Drawn by torch's generator on the host; a copy of eight bytes from there does not wait for the GPU.
+        seed = call.dropout_seed if dropout else None
+        self.seed = query if seed is None else seed.to(query.device, non_blocking=True)
+        self.cu_q = query if call.cu_seqlens_q is None else call.cu_seqlens_q
+        self.cu_k = query if call.cu_seqlens_k is None else call.cu_seqlens_k
+        self.problem = (
+            self.len_q,
+            self.len_k,
+            self.len_k - self.len_q if call.bottom_right else 0,
+            call.window_left,
+            right,
+            self.scale,
+            call.softcap,
+            keep_below,
+            KEEP_ALL / max(keep_below, 1),
+            self.batch // seed.numel() if seed is not None else 1,
+        )
+        self.dims = {
+            "D": dim,
+            "DV": dim_v,
+            "BLOCK_D": _triton.power_of_2(dim),
+            "BLOCK_DV": _triton.power_of_2(dim_v),
+        }
+        self.switches = {
+            "MASK": mask_kind.value,
+            "ALIBI": call.alibi_slopes is not None,
+            "SOFTCAP": call.softcap != 0.0,
+            "LEFT": call.window_left != UNBOUNDED,
+            "RIGHT": right != UNBOUNDED,
+            "DROPOUT": dropout,
+            "PRECISION": _triton.dot_precision(query.dtype),
+        }
+        self.packed = {"VARLEN": call.cu_seqlens_q is not None, "BOTTOM_RIGHT": call.bottom_right}
+
+    def tile(self, *, backward: bool = False) -> Tile:
+        return tiles(self.dtype, self.dims["D"], self.dims["DV"], self.arch, backward=backward)[0]
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _launch_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call, out: Tensor, lse: Tensor, wrap: Launcher
+) -> None:
+    a = _Arguments(query, key, value, mask, call)
+    tile = a.tile()
+    wrap(kernels.forward)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
+        query, key, value, a.mask, a.slopes, a.sinks, a.seed, a.cu_q, a.cu_k, out, lse,
+        *_strides(query), *_strides(key), *_strides(value), *_strides(out), *a.mask_strides,
+        *a.slope_strides, *a.sink_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem,
+        SINK=call.sinks is not None, **a.dims, **a.switches, **a.packed, **_blocks(tile),
+    )  # fmt: skip
+
+
+def _identity(kernel: Any) -> Any:
+    return kernel
+
+
+def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Call, wrap: Launcher = _identity
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of ``ptkernels::attention`` for arguments that were checked."""
+    batch, heads, length, _ = query.shape
+    out = _heads_inside(query, batch, heads, length, value.size(-1))
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if out.numel() > 0:
+        _launch_forward(query, key, value, attn_mask, call, out, lse, wrap)
+    return out, lse
+
+
+def varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, wrap: Launcher = _identity
+) -> tuple[Tensor, Tensor]:
+    """``out`` of shape ``[tokens, heads, dim_v]`` and ``lse`` ``[heads, tokens]`` of packed sequences."""
+    tokens, heads, _ = query.shape
+    out = query.new_empty(tokens, heads, value.size(-1))
+    lse = query.new_empty(heads, tokens, dtype=torch.float32)
+    if out.numel() > 0:
+        _launch_forward(query, key, value, None, call, out, lse, wrap)
+    return out, lse
+
+
+class Gradients(NamedTuple):
+    """None where a gradient was not asked for, or its input is absent."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    call: Call,
+    needed: Sequence[bool] = (True,) * 6,
+    wrap: Launcher = _identity,
+) -> Gradients:
+    """Gradients of ``ptkernels::attention`` with respect to query, key, value, attn_mask, alibi_slopes and sinks."""
+    batch, heads, length, _ = query.shape
+    dq = _heads_inside(query, *query.shape)
+    dk = _heads_inside(key, *key.shape)
+    dv = _heads_inside(value, *value.shape)
+    return _backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, call, needed, (dq, dk, dv), wrap)
+
+
+def varlen_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: Call,
+    needed: Sequence[bool] = (True,) * 6,
+    wrap: Launcher = _identity,
+) -> Gradients:
+    """The same for packed sequences."""
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return _backward(grad_out, grad_lse, query, key, value, out, lse, None, call, needed, grads, wrap)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    call: Call,
+    needed: Sequence[bool],
+    grads: tuple[Tensor, Tensor, Tensor],
+    wrap: Launcher,
+) -> Gradients:
+    want_dq, want_dk, want_dv, want_mask, want_slopes, want_sinks = (*needed, *(True,) * (6 - len(needed)))
+    want_mask = want_mask and mask is not None and mask.is_floating_point()
+    want_slopes = want_slopes and call.alibi_slopes is not None
+    want_sinks = want_sinks and call.sinks is not None
+    dq, dk, dv = grads
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        zeros = [grad.zero_() for grad in grads]
+        dmask = torch.zeros_like(mask) if want_mask and mask is not None else None
+        dslopes = torch.zeros_like(call.alibi_slopes) if want_slopes and call.alibi_slopes is not None else None
+        delta = -grad_lse if grad_lse is not None else torch.zeros_like(lse)
+        dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+        return Gradients(*(g if w else None for g, w in zip(zeros, needed, strict=False)), dmask, dslopes, dsinks)
+
+    a = _Arguments(query, key, value, mask, call)
+    delta = _delta(grad_out, grad_lse, out, lse, a, wrap)
+    strides = (*_strides(query), *_strides(key), *_strides(value), *_strides(grad_out))
+    masks = (*a.mask_strides, *a.slope_strides, *_statistics_strides(lse))
+    inputs = (query, key, value, a.mask, a.slopes, a.seed)
+    statistics = (lse, delta, _factor(query, key, lse, a, wrap))
+    tile = a.tile(backward=True)
+    common = {**a.dims, **a.switches, **a.packed, **_blocks(tile)}
+
+    dslope_rows = torch.empty_like(lse) if want_slopes else lse
+    if want_dq or want_slopes:
+        wrap(kernels.backward_dq)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
+            *inputs, a.cu_q, a.cu_k, grad_out, *statistics, dq, dslope_rows, *strides, *_strides(dq), *masks,
+            a.heads, a.group, *a.problem, WRITE_DSLOPE=want_slopes, **common,
+        )  # fmt: skip
+    if want_dk or want_dv:
+        heads_kv = key.size(1)
+        wrap(kernels.backward_dkdv)[(triton.cdiv(a.len_k, tile.n), a.batch * heads_kv)](
+            *inputs, a.cu_q, a.cu_k, grad_out, *statistics, dk, dv, *strides, *_strides(dk), *_strides(dv), *masks,
+            heads_kv, a.group, *a.problem, **common,
+        )  # fmt: skip
+    dmask = _mask_gradient(mask, a, inputs, grad_out, statistics, strides, masks, wrap) if want_mask else None
+    dslopes = _sum_rows(dslope_rows, call.alibi_slopes) if want_slopes else None
+    dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+    return Gradients(
+        dq if want_dq else None, dk if want_dk else None, dv if want_dv else None, dmask, dslopes, dsinks
+    )
+
+
+def _delta(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, a: _Arguments, wrap: Launcher
+) -> Tensor:
+    delta = torch.empty_like(lse)
+    dlse = lse if grad_lse is None else grad_lse
+    dlse_strides = (0, dlse.stride(0), dlse.stride(1)) if dlse.dim() == 2 else dlse.stride()
+    block_m = max(16, 8192 // a.dims["BLOCK_DV"])
+    wrap(kernels.backward_delta)[(triton.cdiv(a.len_q, block_m), a.batch * a.heads)](
+        grad_out, out, lse, dlse, delta, a.cu_q, *_strides(grad_out), *_strides(out), *_statistics_strides(lse),
+        *dlse_strides, a.heads, a.len_q, DV=a.dims["DV"], HAS_DLSE=grad_lse is not None, VARLEN=a.packed["VARLEN"],
+        BLOCK_M=block_m, BLOCK_DV=a.dims["BLOCK_DV"], num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def _factor(query: Tensor, key: Tensor, lse: Tensor, a: _Arguments, wrap: Launcher) -> Tensor:
+    """Correction of each row's weights; only a bias makes one necessary, and elsewhere nothing is read."""
+    if a.switches["MASK"] != kernels.FLOAT_MASK.value:
+        return lse
+    factor = torch.empty_like(lse)
+    tile = a.tile()
+    switches = {name: a.switches[name] for name in ("ALIBI", "SOFTCAP", "LEFT", "RIGHT", "PRECISION")}
+    wrap(kernels.backward_factor)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
+        query, key, a.mask, a.slopes, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,
+        *a.slope_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem[:7],
+        D=a.dims["D"], BLOCK_D=a.dims["BLOCK_D"], **switches, **_blocks(tile),
+    )  # fmt: skip
+    return factor
+
+
+def _mask_gradient(
+    mask: Tensor | None,
+    a: _Arguments,
+    inputs: tuple[Any, ...],
+    grad_out: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    strides: tuple[int, ...],
+    masks: tuple[int, ...],
+    wrap: Launcher,
+) -> Tensor | None:
+    """Gradient of a bias of any broadcast shape, in memory of the bias and, where it is a vector, of a few tiles."""
+    if mask is None:
+        return None
+    batch, heads, rows, keys = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    tile = a.tile(backward=True)
+    tiles_m, tiles_n = triton.cdiv(a.len_q, tile.m), triton.cdiv(a.len_k, tile.n)
+    sum_rows, sum_keys = rows == 1 and a.len_q > 1, keys == 1 and a.len_k > 1
+    partial = statistics[0].new_empty(batch, heads, tiles_m if sum_rows else a.len_q, tiles_n if sum_keys else a.len_k)
+    switches = {name: value for name, value in a.switches.items() if name != "MASK"}
+    wrap(kernels.backward_dbias)[(tiles_m * tiles_n, batch * heads)](
+        *inputs, grad_out, *statistics, partial, *strides, *partial.stride()[:3], *masks,
+        heads, a.batch // batch, a.heads // heads, a.group, *a.problem,
+        SUM_ROWS=sum_rows, SUM_KEYS=sum_keys, **a.dims, **switches, **_blocks(tile),
+    )  # fmt: skip
+    return partial.sum_to_size((batch, heads, rows, keys)).view(mask.shape).to(mask.dtype)
+
+
+def _by_head(values: Tensor) -> Tensor:
+    """Sum over the rows: ``[batch, heads]``, or ``[1, heads]`` of packed sequences."""
+    return values.sum(-1).view(-1, values.size(-2))
+
+
+def _sum_rows(rows: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else _by_head(rows).sum_to_size(like.shape).to(like.dtype)
+
+
+def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor) -> Tensor:
+    """A sink is one more score without a value: its dS is its weight times -delta."""
+    weights = torch.exp(sinks.float().unsqueeze(-1) - lse)
+    weights = weights.masked_fill(lse == -math.inf, 0.0)
+    return _by_head(-weights * delta).sum_to_size(sinks.shape).to(sinks.dtype)
