@@ -6,6 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 OPS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -17,8 +18,9 @@ bench: build
 	$(BIN)/python -m ptkernels bench --json build/bench.json --html build/bench.html \
 	  $(addprefix --op ,$(OPS)) $(ARGS)
 
+# Each process has all of torch's threads, so that parallel code is tested as it runs; waiting ones must not spin.
 test: build build-emulated
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

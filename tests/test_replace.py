@@ -147,6 +147,11 @@ def test_failed_verification_restores(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bert", {}, "replace: model: got str"),
         (nn.Linear(2, 2), {"ops": "softmax"}, "replace: ops: got 'softmax'"),
         (nn.Linear(2, 2), {"verify": True}, "replace: example_inputs: got None"),
+        (
+            nn.Linear(2, 2),
+            {"verify": True, "ops": "quantized_matmul", "example_inputs": torch.zeros(1, 2)},
+            "replace: verify: got True with 'quantized_matmul'",
+        ),
     ],
 )
 def test_bad_calls(model: object, options: dict[str, object], error: str) -> None:
@@ -156,6 +161,43 @@ def test_bad_calls(model: object, options: dict[str, object], error: str) -> Non
 
 def test_nothing_to_do_is_said() -> None:
     assert "nothing in this model" in str(ptk.replace(nn.Linear(2, 2)))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True, dropout=0.1)
+        self.cell = nn.GRUCell(12, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        states, _ = self.lstm(self.embedding(words))
+        return self.head(self.cell(states.flatten(0, 1))).unflatten(0, words.shape)
+
+
+def test_recurrent_layers_and_cells() -> None:
+    torch.manual_seed(0)
+    model, words = Tagger(), torch.randint(0, 20, (3, 7))
+    report = ptk.replace(model, verify=True, example_inputs=words)
+    assert [(item.path, item.op) for item in report.replaced] == [("lstm", "packed_rnn"), ("cell", "packed_rnn")]
+    assert isinstance(model.lstm, ptk.nn.LSTM)
+    assert any("lstm.weight_hh_l1_reverse" in item.name for item in report.verified)
+    report.undo()
+    assert type(model.lstm) is nn.LSTM
+
+
+def test_quantization_only_when_asked_for() -> None:
+    torch.manual_seed(0)
+    model, words = Tagger(), torch.randint(0, 20, (3, 7))
+    head, expected = model.head, model.eval()(words)
+    assert ptk.replace(model).replaced[-1].op == "packed_rnn"
+    report = ptk.replace(model, ops="quantized_matmul")
+    assert isinstance(model.head, ptk.nn.QuantizedLinear)
+    error = float((model(words) - expected).abs().max())
+    assert 0 < error < 0.02 * float(expected.abs().max())
+    report.undo()
+    assert model.head is head
 
 
 def test_patch_sdpa_nests_and_ends() -> None:

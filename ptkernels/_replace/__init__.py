@@ -11,16 +11,19 @@ from torch import nn
 from ptkernels._replace import verify as _verify
 from ptkernels._replace.attention import AttentionRule
 from ptkernels._replace.change import Rule
+from ptkernels._replace.packed_rnn import PackedRnnRule
+from ptkernels._replace.quantized_matmul import QuantizedMatmulRule
 from ptkernels._replace.report import Kept, Replaced, Report
 
 __all__ = ["Kept", "Replaced", "Report", "replace"]
 
-_RULES: dict[str, Rule] = {rule.op: rule for rule in (AttentionRule(),)}
+_RULES: dict[str, Rule] = {rule.op: rule for rule in (AttentionRule(), PackedRnnRule(), QuantizedMatmulRule())}
+_SAME_RESULTS = tuple(op for op in _RULES if op != QuantizedMatmulRule.op)
 
 
 def replace(
     model: nn.Module,
-    ops: str | Collection[str] = tuple(_RULES),
+    ops: str | Collection[str] = _SAME_RESULTS,
     dry_run: bool = False,
     *,
     verify: bool = False,
@@ -34,7 +37,10 @@ def replace(
     Args:
         model: any module; changed in place unless ``dry_run``.
         ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``,
-            models of Hugging Face transformers, and modules whose ``forward`` calls ``F.scaled_dot_product_attention``.
+            models of Hugging Face transformers, and modules whose ``forward`` calls ``F.scaled_dot_product_attention``;
+            ``"packed_rnn"`` finds ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells; ``"quantized_matmul"`` quantizes
+            every ``nn.Linear`` (int8_dynamic), which changes results and ``state_dict``, and therefore has to be asked
+            for. Default: all that keep results.
         dry_run: only report.
         verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
             and gradients with the original in float64: errors may be at most three times the original's. Takes three
@@ -46,7 +52,8 @@ def replace(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an operator is unknown, or ``verify`` is asked for without ``example_inputs``.
+        ValueError: an operator is unknown, or ``verify`` is asked for without ``example_inputs``, or with
+            ``"quantized_matmul"``, whose results differ by more than rounding.
         RuntimeError: an output or gradient is out of bounds; the model is as it was before the call.
 
     Example:
@@ -66,6 +73,8 @@ def replace(
         raise ValueError(f"replace: ops: got {unknown[0]!r}, expected some of {', '.join(_RULES)}")
     if verify and example_inputs is None:
         raise ValueError("replace: example_inputs: got None, expected the inputs to verify with")
+    if verify and QuantizedMatmulRule.op in wanted:
+        raise ValueError("replace: verify: got True with 'quantized_matmul', whose results differ by quantization")
     report = Report(dry_run)
     before = copy.deepcopy(model) if verify and not dry_run else None
     for op in wanted:

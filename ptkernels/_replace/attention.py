@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import ptkernels.nn as ptk_nn
-from ptkernels._replace.change import Change
+from ptkernels._replace.change import Change, swap
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels._sdpa import patch_sdpa
 
@@ -52,13 +52,11 @@ class AttentionRule:
             if kind not in _CLASSES and any(path.startswith(prefix) for prefix in switched):
                 continue
             name = kind.__name__
-            if kind in _CLASSES:
-                yield Change(Replaced(path, name, self.op, _EFFECTS[kind]), module, _CLASSES[kind])
+            if (swapped := swap(path, module, self.op, _CLASSES, _EFFECTS)) is not None:
+                yield swapped
             elif kind is nn.TransformerEncoder and module.use_nested_tensor:
                 effect = "padding stays a mask: its conversion to nested tensors would bypass the layers"
                 yield Change(Replaced(path, name, self.op, effect), module, attributes={"use_nested_tensor": False})
-            elif isinstance(module, tuple(_CLASSES)) and kind not in _CLASSES.values():
-                yield Kept(path, name, self.op, "a subclass, whose own forward a replacement would lose")
             elif _is_transformers(module):
                 switched.append(f"{path}." if path else "")
                 yield from self._transformers(path, name, module)

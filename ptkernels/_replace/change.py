@@ -6,7 +6,7 @@ references from elsewhere stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,22 @@ class Change:
                     module.__dict__[name] = value
 
         return undo
+
+
+def swap(
+    path: str,
+    module: nn.Module,
+    op: str,
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+    effects: Mapping[type[nn.Module], str],
+) -> Change | Kept | None:
+    """The change of a module whose class has a counterpart; a subclass of such a class stays, and is told."""
+    kind = type(module)
+    if kind in classes:
+        return Change(Replaced(path, kind.__name__, op, effects[kind]), module, classes[kind])
+    if isinstance(module, tuple(classes)) and kind not in classes.values():
+        return Kept(path, kind.__name__, op, "a subclass, whose own forward a replacement would lose")
+    return None
 
 
 class Rule(Protocol):
