@@ -14,8 +14,18 @@ from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
+from ptkernels.ops.attention_kv_cache import spec as _kv_cache_spec  # noqa: F401
 
-__all__ = ["Explanation", "__version__", "attention", "attention_with_kv_cache", "backend", "errors", "explain", "reference"]
+__all__ = [
+    "Explanation",
+    "__version__",
+    "attention",
+    "attention_with_kv_cache",
+    "backend",
+    "errors",
+    "explain",
+    "reference",
+]
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
