@@ -1,4 +1,4 @@
-"""Decoding with a cache, on the heads of named models: ``pytest bench/bench_attention_kv_cache.py -k "4096 and int8"``."""
+"""Decoding with a cache on the heads of named models: ``pytest bench/bench_attention_kv_cache.py -k int8``."""
 
 from __future__ import annotations
 
