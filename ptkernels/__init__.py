@@ -16,6 +16,7 @@ from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
+from ptkernels.ops.attention_kv_cache import spec as _kv_cache_spec  # noqa: F401
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn

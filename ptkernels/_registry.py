@@ -130,6 +130,10 @@ class OpSpec:
     kernels: Callable[[], list[KernelInfo]]
     explain: Callable[..., Explanation]
     tolerances: Tolerances = field(default_factory=Tolerances)
+    differentiable: bool = True
+    """False for an operator of inference: calls that would need a derivative raise, and autocast leaves them alone."""
+    mutates: tuple[str, ...] = ()
+    """Names of the arguments that a call may write to, as in the public function's signature."""
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Other implementations with the public signature, timed side by side with ours."""
     enlarged: Callable[[dict[str, Any], int], dict[str, Any]] | None = None

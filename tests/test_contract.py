@@ -22,6 +22,9 @@ SPECS = list(all_ops().values())
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+each_differentiable_op = pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.differentiable], ids=lambda spec: spec.name
+)
 
 
 @functools.cache
@@ -47,9 +50,37 @@ def sample_of(spec: OpSpec, dtype: torch.dtype, name: str | None = None, level: 
 
 
 def bind(spec: OpSpec, sample: Sample, **changes: Any) -> inspect.BoundArguments:
+    """The arguments of a call, those that it may write to as copies of the sample's."""
     bound = inspect.signature(spec.function).bind(*sample.args, **sample.kwargs)
     bound.arguments.update(changes)
+    for name in spec.mutates:
+        if isinstance(bound.arguments.get(name), Tensor):
+            bound.arguments[name] = copy_of(bound.arguments[name])
     return bound
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy in the same layout, holes in memory included."""
+    size = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = tensor.new_zeros(max(size, 0))
+    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor.detach())
+
+
+def written(spec: OpSpec, bound: inspect.BoundArguments) -> dict[str, Tensor]:
+    """What a call may have written to, by name; float8, which torch hardly computes with, as its codes."""
+    found = {name: bound.arguments.get(name) for name in spec.mutates}
+    tensors = {f"output {name}": value for name, value in found.items() if isinstance(value, Tensor)}
+    return {n: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for n, t in tensors.items()}
+
+
+def cast_of(spec: OpSpec, sample: Sample, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors that share the dtype of the first one in another dtype, for an operator without gradients."""
+    if spec.differentiable or dtype is None:
+        return {}
+    arguments = bind(spec, sample).arguments
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    own = next(iter(tensors.values())).dtype
+    return {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.dtype == own}
 
 
 def leaves(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -75,13 +106,15 @@ def value_and_gradients(
 ) -> dict[str, Tensor]:
     """Outputs of a call and the gradients of a fixed random projection of them, by name."""
     inputs = leaves(spec, sample, dtype)
-    bound = bind(spec, sample, **inputs)
+    bound = bind(spec, sample, **cast_of(spec, sample, dtype), **inputs)
     torch.manual_seed(0)  # what draws random numbers draws the same ones
     results = outputs(function(*bound.args, **bound.kwargs))
+    named = {f"output {index}": result.detach() for index, result in enumerate(results)} | written(spec, bound)
+    if not spec.differentiable:
+        return named
     generator = torch.Generator().manual_seed(1)
     projections = [torch.randn(result.shape, generator=generator).to(result.dtype) for result in results]
     grads = torch.autograd.grad(results, list(inputs.values()), projections)
-    named = {f"output {index}": result.detach() for index, result in enumerate(results)}
     return named | {f"gradient of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
@@ -125,13 +158,15 @@ def test_inputs_are_left_alone(spec: OpSpec, dtype: torch.dtype) -> None:
     for sample in samples_of(spec.name, dtype, "quick").values():
         inputs = leaves(spec, sample)
         bound = bind(spec, sample, **inputs)
-        tensors = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
+        kept = {name: value for name, value in bound.arguments.items() if name not in spec.mutates}
+        tensors = [value for value in kept.values() if isinstance(value, Tensor)]
         before = [tensor.detach().clone() for tensor in tensors]
         versions = [tensor._version for tensor in tensors]
         results = outputs(spec.function(*bound.args, **bound.kwargs))
         grad_outputs = [torch.randn_like(result) for result in results]
         grad_copies = [grad.clone() for grad in grad_outputs]
-        torch.autograd.grad(results, list(inputs.values()), grad_outputs)
+        if spec.differentiable:
+            torch.autograd.grad(results, list(inputs.values()), grad_outputs)
         assert [tensor._version for tensor in tensors] == versions
         assert all(map(torch.equal, tensors, before)), sample.name
         assert all(map(torch.equal, grad_outputs, grad_copies)), sample.name
@@ -172,14 +207,14 @@ def of_gradient_inputs(spec: OpSpec, sample: Sample) -> tuple[Callable[..., Any]
     return call, tuple(inputs.values())
 
 
-@each_op
+@each_differentiable_op
 def test_gradcheck(spec: OpSpec) -> None:
     for sample in samples_of(spec.name, torch.float64, "gradcheck").values():
         function, inputs = of_gradient_inputs(spec, sample)
         torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize(
     "fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "complete"]
 )
@@ -229,7 +264,7 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(spec: OpSpec, transform: str) -> None:
     for sample in itertools.islice(samples_of(spec.name, torch.float64, "gradcheck").values(), 0, None, 2):
@@ -251,7 +286,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@each_op
+@each_differentiable_op
 def test_only_needed_gradients_are_computed(spec: OpSpec) -> None:
     sample = sample_of(spec, torch.float32, level="gradcheck")
     full = value_and_gradients(spec.function, spec, sample)
@@ -294,7 +329,7 @@ def test_nothing_is_recorded_without_grad(spec: OpSpec) -> None:
         assert all(result.is_inference() for result in outputs(spec.function(*bound.args, **bound.kwargs)))
 
 
-@each_op
+@each_differentiable_op
 def test_gradient_of_any_layout(spec: OpSpec) -> None:
     """Gradients that arrive expanded, as from sum(), or transposed."""
     sample = sample_of(spec, torch.float32, level="gradcheck")
@@ -312,7 +347,7 @@ def test_gradient_of_any_layout(spec: OpSpec) -> None:
         assert all(map(torch.equal, actual, expected))
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(spec: OpSpec, use_reentrant: bool) -> None:
     sample = sample_of(spec, torch.float32, level="gradcheck")
@@ -356,8 +391,13 @@ def test_fake_strides_are_the_kernels(spec: OpSpec) -> None:
             faked = tree_map_only(Tensor, mode.from_tensor, dict(arguments))
             bound = bind(spec, sample, **faked)
             results = outputs(spec.function(*bound.args, **bound.kwargs))
-            grads = torch.autograd.grad(results, [faked[n] for n in inputs], [torch.empty_like(r) for r in results])
-        for fake, (name, tensor) in zip((*results, *grads), real.items(), strict=True):
+            found = dict(zip((name for name in real if name.startswith("output")), results, strict=False))
+            if spec.differentiable:
+                cotangents = [torch.empty_like(result) for result in results]
+                grads = torch.autograd.grad(results, [faked[name] for name in inputs], cotangents)
+                found |= zip((f"gradient of {name}" for name in inputs), grads, strict=True)
+        for name, fake in found.items():
+            tensor = real[name]
             assert (fake.shape, fake.stride(), fake.dtype) == (tensor.shape, tensor.stride(), tensor.dtype), (
                 f"{sample.name}: {name}"
             )
@@ -366,7 +406,7 @@ def test_fake_strides_are_the_kernels(spec: OpSpec) -> None:
 @each_op
 def test_meta_tensors_propagate_shapes(spec: OpSpec) -> None:
     sample = sample_of(spec, torch.float32)
-    arguments = {**bind(spec, sample).arguments, **leaves(spec, sample)}
+    arguments = dict(bind(spec, sample, **leaves(spec, sample)).arguments)
     bound = bind(spec, sample, **tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments))
     results = outputs(spec.function(*bound.args, **bound.kwargs))
     expected = value_and_gradients(spec.function, spec, sample)
@@ -396,7 +436,7 @@ def test_compile(spec: OpSpec, backend: str) -> None:
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-@each_op
+@each_differentiable_op
 def test_compile_with_dynamic_shapes_compiles_once(spec: OpSpec) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -457,7 +497,7 @@ def test_aot_inductor(spec: OpSpec, tmp_path: Path) -> None:
     assert all(map(torch.equal, outputs(loaded(*sample.args)), outputs(module(*sample.args))))
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
     for sample in samples_of(spec.name, torch.float32, "quick").values():
@@ -479,7 +519,7 @@ def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
         assert all(grad.dtype == torch.float32 for grad in grads)
 
 
-@each_op
+@each_differentiable_op
 def test_autocast_leaves_float64_and_its_own_dtype(spec: OpSpec) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         sample = sample_of(spec, dtype)
@@ -494,7 +534,7 @@ def test_autocast_leaves_float64_and_its_own_dtype(spec: OpSpec) -> None:
             assert torch.equal(within, same)
 
 
-@each_op
+@each_differentiable_op
 def test_compile_under_autocast(spec: OpSpec) -> None:
     sample = sample_of(spec, torch.float32, level="gradcheck")
 
@@ -518,7 +558,7 @@ MAPPED = [
 ]
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize("mapped", MAPPED, ids=str)
 def test_vmap_is_one_call(spec: OpSpec, mapped: tuple[int | None, ...]) -> None:
     size = 3
@@ -561,7 +601,7 @@ class Tagged(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@each_op
+@each_differentiable_op
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_tensor_subclasses_see_the_operator(spec: OpSpec, requires_grad: bool) -> None:
     sample = sample_of(spec, torch.float32)

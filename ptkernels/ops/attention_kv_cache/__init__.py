@@ -196,7 +196,7 @@ def attention_with_kv_cache(
     try:
         left, right = (-1, -1) if window is None else window
         seqlens = cache_seqlens
-        if not isinstance(seqlens, (Tensor, bool)):
+        if isinstance(seqlens, (int, torch.SymInt)) and not isinstance(seqlens, bool):
             seqlens = torch.full((query.size(0),), seqlens, dtype=torch.int64, device=query.device)
         place = (seqlens, block_table, cache_batch_idx, cache_leftpad)
         options = (scale, is_causal, left, right, softcap, alibi_slopes, sinks, k_scale, v_scale)

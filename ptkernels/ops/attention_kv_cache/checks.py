@@ -109,16 +109,14 @@ def _check_placement(
     batch = query.size(0)
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt, Tensor)):
         raise TypeError(f"{OP}: cache_seqlens: got {type(cache_seqlens).__name__}, expected torch.Tensor or int")
-    for name, value in (
-        ("cache_seqlens", cache_seqlens),
-        ("cache_batch_idx", cache_batch_idx),
-        ("cache_leftpad", cache_leftpad),
-    ):
-        if value is None or not (isinstance(value, Tensor) or name != "cache_seqlens"):
-            continue
-        _check_tensor(name, value, query)
-        _check_dtype(name, value, torch.int32, torch.int64)
-        _check_shape(name, value, batch)
+    per_sequence = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    if isinstance(cache_seqlens, (int, torch.SymInt)):
+        del per_sequence["cache_seqlens"]
+    for name, value in per_sequence.items():
+        if value is not None:
+            _check_tensor(name, value, query)
+            _check_dtype(name, value, torch.int32, torch.int64)
+            _check_shape(name, value, batch)
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(

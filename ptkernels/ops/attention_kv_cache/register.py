@@ -124,7 +124,9 @@ def refuse_derivatives(named: Sequence[tuple[str, Any]]) -> None:
                 f"call it under torch.no_grad() or pass {name}.detach()"
             )
         if has_tangent(tensor):
-            raise RuntimeError(f"{OP}: {name}: got a tensor with a tangent, expected none (the operator is for inference)")
+            raise RuntimeError(
+                f"{OP}: {name}: got a tensor with a tangent, expected none (the operator is for inference)"
+            )
 
 
 def count_versions(*written: Tensor | None) -> None:
