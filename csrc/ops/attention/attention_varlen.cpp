@@ -40,8 +40,9 @@ Offsets read_offsets(const char* name, const Tensor& cu_seqlens, int64_t tokens)
   return offsets;
 }
 
+// Negative: no bound is given.
 void check_longest(const char* name, int64_t given, int64_t longest) {
-  PTK_CHECK(given >= longest, "attention_varlen: ", name, ": got ", given, ", expected at least ", longest,
+  PTK_CHECK(given < 0 || given >= longest, "attention_varlen: ", name, ": got ", given, ", expected at least ", longest,
             ", the longest sequence");
 }
 

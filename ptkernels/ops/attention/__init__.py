@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -173,6 +173,9 @@ def _attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(query, Tensor) and query.is_nested:
+        named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        return _nested(query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, **named)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     beyond = (window, softcap, alibi_slopes, sinks)
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
@@ -190,3 +193,11 @@ def _attention(
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise
+
+
+def _nested(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from ptkernels.ops.attention_varlen import attention_varlen, jagged  # which is built on this module
+
+    call = jagged.pack(*args, **options)
+    out, lse = attention_varlen(*call.operands, **call.kwargs, return_lse=True)
+    return call.restore(out), call.restore(lse.t().contiguous())

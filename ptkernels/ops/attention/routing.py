@@ -115,6 +115,13 @@ def explain(
 
     Raises what the call would raise for bad arguments.
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        from ptkernels.ops.attention_varlen import jagged, routing  # which are built on this module
+
+        named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        args = (query, key, value, attn_mask, is_causal, enable_gqa)
+        call = jagged.pack(*args, dropout_p=dropout_p, scale=scale, **named)
+        return routing.explain(*call.operands, **call.kwargs)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     beyond = (window, softcap, alibi_slopes, sinks)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
