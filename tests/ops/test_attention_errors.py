@@ -240,7 +240,9 @@ BAD = [
     Bad("window of one", lambda: {"window": (3,)}, ValueError, r"window: got 1 entries, expected a pair"),
     Bad("window negative", lambda: {"window": (3, -2)}, ValueError, r"window: got -2 in it, expected -1"),
     Bad("window of floats", lambda: {"window": (3.0, 1)}, TypeError, r"window: got float in it, expected int or None"),
-    Bad("slopes shape", lambda: {"alibi_slopes": t(H + 1)}, ValueError, r"alibi_slopes: got shape \[5\], expected \[4\]"),
+    Bad(
+        "slopes shape", lambda: {"alibi_slopes": t(H + 1)}, ValueError, r"alibi_slopes: got shape \[5\], expected \[4\]"
+    ),
     Bad("slopes scalar", lambda: {"alibi_slopes": t()}, ValueError, r"alibi_slopes: got shape \[\], expected \[4\]"),
     Bad("slopes number", lambda: {"alibi_slopes": 0.5}, TypeError, "alibi_slopes: got .*float, expected torch.Tensor"),
     Bad("sinks batch", lambda: {"sinks": t(B + 1, H)}, ValueError, r"sinks: got shape \[3, 4\], expected \[4\] or"),
@@ -405,9 +407,7 @@ def test_backend_without_kernel_for_the_call() -> None:
     arguments = good()
     arguments["query"].requires_grad_()
     with ptk.backend("cpu"):
-        (grad,) = torch.autograd.grad(
-            ptk.attention(**arguments).sin().sum(), arguments["query"], create_graph=True
-        )
+        (grad,) = torch.autograd.grad(ptk.attention(**arguments).sin().sum(), arguments["query"], create_graph=True)
         with pytest.raises(BackendError, match=r"attention: backend 'cpu' was asked for and has no kernel.*double"):
             grad.sum().backward()
     arguments = {name: tensor.to("meta") for name, tensor in good().items()}

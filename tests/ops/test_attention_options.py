@@ -201,8 +201,10 @@ def test_values_per_head_take_any_rank() -> None:
     slopes, sinks = torch.rand(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     query = torch.randn(2, 4, 3, 5, 8, dtype=torch.float64)
     out = ptk.attention(query, query, query, alibi_slopes=slopes, sinks=sinks.expand(2, 4, 3))
-    each = [ptk.attention(query[i, j], query[i, j], query[i, j], alibi_slopes=slopes, sinks=sinks) for i, j in
-            itertools.product(range(2), range(4))]
+    each = [
+        ptk.attention(query[i, j], query[i, j], query[i, j], alibi_slopes=slopes, sinks=sinks)
+        for i, j in itertools.product(range(2), range(4))
+    ]
     torch.testing.assert_close(out.flatten(0, 1), torch.stack(each))
     assert each[0].shape == (3, 5, 8)
 

@@ -138,7 +138,13 @@ def test_time_is_proportional_to_the_pairs() -> None:
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     query, key, value = packed([3, 4], [3, 4], torch.float32)
-    good = {"query": query, "key": key, "value": value, "cu_seqlens_q": offsets([3, 4]), "cu_seqlens_k": offsets([3, 4])}
+    good = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cu_seqlens_q": offsets([3, 4]),
+        "cu_seqlens_k": offsets([3, 4]),
+    }
     with pytest.raises(error, match=f"^attention_varlen: {message}"):
         ptk.attention_varlen(**(good | changes))
 

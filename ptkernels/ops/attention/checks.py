@@ -284,6 +284,7 @@ def check_backward_inputs(
     out: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
+    *,
     options: Options,
 ) -> None:
     """The same for ``torch.ops.ptkernels._attention_backward``."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ptkernels import _backend
 from ptkernels.ops.attention.checks import check_window
-from ptkernels.ops.attention.options import Options, resolve
+from ptkernels.ops.attention.options import resolve
 from ptkernels.ops.attention.register import autocast_if_enabled
-from ptkernels.ops.attention_varlen import checks, reference, register, routing
+from ptkernels.ops.attention_varlen import checks, reference, routing
+from ptkernels.ops.attention_varlen import register as _register  # noqa: F401 - registers with torch on import
 from ptkernels.ops.attention_varlen.library import varlen_op
 
 __all__ = ["attention_varlen"]
@@ -136,10 +136,10 @@ def attention_varlen(
     _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
     options = options._replace(bottom_right=bottom_right)
     bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
-    checks.check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, *bounds, options)
+    checks.check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], options=options)
     if routing.runs_on_reference(query, key, value, options):
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+            out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options=options)
     else:
-        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, *bounds, *options)
+        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options)
     return (out, lse) if return_lse else out

@@ -17,7 +17,7 @@ class Packed(NamedTuple):
 
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     kwargs: dict[str, Any]
-    query: Tensor
+    query: Any
 
     def restore(self, result: Tensor) -> Tensor:
         """``[tokens, heads, ...]`` as ``[batch, heads, length, ...]`` with the query's lengths."""
@@ -25,20 +25,19 @@ class Packed(NamedTuple):
         return nested.transpose(1, 2)
 
 
-def _values(name: str, tensor: Any) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout is not torch.jagged:
+def _values(name: str, given: Any) -> Tensor:
+    if not isinstance(given, Tensor) or not given.is_nested or given.layout is not torch.jagged:
         raise TypeError(f"{OP}: {name}: expected a nested tensor of layout torch.jagged beside nested ones")
-    if tensor.dim() != 4 or tensor._ragged_idx != 2:  # type: ignore[attr-defined]
+    tensor: Any = given  # torch declares none of the methods of nested tensors
+    if tensor.dim() != 4 or tensor._ragged_idx != 2:
         raise ValueError(f"{OP}: {name}: got shape {list(tensor.shape)}, expected [batch, heads, jagged length, dim]")
-    if tensor.lengths() is not None:  # type: ignore[operator]
+    if tensor.lengths() is not None:
         raise ValueError(f"{OP}: {name}: got a nested tensor with holes, expected {name}.contiguous()")
     values: Tensor = tensor.transpose(1, 2).values()
     return values
 
 
-def pack(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, is_causal: bool, enable_gqa: bool, **options: Any
-) -> Packed:
+def pack(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, enable_gqa: bool, **options: Any) -> Packed:
     """Nested operands as packed ones.
 
     Raises:
