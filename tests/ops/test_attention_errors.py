@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import ptkernels as ptk
 from ptkernels.errors import BackendError, FallbackError
@@ -70,7 +71,8 @@ BAD = [
         "attn_mask: got layout torch.sparse_coo",
     ),
     Bad("key mkldnn", lambda: {"key": t(B, H, LK, D).to_mkldnn()}, TypeError, "key: got layout torch._mkldnn"),
-    Bad("query nested", lambda: {"query": nested()}, TypeError, "query: got a nested tensor"),
+    Bad("query nested", lambda: {"query": nested()}, TypeError, "key: expected a nested tensor .* beside nested ones"),
+    Bad("key nested", lambda: {"key": nested()}, TypeError, "key: got a nested tensor, expected all operands to be"),
     # dtypes
     *(
         Bad(
@@ -231,6 +233,34 @@ BAD = [
     Bad("scale infinite", lambda: {"scale": -math.inf}, ValueError, "scale: got -inf, expected a finite number"),
     Bad("scale string", lambda: {"scale": "auto"}, TypeError, "scale: got str, expected float or None"),
     Bad("scale tuple", lambda: {"scale": (1.0,)}, TypeError, "scale: got tuple, expected float or None"),
+    Bad("softcap negative", lambda: {"softcap": -1.0}, ValueError, "softcap: got -1.0, expected a finite number"),
+    Bad("softcap infinite", lambda: {"softcap": math.inf}, ValueError, "softcap: got inf, expected a finite number"),
+    Bad("softcap string", lambda: {"softcap": "1"}, TypeError, "softcap: got str, expected float"),
+    Bad("window number", lambda: {"window": 3}, TypeError, r"window: got int, expected a pair \(left, right\)"),
+    Bad("window of one", lambda: {"window": (3,)}, ValueError, r"window: got 1 entries, expected a pair"),
+    Bad("window negative", lambda: {"window": (3, -2)}, ValueError, r"window: got -2 in it, expected -1"),
+    Bad("window of floats", lambda: {"window": (3.0, 1)}, TypeError, r"window: got float in it, expected int or None"),
+    Bad(
+        "slopes shape", lambda: {"alibi_slopes": t(H + 1)}, ValueError, r"alibi_slopes: got shape \[5\], expected \[4\]"
+    ),
+    Bad("slopes scalar", lambda: {"alibi_slopes": t()}, ValueError, r"alibi_slopes: got shape \[\], expected \[4\]"),
+    Bad("slopes number", lambda: {"alibi_slopes": 0.5}, TypeError, "alibi_slopes: got .*float, expected torch.Tensor"),
+    Bad("sinks batch", lambda: {"sinks": t(B + 1, H)}, ValueError, r"sinks: got shape \[3, 4\], expected \[4\] or"),
+    Bad("sinks dtype", lambda: {"sinks": torch.ones(H).int()}, TypeError, "sinks: got dtype int32, expected one of"),
+    Bad("sinks meta", lambda: {"sinks": t(H, device="meta")}, ValueError, "sinks: got device meta, expected cpu"),
+    Bad(
+        "triangle of another size",
+        lambda: {"attn_mask": causal_lower_right(LQ, LK + 1)},
+        ValueError,
+        r"attn_mask: got a triangle of \[3, 6\], expected \[3, 5\]",
+    ),
+    Bad(
+        "triangle and causal",
+        lambda: {"attn_mask": causal_lower_right(LQ, LK), "is_causal": True},
+        ValueError,
+        "is_causal: got True, expected False beside an attn_mask that is a causal triangle",
+        op_takes=True,
+    ),
     Bad("causal string", lambda: {"is_causal": "yes"}, TypeError, "is_causal: got str, expected bool"),
     Bad(
         "causal mask in its place",
@@ -277,6 +307,11 @@ def test_operator_underneath(bad: Bad) -> None:
     if bad.op_takes or arguments.pop("dropout_p", None) is not None:
         pytest.skip("valid or absent in the operator's schema")
     arguments.pop("enable_gqa", None)
+    window = arguments.pop("window", None)
+    if window is not None:
+        if not isinstance(window, tuple) or len(window) != 2:
+            pytest.skip("two numbers in the operator's schema")
+        arguments["window_left"], arguments["window_right"] = window
     with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
         torch.ops.ptkernels.attention(**arguments)
     assert str(raised.value)
@@ -369,11 +404,12 @@ def test_backend_that_cannot_run(name: str) -> None:
 
 
 def test_backend_without_kernel_for_the_call() -> None:
-    with (
-        ptk.backend("cpu"),
-        pytest.raises(BackendError, match=r"attention: backend 'cpu' was asked for and has no kernel.*dropout_p"),
-    ):
-        ptk.attention(**good(), dropout_p=0.1)
+    arguments = good()
+    arguments["query"].requires_grad_()
+    with ptk.backend("cpu"):
+        (grad,) = torch.autograd.grad(ptk.attention(**arguments).sin().sum(), arguments["query"], create_graph=True)
+        with pytest.raises(BackendError, match=r"attention: backend 'cpu' was asked for and has no kernel.*double"):
+            grad.sum().backward()
     arguments = {name: tensor.to("meta") for name, tensor in good().items()}
     with ptk.backend("cpu"), pytest.raises(BackendError, match=r"attention: backend 'cpu' was asked for, got .* meta"):
         ptk.attention(**arguments)
@@ -381,10 +417,6 @@ def test_backend_without_kernel_for_the_call() -> None:
 
 @pytest.mark.usefixtures("strict")
 def test_strict_refuses_the_reference() -> None:
-    with pytest.raises(FallbackError, match=r"^attention: no kernel for this call: dropout_p > 0.*PTKERNELS_STRICT=1"):
-        ptk.attention(**good(), dropout_p=0.1)
-    with pytest.raises(FallbackError, match=r"the gradient of attn_mask has no kernel"):
-        ptk.attention(**good(), attn_mask=t(LQ, LK).requires_grad_())
     arguments = good()
     with pytest.raises(FallbackError, match=r"forward-mode differentiation has no kernel"):
         torch.func.jvp(lambda key: ptk.attention(**(arguments | {"key": key})), (t(B, H, LK, D),), (t(B, H, LK, D),))
@@ -393,7 +425,15 @@ def test_strict_refuses_the_reference() -> None:
     with pytest.raises(FallbackError, match=r"double backward has no kernel"):
         grad.sum().backward()
     with ptk.backend("reference"):
-        ptk.attention(**good(), dropout_p=0.1)
+        ptk.attention(**arguments)
+
+
+@pytest.mark.usefixtures("strict")
+def test_strict_takes_every_option() -> None:
+    mask = t(LQ, LK).requires_grad_()
+    options = {"window": (1, None), "softcap": 3.0, "alibi_slopes": t(H), "sinks": t(H), "dropout_p": 0.1}
+    ptk.attention(**good(), attn_mask=mask, **options).sum().backward()
+    assert mask.grad is not None
 
 
 def test_unknown_operator() -> None:

@@ -61,15 +61,16 @@ struct Problem {
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
 
-  // Dropout keeps a weight where 16 bits of philox(seed, {key, row / 8, head, batch}) are below keep_below. Batches come
-  // in groups of batch_per_seed that share a seed and count from 0 within.
+  // Dropout keeps a weight where 16 bits of philox(seed, {key, row / 8, head, batch}) are below keep_below. Batches
+  // come in groups of batch_per_seed that share a seed and count from 0 within.
   uint32_t keep_below = kKeepAll;
   const int64_t* seeds = nullptr;
   int64_t batch_per_seed = 1;
   static constexpr uint32_t kKeepAll = 1 << 16;
 
-  // Packed sequences: batch b is rows first_q[b] to first_q[b + 1] of operands that have no batch dimension (its strides
-  // are 0), and len_q the longest of them; lse is [heads_q, total_q]. Null: every batch has len_q rows of its own.
+  // Packed sequences: batch b is rows first_q[b] to first_q[b + 1] of operands that have no batch dimension (its
+  // strides are 0), and len_q the longest of them; lse is [heads_q, total_q]. Null: every batch has len_q rows of its
+  // own.
   const int64_t* first_q = nullptr;
   const int64_t* first_k = nullptr;
   int64_t total_q = 0;

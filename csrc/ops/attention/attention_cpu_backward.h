@@ -94,8 +94,7 @@ public:
       ok = dq_parts_;
     }
     const int64_t items = slices() * splits_;
-    const bool is_small =
-        p_.batch * p_.heads_q * p_.len_q * p_.len_k * (p_.dim_qk + p_.dim_v) < kParallelWork;
+    const bool is_small = p_.batch * p_.heads_q * p_.len_q * p_.len_k * (p_.dim_qk + p_.dim_v) < kParallelWork;
     for (int64_t turn = 0; ok && turn < turns_.count(); ++turn) {
       auto item = [&](int64_t i) {
         if (!run_item(turn, i / splits_, i % splits_)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
@@ -105,7 +104,8 @@ public:
       } else {
         parallel_items(items, item);
       }
-      if (ok && split_dq) parallel_items(slices() * group_, [&](int64_t i) { add_parts(turn, i / group_, i % group_); });
+      if (ok && split_dq)
+        parallel_items(slices() * group_, [&](int64_t i) { add_parts(turn, i / group_, i % group_); });
     }
     if (ok) sums_.finish();
     __builtin_free(dq_parts_);
@@ -198,8 +198,8 @@ private:
     const Scratch s = carve(carver);
     TileScope tiles;
     const Sequence seq = sequence_of(p_, turns_.batch_of(turn, slice));
-    const Item item{seq, turns_.head_of(turn, slice), split, slice, round_up(seq.len_q, kNr),
-                    key_blocks_of(seq.len_k, split)};
+    const Item item{seq,   turns_.head_of(turn, slice), split,
+                    slice, round_up(seq.len_q, kNr),    key_blocks_of(seq.len_k, split)};
     for (int64_t g = 0; g < group_; ++g) run_head(s, item, g);
     release_large_scratch();
     return true;
@@ -294,7 +294,8 @@ private:
     const E* q_t = s.q_t + block.q0 / kNr * panel;
     if (has_mask) Blocks::fill_bias(p_, block, s.bias);
     if (is_shaped_) {
-      gemm<T>(block.keys, block.queries, p_.dim_qk, s.k, ld_k(), q_t, panel, StorePanels<A, kNr>{s.shaped.scores, kPanel});
+      gemm<T>(block.keys, block.queries, p_.dim_qk, s.k, ld_k(), q_t, panel,
+              StorePanels<A, kNr>{s.shaped.scores, kPanel});
       Blocks::shape(p_, block, s.shaped, has_mask ? s.bias : nullptr);
       Blocks::exponentiate(block, s.shaped.scores, s.lse + block.q0, weight, s.prob);
     } else {

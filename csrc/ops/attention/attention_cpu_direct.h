@@ -195,7 +195,9 @@ private:
     if (!sums) return false;
     const Rows rows = rows_of(head_kv);
     for (int64_t r = 0; r < rows.count; ++r) {
-      auto row = [&](int64_t chunk) { return partial + ((head_kv * chunks_ + chunk) * max_rows() + r) * partial_row(); };
+      auto row = [&](int64_t chunk) {
+        return partial + ((head_kv * chunks_ + chunk) * max_rows() + r) * partial_row();
+      };
       A top = -static_cast<A>(__builtin_inf()), denominator = 0;
       for (int64_t c = 0; c < chunks_; ++c) top = top > row(c)[dim_v()] ? top : row(c)[dim_v()];
       const A shift = top == -static_cast<A>(__builtin_inf()) ? 0 : top;

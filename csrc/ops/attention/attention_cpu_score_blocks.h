@@ -88,15 +88,25 @@ struct ScoreBlocks {
     return detail::absolute<A>(iota<A>() + static_cast<A>(b.q0 + query + b.seq.diagonal - b.k0 - key));
   }
 
-  // The mask of a block.
+  // The mask of a block: rows of the mask, converted, then transposed in registers.
   static void fill_bias(const Problem& p, const Block& b, A* bias) {
+    constexpr int lanes = kLanes<A>;
     with_mask<T>(p, b.seq.batch, b.head, [&](auto* mask) {
-      using M = std::remove_const_t<std::remove_pointer_t<decltype(mask)>>;
-      for (int64_t i = 0; i < b.queries; ++i) {
-        const auto* row = mask + (b.q0 + i) * p.mask.strides[2] + b.k0 * p.mask.strides[3];
-        A* column = bias + i / kNr * kPanel + i % kNr;
-        for (int64_t j = 0; j < b.keys; ++j)
-          column[j * kNr] = b.q0 + i < b.seq.len_q ? detail::mask_bias<M, A>(row[j * p.mask.strides[3]]) : A(0);
+      alignas(64) A rows[lanes][round_up(kKeys, lanes)];
+      for (int64_t q = 0; q < b.queries; q += lanes) {
+        for (int i = 0; i < lanes; ++i) {
+          // Rows of padding repeat the last: their probabilities are 0 whatever is added.
+          const int64_t row = least(b.q0 + q + i, b.seq.len_q - 1);
+          detail::bias_row(mask + row * p.mask.strides[2] + b.k0 * p.mask.strides[3], p.mask.strides[3], b.keys,
+                           rows[i]);
+        }
+        A* column = bias + q / kNr * kPanel + q % kNr;
+        for (int64_t j = 0; j < b.keys; j += lanes) {
+          Vec<A> tile[lanes];
+          for (int i = 0; i < lanes; ++i) tile[i] = load(rows[i] + j);
+          transpose<A>(tile);
+          for (int i = 0; i < lanes && j + i < b.keys; ++i) store(column + (j + i) * kNr, tile[i]);
+        }
       }
     });
   }
@@ -113,9 +123,8 @@ struct ScoreBlocks {
         store(s.slope + at, A(1) - t * t);
       });
     } else {
-      for_vectors(b, [&](int64_t at, int64_t, int64_t) __attribute__((always_inline)) {
-        store(x + at, load(x + at) * scale);
-      });
+      for_vectors(b, [&](int64_t at, int64_t, int64_t)
+                         __attribute__((always_inline)) { store(x + at, load(x + at) * scale); });
     }
     if (p.alibi.data) {
       const A slope = head_value<A>(p.alibi, b.seq.batch, b.head);
@@ -124,9 +133,8 @@ struct ScoreBlocks {
       });
     }
     if (bias) {
-      for_vectors(b, [&](int64_t at, int64_t, int64_t) __attribute__((always_inline)) {
-        store(x + at, load(x + at) + load(bias + at));
-      });
+      for_vectors(b, [&](int64_t at, int64_t, int64_t)
+                         __attribute__((always_inline)) { store(x + at, load(x + at) + load(bias + at)); });
     }
   }
 
@@ -183,9 +191,8 @@ struct ScoreBlocks {
         store_as(ds + at, load(s.scores + at) * load(s.slope + at));
       });
     } else {
-      for_vectors(b, [&](int64_t at, int64_t, int64_t) __attribute__((always_inline)) {
-        store_as(ds + at, load(s.scores + at));
-      });
+      for_vectors(b, [&](int64_t at, int64_t, int64_t)
+                         __attribute__((always_inline)) { store_as(ds + at, load(s.scores + at)); });
     }
   }
 };
@@ -266,7 +273,9 @@ public:
 
 private:
   bool has_row_sums() const { return b_.grad_mask.data && b_.grad_mask.strides[3] == 0; }
-  bool has_key_sums() const { return b_.grad_mask.data && b_.grad_mask.strides[3] != 0 && b_.grad_mask.strides[2] == 0; }
+  bool has_key_sums() const {
+    return b_.grad_mask.data && b_.grad_mask.strides[3] != 0 && b_.grad_mask.strides[2] == 0;
+  }
 
   static double distance_sum(const Block& b, const A* grads) {
     double total = 0;
@@ -282,8 +291,8 @@ private:
   // Rows of the mask's gradient are contiguous; the block is transposed in registers on its way.
   void add_to_mask(const Block& b, const A* grads) const {
     constexpr int lanes = kLanes<A>;
-    A* mask = static_cast<A*>(b_.grad_mask.data) + b.seq.batch * b_.grad_mask.strides[0] +
-              b.head * b_.grad_mask.strides[1];
+    A* mask =
+        static_cast<A*>(b_.grad_mask.data) + b.seq.batch * b_.grad_mask.strides[0] + b.head * b_.grad_mask.strides[1];
     for (int64_t q = 0; q < b.queries; q += lanes) {
       const A* column = grads + q / Blocks::kNr * Blocks::kPanel + q % Blocks::kNr;
       for (int64_t j = 0; j < b.keys; j += lanes) {

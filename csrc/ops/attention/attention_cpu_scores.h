@@ -110,6 +110,21 @@ static inline void apply_mask_row(A* scores, int64_t n, A scale, const M* mask, 
   }
 }
 
+// bias[j] = what one row of the mask adds.
+template <class M, class A>
+static inline void bias_row(const M* mask, int64_t stride, int64_t n, A* bias) {
+  if (stride != 1) {
+    for (int64_t j = 0; j < n; ++j) bias[j] = mask_bias<M, A>(mask[j * stride]);
+  } else if constexpr (std::is_same_v<M, bool>) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+    for (int64_t j = 0; j < n; ++j) bias[j] = bytes[j] ? A(0) : -static_cast<A>(__builtin_inf());
+  } else if constexpr (std::is_same_v<Acc<M>, A>) {
+    for (int64_t j = 0; j < n; j += kLanes<A>) store_partial(bias + j, load_as_partial(mask + j, n - j), n - j);
+  } else {
+    for (int64_t j = 0; j < n; ++j) bias[j] = mask_bias<M, A>(mask[j]);
+  }
+}
+
 }  // namespace detail
 
 // Calls body(pointer to the mask's element (batch, head, 0, 0)) with the mask's type, T being the operands'.

@@ -31,6 +31,19 @@ inline void check_length(const char* name, int64_t length) {
             " on cuda");
 }
 
+// What the kernels here do not compute; Python sends such calls to the reference.
+inline void check_options(const Problem& p) {
+  const auto refuse = [](bool used, const char* name) {
+    PTK_CHECK(!used, "attention: ", name, ": got a value, expected none on cuda, which has no kernel for it");
+  };
+  refuse(p.left < kUnbounded || p.right < kUnbounded, "window");
+  refuse(p.bottom_right, "bottom_right");
+  refuse(p.softcap != 0, "softcap");
+  refuse(p.alibi.data != nullptr, "alibi_slopes");
+  refuse(p.sinks.data != nullptr, "sinks");
+  refuse(p.seeds != nullptr, "dropout_p");
+}
+
 template <typename Launcher>
 struct AttentionBackend {
   static constexpr const char* kDevice = Launcher::kDevice;
@@ -38,6 +51,7 @@ struct AttentionBackend {
   static bool owns(const Tensor& tensor) { return Launcher::owns(tensor); }
 
   static void forward(const ForwardParams& params, const Tensor& query) {
+    check_options(params.problem);
     check_length("query", params.problem.len_q);
     check_length("key", params.problem.len_k);
     const Launcher launcher(query.get_device_index());
@@ -45,6 +59,10 @@ struct AttentionBackend {
   }
 
   static void backward(const BackwardParams& params, const Tensor& query) {
+    check_options(params.problem);
+    PTK_CHECK(params.grad_mask.data == nullptr,
+              "attention: output_mask: got true for attn_mask, which has no kernel on "
+              "cuda");
     check_length("query", params.problem.len_q);
     check_length("key", params.problem.len_k);
     const Launcher launcher(query.get_device_index());

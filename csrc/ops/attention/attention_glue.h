@@ -236,12 +236,11 @@ inline Tensor empty_lse(const Tensor& like, const Problem& p) {
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask,
-                                             bool is_causal, std::optional<double> scale,
-                                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
-                                             std::optional<Tensor> dropout_seed, int64_t window_left,
-                                             int64_t window_right, bool bottom_right, double softcap,
-                                             double dropout_p) {
+std::tuple<Tensor, Tensor>
+attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
+                  std::optional<double> scale, std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                  std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right, bool bottom_right,
+                  double softcap, double dropout_p) {
   Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
                   window_left, window_right, bottom_right, softcap,      dropout_p};
   const Problem p = make_problem<Backend>(query, key, value, options);
@@ -281,8 +280,8 @@ inline std::optional<Tensor> zeros_like_addend(bool wanted, const char* name, co
     return std::nullopt;
   }
   PTK_CHECK(of && !is_bool(*of), "attention: output_mask: got true for ", name, ", which has no gradient");
-  const auto dtype = lse_dtype(p.dtype) == DType::f64 ? torch::headeronly::ScalarType::Double
-                                                      : torch::headeronly::ScalarType::Float;
+  const auto dtype =
+      lse_dtype(p.dtype) == DType::f64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
   return torch::stable::new_zeros(*of, of->sizes(), dtype);
 }
 

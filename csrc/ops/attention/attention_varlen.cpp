@@ -40,8 +40,9 @@ Offsets read_offsets(const char* name, const Tensor& cu_seqlens, int64_t tokens)
   return offsets;
 }
 
+// Negative: no bound is given.
 void check_longest(const char* name, int64_t given, int64_t longest) {
-  PTK_CHECK(given >= longest, "attention_varlen: ", name, ": got ", given, ", expected at least ", longest,
+  PTK_CHECK(given < 0 || given >= longest, "attention_varlen: ", name, ": got ", given, ", expected at least ", longest,
             ", the longest sequence");
 }
 
@@ -110,15 +111,16 @@ std::tuple<Tensor, Tensor> varlen_forward(Tensor query, Tensor key, Tensor value
                                           Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                           bool is_causal, std::optional<double> scale,
                                           std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
-                                          std::optional<Tensor> dropout_seed, int64_t window_left,
-                                          int64_t window_right, bool bottom_right, double softcap, double dropout_p) {
+                                          std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
+                                          bool bottom_right, double softcap, double dropout_p) {
   Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
                   window_left,  window_right, bottom_right, softcap,      dropout_p};
   PackedProblem packed;
   make_packed_problem(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   const Problem& p = packed.problem;
   Tensor out = empty_packed(query, p.total_q, p.heads_q, p.dim_v, p.dtype);
-  Tensor lse = empty_strided<2>(query, {p.heads_q, p.total_q}, {std::max<int64_t>(p.total_q, 1), 1}, lse_dtype(p.dtype));
+  Tensor lse =
+      empty_strided<2>(query, {p.heads_q, p.total_q}, {std::max<int64_t>(p.total_q, 1), 1}, lse_dtype(p.dtype));
   if (is_empty(p)) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -80,22 +80,40 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fused attention, ``softmax(scale * query @ key^T + attn_mask) @ value``, in memory linear in the lengths.
 
-    A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention` with its argument order, plus ``return_lse``.
+    A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention` with its argument order, and with more:
+
+    ``scores[i, j] = cap(scale * query[i] @ key[j]) - alibi_slope * |i + diagonal - j| + attn_mask[i, j]``, of which row
+    ``i`` sees ``i + diagonal - left <= j <= i + diagonal + right``. ``diagonal`` is 0, so that the first row is aligned
+    with the first key, unless ``attn_mask`` is ``torch.nn.attention.bias.causal_lower_right``: then it is ``Lk - Lq``,
+    so that the last row is aligned with the last key, as in FlashAttention-2.
 
     Args:
         query: ``[..., Hq, Lq, D]``, float64, float32, bfloat16 or float16, with any strides and at least two
             dimensions. Leading dimensions broadcast as in ``torch.matmul``; without ``enable_gqa`` so do the heads.
+            Or a jagged nested tensor ``[batch, heads, jagged, D]``, as key and value then are, without a mask: see
+            :func:`ptkernels.attention_varlen`, which it runs.
         key: ``[..., Hkv, Lk, D]``, dtype and device of ``query``.
         value: ``[..., Hkv, Lk, Dv]``. ``D`` and ``Dv`` are 1 to 512 and may differ.
         attn_mask: broadcastable to the scores ``[..., Hq, Lq, Lk]``. Boolean, where True means attend, or added to
-            the scaled scores, in the query's dtype or in float32. Default: no mask.
-        dropout_p: probability of dropping a weight, applied whenever it is above 0: pass 0.0 in evaluation.
+            the scores, in the query's dtype or in float32, and then differentiable. Or a triangle of torch, which costs
+            no memory: ``causal_upper_left(Lq, Lk)`` is ``is_causal=True``, ``causal_lower_right(Lq, Lk)`` hides
+            ``j > i + Lk - Lq``; rows that see no key are empty (see below), where torch gives NaN. Default: no mask.
+        dropout_p: probability of dropping a weight, applied whenever it is above 0: pass 0.0 in evaluation. Rounded to
+            a multiple of 2^-16, by which what is kept is scaled up, so that the expectation is exact.
         is_causal: row ``i`` attends to keys ``j <= i`` only (aligned top left, also where ``Lq != Lk``). Together with
             ``attn_mask``, which torch refuses, both apply.
         scale: factor of the scores. Default: ``1 / sqrt(D)``.
         enable_gqa: let ``Hq / Hkv`` consecutive query heads share each key and value head. Without it, unequal head
             counts are an error unless they broadcast, that is unless one of them is 1.
-        return_lse: also return the log-sum-exp of every row of masked scores.
+        window: ``(left, right)``, how many keys before and after its own a row sees; None or -1 for no bound. Blocks of
+            scores outside of it are not computed. Default: no bounds.
+        softcap: replaces scores by ``softcap * tanh(scores / softcap)``, before all that is added to them. Default:
+            0.0, none.
+        alibi_slopes: ``[Hq]`` or ``[..., Hq]``, float32 or the query's dtype: how much a head's scores fall per key of
+            distance to ``i + diagonal``. Differentiable. Default: none.
+        sinks: ``[Hq]`` or ``[..., Hq]``, the same dtypes: logit of a key without a value, which takes its share of the
+            softmax and is part of ``lse``. Differentiable; -inf is no sink. Default: none.
+        return_lse: also return the log-sum-exp of every row of scores.
 
     Returns:
         ``out`` of shape ``[..., Hq, Lq, Dv]`` in the query's dtype, laid out so that
@@ -109,15 +127,21 @@ def attention(
         ptkernels.errors.BackendError: the backend asked for cannot run the call.
 
     Note:
-        Rows with no key to attend to (all masked, or ``Lk == 0``) give out 0, lse -inf and zero gradients.
+        Rows with no key to attend to (all masked, or ``Lk == 0``) give out 0, lse -inf and zero gradients; with a sink,
+        lse is the sink, and its gradient is that of lse.
 
-        Time is ``O(Lq * Lk * (D + Dv))`` per head, forward and backward; memory beyond the results is ``O(Lq + Lk)``.
+        Time is ``O(D + Dv)`` per pair of a row and a key in its window, per head, forward and backward; memory beyond
+        the results is ``O(Lq + Lk)``. The gradient of ``attn_mask`` has the size of ``attn_mask``, and costs no more.
         Softmax and every accumulation run in float32, in float64 for float64. Results do not depend on the number
         of threads. The algorithm is the online softmax of Milakov and Gimelshein (2018), tiled as in FlashAttention
         (Dao et al., 2022; Dao, 2023).
 
-        Dropout, a mask that requires grad, double backward and forward-mode differentiation run on
-        :func:`ptkernels.reference.attention` in ``O(Lq * Lk)`` memory, with a warning; so do devices without a kernel.
+        Dropout takes one seed from torch's default generator on the CPU per call. Which weights it drops is a function
+        of the seed and their place alone, by Philox (Salmon et al., 2011): the backward and activation checkpointing
+        drop what the forward did, as does :func:`ptkernels.reference.attention` after the same ``torch.manual_seed``.
+
+        Double backward and forward-mode differentiation run on the reference in ``O(Lq * Lk)`` memory, with a warning;
+        so do devices without a kernel and, on CUDA, every option that torch does not have.
         ``ptkernels.explain(ptkernels.attention, ...)`` tells what a call will run on. Tensors on the meta device only
         have their shapes propagated.
 
@@ -129,6 +153,8 @@ def attention(
         >>> out, lse = ptk.attention(query, key[:, :2], value[:, :2], enable_gqa=True, return_lse=True)
         >>> lse.shape
         torch.Size([2, 8, 100])
+        >>> ptk.attention(query, key, value, is_causal=True, window=(16, 0), sinks=torch.zeros(8)).shape
+        torch.Size([2, 8, 100, 64])
     """
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
@@ -173,10 +199,18 @@ def _attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(query, Tensor) and query.is_nested:
+        named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        return _nested(query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, **named)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     beyond = (window, softcap, alibi_slopes, sinks)
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
-    if dropout_p or softcap or any(given is not None for given in (window, alibi_slopes, sinks)) or is_triangle(attn_mask):
+    if (
+        dropout_p
+        or softcap
+        or any(given is not None for given in (window, alibi_slopes, sinks))
+        or is_triangle(attn_mask)
+    ):
         checks.check_inputs(*args)
     try:
         mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
@@ -190,3 +224,11 @@ def _attention(
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise
+
+
+def _nested(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from ptkernels.ops.attention_varlen import attention_varlen, jagged  # which is built on this module
+
+    call = jagged.pack(*args, **options)
+    out, lse = attention_varlen(*call.operands, **call.kwargs, return_lse=True)
+    return call.restore(out), call.restore(lse.t().contiguous())

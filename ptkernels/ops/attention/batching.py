@@ -62,9 +62,7 @@ def merge_options(options: Options, dims: Options, size: int, batch: int, keep_s
 def _merge_all(tensors: tuple[Tensor | None, ...], dims: Dims, size: int) -> tuple[list[Tensor | None], int]:
     """Merged operands, and the batch size that each call of the mapped function sees."""
     batch = next(
-        mapped_first(tensor, dim, size).size(1)
-        for tensor, dim in zip(tensors, dims, strict=True)
-        if tensor is not None
+        mapped_first(tensor, dim, size).size(1) for tensor, dim in zip(tensors, dims, strict=True) if tensor is not None
     )
     return [_merge(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)], batch
 
@@ -114,7 +112,8 @@ def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor | N
         if grad is not None and index < 3:
             grads[index] = grad.unflatten(0, (size, batch))
         elif grad is not None:
-            tensor, dim = given[index - 3], mapped[index - 3]
+            tensor: Any = given[index - 3]
+            dim: Any = mapped[index - 3]
             shape = tensor.shape if dim is None else tensor.movedim(dim, 0).shape[1:]
             grads[index] = _unmerge_shared(grad, shape, size, batch)
     return tuple(grads), tuple(None if grad is None else 0 for grad in grads)

@@ -46,7 +46,7 @@ def _check_tensor(name: str, value: Any) -> None:
             f"{OP}: {name}: got a quantized tensor ({_dtype_name(value.dtype)}), expected {name}.dequantize()"
         )
     if value.is_nested:
-        raise TypeError(f"{OP}: {name}: got a nested tensor, expected a padded one, with attn_mask for the padding")
+        raise TypeError(f"{OP}: {name}: got a nested tensor, expected all operands to be jagged ones, or none")
     if value.layout is not torch.strided:
         raise TypeError(f"{OP}: {name}: got layout {value.layout}, expected torch.strided (a dense tensor)")
 
@@ -284,6 +284,7 @@ def check_backward_inputs(
     out: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
+    *,
     options: Options,
 ) -> None:
     """The same for ``torch.ops.ptkernels._attention_backward``."""

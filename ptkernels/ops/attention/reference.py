@@ -1,6 +1,6 @@
 """Attention in plain torch: the oracle, and the composition that runs where no kernel can.
 
-    scores = cap(scale * query @ key^T) - slope * |i + diagonal - j| + attn_mask       cap(x) = softcap * tanh(x / softcap)
+    scores = cap(scale * query @ key^T) - slope * |i + diagonal - j| + attn_mask,  cap(x) = softcap * tanh(x / softcap)
     weights = softmax([scores, sink])[:-1]              hidden entries of scores are -inf, weights 0 where all are
     out = dropout(weights) @ value,  lse = logsumexp([scores, sink])
 
@@ -119,9 +119,7 @@ def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int]
     return halves.flatten(2, 3)[:, :, :queries] < keep_below
 
 
-def dropout_factors(
-    weights: Tensor, options: Options, batch: int, heads: int, first_batch: int = 0
-) -> Tensor | float:
+def dropout_factors(weights: Tensor, options: Options, batch: int, heads: int, first_batch: int = 0) -> Tensor | float:
     """0 where a weight is dropped, and the inverse of the share that is kept elsewhere."""
     if options.dropout_seed is None or options.keep_below == KEEP_ALL:
         return 1.0
@@ -221,9 +219,7 @@ def attention(
         >>> lse.exp()
         tensor([[[1., 2., 3.]]])
     """
-    mask, options = resolve(
-        query.dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks
-    )
+    mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
     out, lse = attention_with(query, key, value, mask, options, enable_gqa)
     return (out, lse) if return_lse else out
 
@@ -235,6 +231,7 @@ def attention_gradients(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    *,
     options: Options,
     first_batch: int = 0,
 ) -> tuple[Tensor | None, ...]:

@@ -51,8 +51,10 @@ def _fake_backward(*args: Any) -> Gradients:
     args = complete_backward(args)
     _, _, query, key, value, _, _, attn_mask = args[:8]
     options, wanted = backward_options(args), [*args[OUTPUT_MASK], False, False, False]
-    check_backward_inputs(*args[:8], options)
-    grads = [_heads_inside(t, *t.shape) if needed else None for t, needed in zip((query, key, value), wanted, strict=False)]
+    check_backward_inputs(*args[:8], options=options)
+    grads = [
+        _heads_inside(t, *t.shape) if needed else None for t, needed in zip((query, key, value), wanted, strict=False)
+    ]
     for tensor, needed in zip((attn_mask, *options.tensors), wanted[3:], strict=False):
         dtype = compute_dtype(query.dtype)
         grads.append(tensor.new_empty(tensor.shape, dtype=dtype) if needed and tensor is not None else None)
@@ -119,7 +121,7 @@ class _AttentionBackward(Function):
         def gradients(*primals: Tensor) -> tuple[Any, ...]:
             now = saved | dict(zip(places, primals, strict=True))
             options = ctx.options._replace(alibi_slopes=now[11], sinks=now[12], dropout_seed=seed)
-            results = reference.attention_gradients(*(now[at] for at in (0, 1, 2, 3, 4, 7)), options)
+            results = reference.attention_gradients(*(now[at] for at in (0, 1, 2, 3, 4, 7)), options=options)
             return tuple(results[index] for index in given)
 
         pullback: Any = torch.func.vjp(gradients, *(saved[at] for at in places))[1]
@@ -163,7 +165,7 @@ def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
     differentiated = (*args[:5], args[7], *options.tensors)
     if has_tangent(*differentiated):
         _backend.fallback(OP, FORWARD_MODE)
-        results = reference.attention_gradients(*args[:5], args[7], options)
+        results = reference.attention_gradients(*(args[at] for at in (0, 1, 2, 3, 4, 7)), options=options)
         wanted = (*args[OUTPUT_MASK], False, False, False)
         return tuple(grad if needed else None for grad, needed in zip(results, wanted, strict=False))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ptkernels import _backend, _loader
-from ptkernels._registry import Explanation, KernelInfo
 from ptkernels._autograd import has_tangent
+from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
 from ptkernels.ops.attention.options import Options, resolve
@@ -115,6 +115,13 @@ def explain(
 
     Raises what the call would raise for bad arguments.
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        from ptkernels.ops.attention_varlen import jagged, routing  # which are built on this module
+
+        named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        args = (query, key, value, attn_mask, is_causal, enable_gqa)
+        packed = jagged.pack(*args, dropout_p=dropout_p, scale=scale, **named)
+        return routing.explain(*packed.operands, **packed.kwargs)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     beyond = (window, softcap, alibi_slopes, sinks)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptkernels._registry import BenchCase, Direction, Level, OpSpec, Sample, register
 from ptkernels.ops.attention import attention, reference, routing
-from ptkernels.ops.attention.options import resolve
+from ptkernels.ops.attention.options import compute_dtype, resolve
 
 
 def _layout_heads_inside(tensor: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def composition(
 ) -> Any:
     """Attention as models write it out: products in the dtype of the inputs, softmax in float32."""
     dtype = query.dtype
-    wide = reference.compute_dtype(dtype)
+    wide = compute_dtype(dtype)
     if enable_gqa:
         key, value = (reference.share_heads(tensor, query.size(-3)) for tensor in (key, value))
     scores = (query @ key.transpose(-2, -1)).to(wide) * reference.default_scale(query, scale)
@@ -359,7 +359,7 @@ def torch_attention(
 ) -> Any:
     """PyTorch's own attention, and the written-out one for what that refuses or answers with NaN."""
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    beyond = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    beyond: dict[str, Any] = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
     refused = softcap != 0.0 or any(given is not None for given in (window, alibi_slopes, sinks))
     refused = refused or dropout_p > 0.0
     refused |= attn_mask is not None and (

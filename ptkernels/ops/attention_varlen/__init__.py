@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ptkernels import _backend
 from ptkernels.ops.attention.checks import check_window
-from ptkernels.ops.attention.options import Options, resolve
+from ptkernels.ops.attention.options import resolve
 from ptkernels.ops.attention.register import autocast_if_enabled
-from ptkernels.ops.attention_varlen import checks, reference, register, routing
+from ptkernels.ops.attention_varlen import checks, reference, routing
+from ptkernels.ops.attention_varlen import register as _register  # noqa: F401 - registers with torch on import
 from ptkernels.ops.attention_varlen.library import varlen_op
 
 __all__ = ["attention_varlen"]
-
-
-def longest(cu_seqlens: Tensor) -> int:
-    """Length of the longest sequence."""
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 @overload
@@ -97,8 +92,7 @@ def attention_varlen(
         value: ``[tokens_k, Hkv, Dv]``. ``D`` and ``Dv`` are 1 to 512 and may differ.
         cu_seqlens_q: ``[sequences + 1]``, int32 or int64: 0, then where each sequence ends. The last is ``tokens_q``.
         cu_seqlens_k: the same for key and value.
-        max_seqlen_q: an upper bound of the lengths. Default: read from ``cu_seqlens_q``, which ``torch.compile``
-            cannot do.
+        max_seqlen_q: an upper bound of the lengths, which is checked. Nothing depends on it; other libraries need it.
         max_seqlen_k: the same for key and value.
         dropout_p: as in :func:`ptkernels.attention`.
         is_causal: row ``i`` of a sequence attends to its keys ``j <= i`` only.
@@ -141,14 +135,11 @@ def attention_varlen(
         raise TypeError(f"{checks.OP}: query: got {type(query).__name__}, expected torch.Tensor")
     _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
     options = options._replace(bottom_right=bottom_right)
-    bounds = [0 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
-    checks.check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, *bounds, options)
+    bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
+    checks.check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], options=options)
     if routing.runs_on_reference(query, key, value, options):
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+            out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options=options)
     else:
-        max_seqlen_q = longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
-        args = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = varlen_op(*args, *options)
+        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options)
     return (out, lse) if return_lse else out

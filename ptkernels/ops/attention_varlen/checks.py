@@ -105,6 +105,7 @@ def check_inputs(
     cu_seqlens_k: Any,
     max_seqlen_q: Any,
     max_seqlen_k: Any,
+    *,
     options: Options,
 ) -> None:
     """Raise the precise error for the first argument of :func:`ptkernels.attention_varlen` that is wrong.
@@ -114,7 +115,5 @@ def check_inputs(
         ValueError: a shape, a device or a number is out of range.
     """
     _check_operands(query, key, value)
-    _check_sequences(
-        query, cu_seqlens_q, cu_seqlens_k, {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    )
+    _check_sequences(query, cu_seqlens_q, cu_seqlens_k, {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     _check_options(query, cu_seqlens_q.size(0) - 1, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def _packed(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def attention_varlen_with(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The loop, with the options of the operator."""
     outs, lses = [], []
@@ -92,7 +92,7 @@ def attention_varlen(
     """
     _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
     options = options._replace(bottom_right=bottom_right)
-    out, lse = attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    out, lse = attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options=options)
     return (out, lse) if return_lse else out
 
 
@@ -104,6 +104,7 @@ def attention_varlen_gradients(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    *,
     options: Options,
 ) -> tuple[Tensor | None, ...]:
     """First derivatives, which can be differentiated further: of query, key, value, alibi_slopes and sinks."""
@@ -111,13 +112,16 @@ def attention_varlen_gradients(
     for rows, keys, own, place in _parts(cu_seqlens_q, cu_seqlens_k, options):
         operands = (_dense(query, rows), _dense(key, keys), _dense(value, keys))
         of_lse = None if grad_lse is None else grad_lse[:, rows].unsqueeze(0)
-        grads = reference.attention_gradients(_dense(grad_out, rows), of_lse, *operands, None, own, place)
+        grads = reference.attention_gradients(
+            _dense(grad_out, rows), of_lse, *operands, None, options=own, first_batch=place
+        )
         found.append((*grads[:3], *grads[4:]))
     if not found:
         return tuple(None if t is None else torch.zeros_like(t) for t in (query, key, value, *options.tensors))
-    query_grads, key_grads, value_grads, *head_grads = zip(*found, strict=True)
+    columns: Any = list(zip(*found, strict=True))
     summed = []
-    for tensor, grads in zip(options.tensors, head_grads, strict=True):
+    for tensor, grads in zip(options.tensors, columns[3:], strict=True):
         stacked = None if tensor is None else torch.stack(grads)
-        summed.append(stacked if tensor is None or stacked is None or tensor.dim() == 2 else stacked.sum(0))
-    return _packed(query_grads, query), _packed(key_grads, key), _packed(value_grads, value), *summed
+        summed.append(stacked if stacked is None or tensor is None or tensor.dim() == 2 else stacked.sum(0))
+    packed = [_packed(grads, like) for grads, like in zip(columns[:3], (query, key, value), strict=True)]
+    return (*packed, *summed)

@@ -23,9 +23,9 @@ _OPTIONS, _OUTPUT_MASK, _BACKWARD_OPTIONS = 7, 11, 12
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = args[:_OPTIONS]
+    query, _, value = args[:3]
     options = Options(*args[_OPTIONS:])
-    check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    check_inputs(*args[:_OPTIONS], options=options)
     tokens, heads, _ = query.shape
     out = query.new_empty(tokens, heads, value.size(2))
     return out, query.new_empty(heads, tokens, dtype=compute_dtype(query.dtype))
@@ -33,7 +33,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(*args: Any) -> Gradients:
     query, options, wanted = args[2], Options(*args[_BACKWARD_OPTIONS:]), args[_OUTPUT_MASK]
-    check_inputs(*args[2:5], *args[7:_OUTPUT_MASK], options)
+    check_inputs(*args[2:5], *args[7:_OUTPUT_MASK], options=options)
     found = [(tensor, tensor.dtype) for tensor in args[2:5]]
     found += [(tensor, compute_dtype(query.dtype)) for tensor in options.tensors]
     return tuple(
@@ -48,8 +48,9 @@ class _Varlen(Function):
         out, lse = forward_of_function(varlen_op, keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:5], out, lse, *args[_OPTIONS + 2 : _OPTIONS + 5])
-        ctx.lengths, ctx.options = args[5:7], Options(*args[_OPTIONS:])._replace(
-            alibi_slopes=None, sinks=None, dropout_seed=None
+        ctx.lengths, ctx.options = (
+            args[5:7],
+            Options(*args[_OPTIONS:])._replace(alibi_slopes=None, sinks=None, dropout_seed=None),
         )
         return out, lse
 
@@ -98,8 +99,8 @@ class _VarlenBackward(Function):
             options = ctx.options._replace(
                 alibi_slopes=now[_BACKWARD_OPTIONS + 2], sinks=now[_BACKWARD_OPTIONS + 3], dropout_seed=seed
             )
-            operands = (now[at] for at in range(5))
-            results = reference.attention_varlen_gradients(*operands, cu_seqlens_q, cu_seqlens_k, options)
+            found = (*(now[at] for at in range(5)), cu_seqlens_q, cu_seqlens_k)
+            results = reference.attention_varlen_gradients(*found, options=options)
             return tuple(results[index] for index in given)
 
         pullback: Any = torch.func.vjp(gradients, *(saved[at] for at in places))[1]
@@ -116,9 +117,9 @@ def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
     args = (*args[:_OPTIONS], *options)
     differentiable = (*args[:3], *options.tensors)
     if has_tangent(*differentiable):
-        check_inputs(*args[:_OPTIONS], options)
+        check_inputs(*args[:_OPTIONS], options=options)
         _backend.fallback(OP, FORWARD_MODE)
-        return reference.attention_varlen_with(*args[:5], options)
+        return reference.attention_varlen_with(*args[:5], options=options)
     if _needs_grad(*differentiable):
         result: tuple[Tensor, Tensor] = apply(_Varlen, keyset, *args)
     else:
@@ -132,7 +133,7 @@ def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
     differentiable = (*args[:5], *options.tensors)
     if has_tangent(*differentiable):
         _backend.fallback(OP, FORWARD_MODE)
-        results = reference.attention_varlen_gradients(*args[:5], *args[7:9], options)
+        results = reference.attention_varlen_gradients(*args[:5], *args[7:9], options=options)
         return tuple(grad if needed else None for grad, needed in zip(results, args[_OUTPUT_MASK], strict=True))
     if _needs_grad(*differentiable):
         result: Gradients = apply(_VarlenBackward, keyset, *args)

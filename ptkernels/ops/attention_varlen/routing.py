@@ -61,20 +61,24 @@ def explain(
     check_window(window)
     beyond = (window, softcap, alibi_slopes, sinks)
     _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, *beyond, draw=False)
-    bounds = [0 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
-    check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, *bounds, options._replace(bottom_right=bottom_right))
+    bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
+    options = options._replace(bottom_right=bottom_right)
+    check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], options=options)
     if _backend.state.backend == "reference":
         reason = "backend 'reference' was asked for"
         return Explanation(OP, _LOOP, "reference", reason, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
-    if reason := fallback_reason(query, key, value, options):
-        return Explanation(OP, _LOOP, "reference", reason)
+    if uncovered := fallback_reason(query, key, value, options):
+        return Explanation(OP, _LOOP, "reference", uncovered)
     # The choice of kernel is that of one batch as long as the longest sequence.
     kernel = "shape propagation"
     if device == "cpu":
-        longest = [int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0 for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
-        q, k, v = (tensor[:length].transpose(0, 1).unsqueeze(0) for tensor, length in zip((query, key, value), (longest[0], longest[1], longest[1]), strict=True))
+        rows, keys = (
+            int(offsets.diff().max()) if offsets.numel() > 1 else 0 for offsets in (cu_seqlens_q, cu_seqlens_k)
+        )
+        longest = (query[:rows], key[:keys], value[:keys])
+        q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in longest)
         kernel = dense.cpu_kernel(q, k, v, None, is_causal)
     return Explanation(OP, kernel, device, f"fused kernel for {device} tensors")
 

@@ -88,7 +88,9 @@ _QUICK = [
     _Case("grouped-heads", (17, 40), (30, 60), heads=6, kv_heads=2, offsets_dtype=torch.int32),
     _Case("heads-outside", (17, 40), (30, 60), layout="heads_outside"),
     _Case("few-rows", (1, 2, 1), (257, 5, 700), heads=4, kv_heads=2, d=40),
-    _Case("everything", (60, 3, 90), (45, 30, 128), heads=4, slopes=2, sinks=True, options=(*_CORNER, ("dropout_p", 0.2))),
+    _Case(
+        "everything", (60, 3, 90), (45, 30, 128), heads=4, slopes=2, sinks=True, options=(*_CORNER, ("dropout_p", 0.2))
+    ),
     _Case("no-tokens", (0, 0)),
 ]
 
@@ -196,11 +198,12 @@ def bench_cases() -> list[BenchCase]:
         shape = {"lengths": lengths, "H": heads, "D": dim, "causal": causal}
         pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
         for dtype in (torch.float32, torch.bfloat16):
-            for direction, flops, tensors in (("forward", 4, 4), ("forward+backward", 14, 12)):
+            costs: list[tuple[Direction, int, int]] = [("forward", 4, 4), ("forward+backward", 14, 12)]
+            for direction, flops, tensors in costs:
                 make = partial(_make_inputs, shape, dtype, direction)
                 work = flops * heads * dim * pairs
                 traffic = tensors * tokens * heads * dim * dtype.itemsize + heads * tokens * 4
-                cases.append(BenchCase(name, model, shape, dtype, direction, make, work, traffic))  # type: ignore[arg-type]
+                cases.append(BenchCase(name, model, shape, dtype, direction, make, work, traffic))
     return cases
 
 
