@@ -227,7 +227,11 @@ OP_BAD: list[tuple[str, Callable[[], Op], str]] = [
     ("layout", lambda: {"layout": "nested"}, "layout: got 'nested'"),
     ("mode", lambda: {"mode": "LSTM"}, "mode: got 'LSTM'"),
     ("batch", lambda: {"batch_size": -1}, "batch_size: got -1"),
-    ("lengths", lambda: {"layout": "varlen", "sizes": torch.tensor([0, 4, 3, 5])}, "sizes: got cu_seqlens that decrease"),
+    (
+        "lengths",
+        lambda: {"layout": "varlen", "sizes": torch.tensor([0, 4, 3, 5])},
+        "sizes: got cu_seqlens that decrease",
+    ),
 ]
 
 
