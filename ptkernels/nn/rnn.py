@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -15,7 +16,8 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
 class _Stack(nn.RNNBase):
-    """What the three have in common; mixed in before the torch module whose parameters it uses."""
+    """What the three have in common. ``RNNBase`` has the parameters, their names and their initialisation; torch.compile
+    refuses subclasses of the modules themselves."""
 
     def _run(
         self, op: str, mode: str, input: Any, hx: Any, lengths: Tensor | None, cu_seqlens: Tensor | None
@@ -41,13 +43,20 @@ class _Stack(nn.RNNBase):
         )
 
 
-class LSTM(_Stack, nn.LSTM):
+class LSTM(_Stack):
     """``torch.nn.LSTM`` on :func:`ptkernels.lstm`: same constructor, parameters, initialisation and ``state_dict``.
 
     Args:
-        *args: those of :class:`torch.nn.LSTM`: input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
-            dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None.
-        **kwargs: the same by keyword.
+        input_size: features of the input.
+        hidden_size: units.
+        num_layers: layers, each reading the outputs of the one before.
+        bias: whether there are biases.
+        batch_first: where the batch of padded inputs and outputs is; states are ``[.., batch, features]`` either way.
+        dropout: probability of dropping an output between layers in training.
+        bidirectional: run in both directions.
+        proj_size: features that h is projected to; 0 means no projection.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, (h_n, c_n))``. Forms of input,
@@ -63,7 +72,25 @@ class LSTM(_Stack, nn.LSTM):
         True
     """
 
-    def forward(  # type: ignore[override]
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__(
+            "LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device=device, dtype=dtype
+        )
+
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
@@ -75,12 +102,10 @@ class LSTM(_Stack, nn.LSTM):
         return output, (h_n, c_n)
 
 
-class GRU(_Stack, nn.GRU):
+class GRU(_Stack):
     """``torch.nn.GRU`` on :func:`ptkernels.gru`: same constructor, parameters, initialisation and ``state_dict``.
 
-    Args:
-        *args: those of :class:`torch.nn.GRU`.
-        **kwargs: the same by keyword.
+    Arguments are those of :class:`ptkernels.nn.LSTM` without ``proj_size``.
 
     Shape:
         Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
@@ -92,7 +117,22 @@ class GRU(_Stack, nn.GRU):
         torch.Size([5, 3, 16])
     """
 
-    def forward(  # type: ignore[override]
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("GRU", *sizes, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype)
+
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
@@ -103,12 +143,11 @@ class GRU(_Stack, nn.GRU):
         return self._run("gru", "gru", input, hx, lengths, cu_seqlens)[:2]
 
 
-class RNN(_Stack, nn.RNN):
+class RNN(_Stack):
     """``torch.nn.RNN`` on :func:`ptkernels.rnn`: same constructor, parameters, initialisation and ``state_dict``.
 
-    Args:
-        *args: those of :class:`torch.nn.RNN`, ``nonlinearity`` included.
-        **kwargs: the same by keyword.
+    Arguments are those of :class:`ptkernels.nn.GRU`, with ``nonlinearity``, ``"tanh"`` or ``"relu"``, after
+    ``num_layers``.
 
     Shape:
         Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
@@ -120,7 +159,28 @@ class RNN(_Stack, nn.RNN):
         torch.Size([5, 3, 16])
     """
 
-    def forward(  # type: ignore[override]
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"RNN: nonlinearity: got {nonlinearity!r}, expected tanh or relu")
+        self.nonlinearity = nonlinearity
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", *sizes, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+        )
+
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ _SAVED_GATES = {"lstm": 4, "gru": 4, "tanh": 0, "relu": 0}
 
 
 def _saved_shapes(input: Tensor, mode: str, directions: int, hidden: int) -> tuple[list[Any], list[Any]]:
-    rows = input.shape[:-1].numel()
+    rows = math.prod(input.shape[:-1])  # Size.numel() would specialise symbolic sizes
     gates = [directions, rows, _SAVED_GATES[mode], hidden] if _SAVED_GATES[mode] else [0]
     return gates, [directions, rows, hidden] if mode == "lstm" else [0]
 

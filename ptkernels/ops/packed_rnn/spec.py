@@ -93,9 +93,7 @@ _GRADCHECK = [
     _Case("gru-both", "gru", lengths=(3, 2), features=2, hidden=2, both=True, state=True, sorted=False),
     _Case("lstm-both-projected", lengths=(2, 2), features=2, hidden=3, both=True, projection=2, state=True),
     _Case("tanh-padded", "tanh", lengths=(1, 3), features=2, hidden=2, state=True, layout="batch_first"),
-    _Case(
-        "relu-concatenated", "relu", lengths=(2, 0, 1), features=2, hidden=3, layout="varlen", bias=False, state=True
-    ),
+    _Case("relu-padded", "relu", lengths=(2, 0, 1), features=2, hidden=3, layout="time_first", bias=False, state=True),
     _Case("lstm-padded-both", lengths=(1, 0, 2), features=2, hidden=2, both=True, layout="time_first", state=True),
     _Case("gru", "gru", lengths=(2, 1), features=3, hidden=2, bias=False, state=True),
 ]
