@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ptkernels import errors, reference
+from ptkernels import errors, nn, reference
 from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
@@ -24,6 +24,7 @@ __all__ = [
     "backend",
     "errors",
     "explain",
+    "nn",
     "quantize_weight",
     "quantized_linear",
     "reference",
