@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from ptkernels.nn.quantized import LoRALinear, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "TransformerEncoderLayer"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "LoRALinear",
+    "MultiheadAttention",
+    "QuantizedLinear",
+    "RNNCell",
+    "TransformerEncoderLayer",
+    "quantize_",
+]

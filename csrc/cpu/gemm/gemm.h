@@ -39,6 +39,11 @@ PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t
   if constexpr (multiply == Multiply::madd_s16) {
     madd_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
+#if PTK_ISA_LEVEL > 0
+  if constexpr (multiply == Multiply::dot_u4) {
+    dot_u4_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+  }
+#endif
 #elif PTK_ISA_LEVEL < 5
   if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8) {
     dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
@@ -69,11 +74,13 @@ static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t 
 template <class T>
 inline constexpr bool kUsesTiles = GemmTraits<T>::kKStep * sizeof(Element<T>) == 64;
 
-// Types that are widened at packing share the kernels of the type they are
-// widened to.
-template <class T>
-using KernelType = std::conditional_t<GemmTraits<T>::kMultiply == Multiply::fma, Element<T>,
-                                      std::conditional_t<GemmTraits<T>::kMultiply == Multiply::madd_s16, int8_t, T>>;
+// Types that are widened at packing share the kernels of the type they are widened to, and u4 those of unsigned bytes
+// where it has none of its own.
+template <class T, Multiply kMultiply = GemmTraits<T>::kMultiply>
+using KernelType =
+    std::conditional_t<kMultiply == Multiply::fma, Element<T>,
+                       std::conditional_t<kMultiply == Multiply::madd_s16, int8_t,
+                                          std::conditional_t<kMultiply == Multiply::dot_u8, uint8_t, T>>>;
 
 template <class T, class Epilogue>
 static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,

@@ -252,5 +252,53 @@ PTK_INLINE void madd_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k
 }
 #endif
 
+#if PTK_ISA_LEVEL == 1 || PTK_ISA_LEVEL == 2
+// Products of unsigned a and signed b, added in pairs: at most 2 * 15 * 127, so eight of them never saturate.
+PTK_INLINE Vec<int16_t> multiply_add_bytes(Vec<uint8_t> a, Vec<int8_t> b) {
+#if PTK_X86_AVX512
+  return (Vec<int16_t>)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<int16_t>)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#else
+  const Vec<int16_t> x = bit_cast<Vec<int16_t>>(a), y = bit_cast<Vec<int16_t>>(b);
+  return (x & 0xff) * (y << 8 >> 8) + bit_cast<Vec<int16_t>>(bit_cast<Vec<uint16_t>>(a) >> 8) * (y >> 8);
+#endif
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void dot_u4_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                              int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int nr = GemmTraits<T>::kNr;
+  constexpr int64_t exact = 8 * 4;
+  const Vec<int16_t> ones = broadcast(int16_t(1));
+  Vec<int32_t> sum[M][2] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    auto a = RowPointers<uint8_t, M>::make(blocks[block].a + row * lda, lda);
+    const int8_t* b = blocks[block].b;
+    for (int64_t i = 0; i < k;) {
+      Vec<int16_t> part[M][2] = {};
+#pragma GCC unroll 1
+      for (const int64_t end = least(k, i + exact); i < end; i += 4) {
+        const Vec<int8_t> b0 = load(b), b1 = load(b + 2 * nr);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vec<uint8_t> x = bit_cast<Vec<uint8_t>>(broadcast(a.template at<int32_t>(m)));
+          part[m][0] += multiply_add_bytes(x, b0);
+          part[m][1] += multiply_add_bytes(x, b1);
+        }
+        a.advance(sizeof(int32_t));
+        b += 4 * nr;
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        sum[m][0] += multiply_add_pairs(part[m][0], ones);
+        sum[m][1] += multiply_add_pairs(part[m][1], ones);
+      }
+    }
+  }
+  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
+}
+#endif
+
 }  // namespace detail
 }  // namespace ptk::PTK_ISA

@@ -21,7 +21,7 @@
 
 namespace ptk::PTK_ISA {
 
-enum class Multiply { fma, dot_bf16, madd_s16, dot_s8, dot_u8 };
+enum class Multiply { fma, dot_bf16, madd_s16, dot_u4, dot_s8, dot_u8 };
 
 // Micro-kernel shape for operands of storage type T. `Element` is the type both
 // operands are packed to.
@@ -71,6 +71,25 @@ struct Gemm8Traits {
   static constexpr int kNr = 2 * kLanes<int32_t>;
   static constexpr int kMr = kTiles ? 32 : 12;
 };
+#endif
+// A of unsigned numbers below 16, one to a byte; B signed bytes above -128. Sums of eight products of pairs fit into 16
+// bits, which spares the levels without a four-way dot product half of the multiplications.
+struct u4 {
+  uint8_t bits;
+};
+#if PTK_ISA_LEVEL == 1 || PTK_ISA_LEVEL == 2
+template <>
+struct GemmTraits<u4> {
+  static constexpr Multiply kMultiply = Multiply::dot_u4;
+  using Element = uint8_t;
+  using Sum = int32_t;
+  static constexpr int kPack = 4, kKStep = 4, kRowPad = 1;
+  static constexpr int kNr = 2 * kLanes<int32_t>;
+  static constexpr int kMr = PTK_ISA_LEVEL == 2 ? 14 : 6;
+};
+#else
+template <>
+struct GemmTraits<u4> : Gemm8Traits<uint8_t> {};
 #endif
 template <>
 struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};

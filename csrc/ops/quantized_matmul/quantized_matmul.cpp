@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -20,8 +19,7 @@ CodeFormat parse_code_format(std::string_view name) {
       return static_cast<CodeFormat>(i);
     }
   }
-  throw std::invalid_argument("quantized_linear: code_format: got '" + std::string(name) +
-                              "', expected s8, u4, u2, nf4, fp4 or fp8");
+  fail("quantized_linear: code_format: got '", name, "', expected s8, u4, u2, nf4, fp4 or fp8");
 }
 
 namespace {

@@ -87,7 +87,7 @@ struct QuantizedMatmulKernels {
 
 PTK_DECLARE_KERNELS(QuantizedMatmulKernels, quantized_matmul_kernels)
 
-// Throws std::invalid_argument on an unknown name.
+// Throws std::runtime_error on an unknown name.
 PTK_EXPORT CodeFormat parse_code_format(std::string_view name);
 
 PTK_EXPORT const char* quantized_matmul_kernel_name(const QuantizedForward& problem);

@@ -9,6 +9,13 @@
 namespace ptk::PTK_ISA {
 namespace {
 
+#if PTK_ISA_LEVEL != 4
+template <class F>
+bool tiled_integers(const QuantizedForward& p) {
+  return p.weight.format == CodeFormat::u4 ? TiledForward<u4, F>(p).run() : TiledForward<int8_t, F>(p).run();
+}
+#endif
+
 // Above avx512 the levels differ in 8-bit products (avx512_vnni, amx) and in bfloat16 ones (avx512_bf16, amx): everything
 // else runs the kernels of the level below.
 #if PTK_ISA_LEVEL >= 3
@@ -39,7 +46,7 @@ bool is_own(const QuantizedBackward& p) {
 bool forward(const QuantizedForward& p) {
   if (!is_own(p)) return below().forward(p);
 #if PTK_ISA_LEVEL != 4
-  if (p.quantize_input) return TiledForward<int8_t, float>(p).run();
+  if (p.quantize_input) return tiled_integers<float>(p);
 #endif
 #if PTK_ISA_LEVEL >= 4
   return TiledForward<bf16, float>(p).run();
@@ -67,8 +74,7 @@ const QuantizedMatmulKernels& below() {
 bool forward(const QuantizedForward& p) {
   if (DirectForward::suits(p)) return DirectForward(p).run();
   const DType dtype = p.input.dtype;
-  if (p.quantize_input)
-    return dtype == DType::f64 ? TiledForward<int8_t, double>(p).run() : TiledForward<int8_t, float>(p).run();
+  if (p.quantize_input) return dtype == DType::f64 ? tiled_integers<double>(p) : tiled_integers<float>(p);
   switch (dtype) {
   case DType::f64:
     return TiledForward<double, double>(p).run();

@@ -158,39 +158,41 @@ static inline void decode_row(const QuantizedWeightView& w, D, int64_t row, int6
   }
 }
 
-// The codes of an s8 or u4 row as the integers they stand for, in A's element type, zeros from count to padded.
+// Signed bytes in A's element type, zeros from count to padded.
 template <class E>
-static inline void decode_integers(const QuantizedWeightView& w, int64_t row, int64_t k0, int64_t count, int64_t padded,
-                                   E* dst) {
-  const uint8_t* codes = w.codes + row * w.row_bytes();
+static inline void widen_codes(const int8_t* codes, int64_t count, int64_t padded, E* dst) {
   int64_t i = 0;
-  if (w.format == CodeFormat::s8) {
-    const auto* bytes = reinterpret_cast<const int8_t*>(codes) + k0;
 #if PTK_ISA_LEVEL < 3
-    for (; i + kLanes<int16_t> <= count; i += kLanes<int16_t>) store(dst + i, detail::load_widened(bytes + i));
+  for (; i + kLanes<int16_t> <= count; i += kLanes<int16_t>) store(dst + i, detail::load_widened(codes + i));
+  for (; i < count; ++i) dst[i] = codes[i];
 #else
-    std::memcpy(dst, bytes, count);
-    i = count;
+  std::memcpy(dst, codes, count);
+  i = count;
 #endif
-    for (; i < count; ++i) dst[i] = bytes[i];
-  } else {
-    using Bytes = typename VectorOf<uint8_t, 16>::unaligned;
-    using Block = typename VectorOf<int8_t, 16>::type;
-    for (; i + 32 <= count; i += 32) {
-      const auto packed = *reinterpret_cast<const Bytes*>(codes + (k0 + i) / 2);
-      const auto low = (Block)(packed & 15) - 8, high = (Block)(packed >> 4) - 8;
-      alignas(16) int8_t values[32];
-      auto* halves = reinterpret_cast<Block*>(values);
-      halves[0] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      halves[1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#if PTK_ISA_LEVEL < 3
-      for (int j = 0; j < 32; j += kLanes<int16_t>) store(dst + i + j, detail::load_widened(values + j));
-#else
-      std::memcpy(dst + i, values, 32);
-#endif
+  for (; i < padded; ++i) dst[i] = 0;
+}
+
+// 4-bit codes as they are, each in an element of its own, zeros from count to padded. `codes` points at the first.
+template <class E>
+static inline void unpack_nibbles(const uint8_t* codes, int64_t count, int64_t padded, E* dst) {
+  using Bytes = typename VectorOf<uint8_t, 16>::type;
+  using BytesUnaligned = typename VectorOf<uint8_t, 16>::unaligned;
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const Bytes packed = *reinterpret_cast<const BytesUnaligned*>(codes + i / 2), low = packed & 15, high = packed >> 4;
+    const Bytes halves[2] = {
+        __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+        __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
+    };
+    if constexpr (sizeof(E) == 1) {
+      std::memcpy(dst + i, halves, 32);
+    } else {
+      uint8_t values[32];
+      std::memcpy(values, halves, 32);
+      for (int j = 0; j < 32; ++j) dst[i + j] = values[j];
     }
-    for (; i < count; ++i) dst[i] = static_cast<E>(Decoder<CodeFormat::u4>::code(codes, k0 + i) - 8);
   }
+  for (; i < count; ++i) dst[i] = Decoder<CodeFormat::u4>::code(codes, i);
   for (; i < padded; ++i) dst[i] = 0;
 }
 

@@ -40,7 +40,7 @@ struct CallMemory {
   }
 };
 
-// What integer sums of one step become: sums += scale[row] * (integers - zero[row] * code_sums[column]).
+// What integer sums of one step become: sums += scale[row] * (integers - (offset + zero[row]) * code_sums[column]).
 template <class F>
 struct FoldIntegers {
   F* sums;
@@ -48,30 +48,32 @@ struct FoldIntegers {
   const float* scales;
   const float* zeros;
   int64_t stride;          // from a row's scale to the next row's
-  const float* code_sums;  // of the input over the step; null without zeros
+  float offset;            // of the integers multiplied from what the codes stand for
+  const float* code_sums;  // of the input over the step; null where there is nothing to subtract
   const RowBlock* block;
 
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<int32_t> integers,
                                                         int64_t valid) const {
     const int64_t index = block->row(row) * stride;
+    const float zero = zeros ? zeros[index] : 0.0f;
     if constexpr (std::is_same_v<F, double>) {
       for (int64_t i = 0; i < valid; ++i) {
-        const double zero = zeros ? static_cast<double>(zeros[index]) * code_sums[column + i] : 0.0;
-        sums[row * ld + column + i] += scales[index] * (integers[i] - zero);
+        const double shift = code_sums ? (static_cast<double>(offset) + zero) * code_sums[column + i] : 0.0;
+        sums[row * ld + column + i] += scales[index] * (integers[i] - shift);
       }
     } else {
       Vec<float> v = __builtin_convertvector(integers, Vec<float>);
-      if (zeros) v -= zeros[index] * load_partial(code_sums + column, valid);
+      if (code_sums) v -= (offset + zero) * load_partial(code_sums + column, valid);
       F* p = sums + row * ld + column;
       store_partial(p, load_partial(p, valid) + scales[index] * v, valid);
     }
   }
 };
 
-// T: the input's dtype, or int8_t where the input is quantized. F: what sums are kept in.
+// T: the input's dtype; where the input is quantized, int8_t or u4, the weight's codes. F: what sums are kept in.
 template <class T, class F>
 class TiledForward {
-  static constexpr bool kIntegers = std::is_same_v<T, int8_t>;
+  static constexpr bool kNibbles = std::is_same_v<T, u4>, kIntegers = kNibbles || std::is_same_v<T, int8_t>;
   using E = Element<T>;
   using EB = ElementB<T>;
   static constexpr int64_t kMr = GemmTraits<T>::kMr, kNr = GemmTraits<T>::kNr;
@@ -94,7 +96,7 @@ public:
   bool run() {
     CallMemory memory;
     const int64_t packed = round_up(steps_ * step_stride_ * sizeof(EB), 64);
-    const int64_t scales = kIntegers ? round_up(columns_, 16) : 0, sums = kIntegers && w_.zeros ? steps_ * columns_ : 0;
+    const int64_t scales = kIntegers ? round_up(columns_, 16) : 0, sums = kNibbles || (kIntegers && w_.zeros) ? steps_ * columns_ : 0;
     char* block = memory.allocate(packed + (scales + sums) * sizeof(float));
     if (!block) return false;
     packed_ = reinterpret_cast<EB*>(block);
@@ -185,9 +187,9 @@ private:
       const EB* b = packed_panel(i, m0 / kNr);
       decode(block, s, a);
       if constexpr (kIntegers) {
-        const FoldIntegers<F> fold{sums,        ld,
-                                   w_.scales + s.group, w_.zeros ? w_.zeros + s.group : nullptr,
-                                   w_.groups(), code_sums_ ? code_sums_ + i * columns_ + m0 : nullptr,
+        const float* zeros = w_.zeros ? w_.zeros + s.group : nullptr;
+        const float* code_sums = code_sums_ ? code_sums_ + i * columns_ + m0 : nullptr;
+        const FoldIntegers<F> fold{sums, ld, w_.scales + s.group, zeros, w_.groups(), kNibbles ? 8.0f : 0.0f, code_sums,
                                    &block};
         gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, fold);
       } else {
@@ -201,7 +203,14 @@ private:
   void decode(const RowBlock& block, const Step& s, E* a) const {
     const int64_t padded = padded_k<T>(s.k);
     if constexpr (kIntegers) {
-      for (int64_t r = 0; r < block.rows(); ++r) decode_integers(w_, block.row(r), s.k0, s.k, padded, a + r * kLda);
+      for (int64_t r = 0; r < block.rows(); ++r) {
+        const uint8_t* codes = w_.codes + block.row(r) * w_.row_bytes();
+        if constexpr (kNibbles) {
+          unpack_nibbles(codes + s.k0 / 2, s.k, padded, a + r * kLda);
+        } else {
+          widen_codes(reinterpret_cast<const int8_t*>(codes) + s.k0, s.k, padded, a + r * kLda);
+        }
+      }
     } else {
       with_format(w_.format, [&](auto decoder) {
         for (int64_t r = 0; r < block.rows(); ++r) {

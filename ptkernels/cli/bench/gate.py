@@ -66,6 +66,7 @@ class Oracle:
             for i, (ours, theirs) in enumerate(zip(expected, baseline, strict=True)):
                 errors[i] = max(errors[i], _distance(theirs, ours))
                 magnitudes[i] = max(magnitudes[i], _magnitude(ours))
+        self._magnitudes = magnitudes
         self._bounds = [
             spec.tolerances.bound(
                 peer_error=error, magnitude=magnitude, dtype=problem.case.dtype, gradient=i >= len(results)
@@ -93,12 +94,13 @@ class Oracle:
         gradients = torch.autograd.grad(results, [named[name] for name in self._leaf_names], flowing)
         return (*(result.detach() for result in results), *gradients)
 
-    def check(self, outputs: tuple[Tensor, ...], slack: float = 1.0) -> Verdict:
-        """Judge results (then gradients) of the whole problem."""
+    def check(self, outputs: tuple[Tensor, ...], slack: float = 1.0, noise: float = 0.0) -> Verdict:
+        """Judge results (then gradients) of the whole problem; ``noise`` is a share of the largest one."""
         if len(outputs) != len(self._names):
             return Verdict(False, float("nan"), 0.0, f"got {len(outputs)} outputs, expected {len(self._names)}")
         verdicts = []
-        for index, (name, output, bound) in enumerate(zip(self._names, outputs, self._bounds, strict=True)):
+        for index, (name, output) in enumerate(zip(self._names, outputs, strict=True)):
+            bound = self._bounds[index]
             pieces = [
                 (part.cut(index, output.detach()), expected[index])
                 for part, expected in zip(self._parts, self._expected, strict=True)
@@ -107,7 +109,7 @@ class Oracle:
             if wrong is not None:
                 return Verdict(False, float("nan"), bound, f"{name}: got shape {list(wrong)} for a checked part")
             error = max(_distance(piece, expected) for piece, expected in pieces)
-            allowed = slack * bound
+            allowed = slack * bound + noise * self._magnitudes[index]
             verdicts.append(
                 Verdict(error <= allowed, error, allowed, f"{name}: error {error:.3g}, bound {allowed:.3g}")
             )

@@ -41,6 +41,8 @@ class Contender:
     call: Callable[[], object]
     outputs: Callable[[], tuple[Tensor, ...]]
     detail: str = ""
+    noise: float = 0.0
+    """Share of the largest result by which one may differ that rounds its operands in another way."""
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class Runner:
             bar.describe(f"{label(case)}: {peer.name}")
             try:
                 contender = self._prepare(peer, problem)
-                verdict = oracle.check(contender.outputs(), PEER_SLACK)
+                verdict = oracle.check(contender.outputs(), PEER_SLACK, contender.noise)
             except UnsupportedError as error:
                 self._note(label(case), str(error), peer.name)
                 continue

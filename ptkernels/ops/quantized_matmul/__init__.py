@@ -90,8 +90,13 @@ def _quantized_linear(
                 )
     name = checks.ACTIVATIONS[activation]
     spec, shape = qweight.spec, x.shape
-    if not checks.holds(shape[-1] == qweight.in_features):
-        raise ValueError("x does not fit qweight")
+    # What the operator would not notice; check_inputs words it.
+    if (
+        not checks.holds(shape[-1] == qweight.in_features)
+        or spec.is_static != (qweight.input_scale is not None)
+        or any(tensor is not None and tensor.device != x.device for tensor in (qweight.codes, bias, residual))
+    ):
+        raise ValueError("arguments that do not fit together")
     if len(shape) != 2:
         if residual is not None:
             if residual.shape[:-1] != shape[:-1]:
