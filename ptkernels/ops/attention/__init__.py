@@ -163,6 +163,8 @@ def _attention(
             with torch.autocast(query.device.type, enabled=False):
                 return reference.attention(*args, return_lse=True)
         call = shapes.normalize(query, key, value, attn_mask, enable_gqa)
+        if routing.runs_on_triton(query.device.type):
+            return call.restore(*routing.triton_attention(*call[:4], is_causal, scale, dropout_p))
         return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, is_causal, scale))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _loader, _triton
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
@@ -17,10 +17,41 @@ _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
+def runs_on_triton(device_type: str) -> bool:
+    """Whether a call goes to the Triton kernels: they were asked for, or the device has no other."""
+    if _backend.state.backend == "triton":
+        return True
+    no_other = device_type == "cuda" and device_type not in library.DEVICES
+    return no_other and _backend.state.backend is None and _triton.unavailable() is None
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Call the Triton operator, whose dropout takes its seed from the generator that ``torch.manual_seed`` sets."""
+    from ptkernels.ops.attention import triton_ops
+
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0.0 else None
+    result: tuple[Tensor, Tensor] = triton_ops.attention_op(
+        query, key, value, attn_mask, is_causal, scale, dropout_seed=seed, dropout_p=float(dropout_p)
+    )
+    return result
+
+
 def fallback_reason(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    if runs_on_triton(query.device.type):
+        from ptkernels.ops.attention import triton_ops
+
+        return triton_ops.uncovered(query) or register.uncovered(query, key, value, None)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
@@ -119,6 +150,8 @@ def explain(
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
     call = normalize(query, key, value, attn_mask, enable_gqa)
+    if runs_on_triton(device):
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(query, key, value))
     kernel = "shape propagation"
     if device == "cpu":
         kernel = _cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
@@ -136,9 +169,12 @@ def kernels() -> list[KernelInfo]:
             by_name.setdefault(name, []).append(dtype)
     dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
-    why_no_cuda = _backend.unavailable("cuda")
+    why_no_cuda, why_no_triton = _backend.unavailable("cuda"), _triton.unavailable()
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
+        KernelInfo(
+            "Triton", "triton", dtypes[1:], why_no_triton is None, why_no_triton or f"{_triton.NOT_YET_RUN}; from sm_80 on"
+        ),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

@@ -133,6 +133,7 @@ class _Arguments:
         self.slope_strides = _broadcast_strides(call.alibi_slopes, lead)
         self.sink_strides = _broadcast_strides(call.sinks, lead)
         self.slopes = query if call.alibi_slopes is None else call.alibi_slopes
+        self.has_sinks = call.sinks is not None
         self.sinks = query if call.sinks is None else call.sinks
         keep_below = round((1.0 - call.dropout_p) * KEEP_ALL)
         dropout = call.dropout_seed is not None and keep_below < KEEP_ALL
@@ -187,7 +188,7 @@ def _launch_forward(
         query, key, value, a.mask, a.slopes, a.sinks, a.seed, a.cu_q, a.cu_k, out, lse,
         *_strides(query), *_strides(key), *_strides(value), *_strides(out), *a.mask_strides,
         *a.slope_strides, *a.sink_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem,
-        SINK=call.sinks is not None, **a.dims, **a.switches, **a.packed, **_blocks(tile),
+        SINK=a.has_sinks, **a.dims, **a.switches, **a.packed, **_blocks(tile),
     )  # fmt: skip
 
 
@@ -351,9 +352,9 @@ def _factor(query: Tensor, key: Tensor, lse: Tensor, a: _Arguments, wrap: Launch
     tile = a.tile()
     switches = {name: a.switches[name] for name in ("ALIBI", "SOFTCAP", "LEFT", "RIGHT", "PRECISION")}
     wrap(kernels.backward_factor)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
-        query, key, a.mask, a.slopes, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,
-        *a.slope_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem[:7],
-        D=a.dims["D"], BLOCK_D=a.dims["BLOCK_D"], **switches, **_blocks(tile),
+        query, key, a.mask, a.slopes, a.sinks, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,
+        *a.slope_strides, *a.sink_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem[:7],
+        SINK=a.has_sinks, D=a.dims["D"], BLOCK_D=a.dims["BLOCK_D"], **switches, **_blocks(tile),
     )  # fmt: skip
     return factor
 

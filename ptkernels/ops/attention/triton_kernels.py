@@ -273,11 +273,11 @@ def _row_statistics(LSE, DELTA, FACTOR, rows, len_q, MASK: tl.constexpr):
 
 @triton.jit
 def backward_factor(
-    Q, K, MASKS, SLOPES, LSE, FACTOR,
+    Q, K, MASKS, SLOPES, SINKS, LSE, FACTOR,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_ab, stride_ah, stride_lb, stride_lh,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ab, stride_ah, stride_sb, stride_sh, stride_lb, stride_lh,
     heads, group, len_q, len_k, diagonal, left, right, scale, softcap,
-    D: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    D: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What makes the weights of a row sum to 1 again where a bias has driven lse far from 0.
@@ -293,6 +293,8 @@ def backward_factor(
     lse = tl.load(LSE + first + rows, mask=rows < len_q, other=0.0)
     rounded = (tl.abs(lse) > 64.0) & (lse != float("-inf"))
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if SINK:
+        total += tl.exp2((tl.load(SINKS + b * stride_sb + h * stride_sh) - lse) * LOG2E)
     lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     hi = tl.where(tl.sum(rounded.to(tl.int32), 0) > 0, hi, lo)
     Q = _rows_of(Q, b, h, b, stride_qb, stride_qh, 0)
