@@ -147,7 +147,7 @@ def _attend(
             cols[None, :], dims[:, None], len_k, D, BOUNDS, D != BLOCK_D,
         )  # fmt: skip
         qk = tl.dot(q, k, input_precision=PRECISION)
-        s, _ = _logits(
+        s, capped = _logits(
             qk, rows, cols[None, :], mask, stride_mm, stride_mn, slope, len_q, len_k, diagonal, left, right, scale,
             softcap, MASK, ALIBI, SOFTCAP, LEFT, RIGHT, BOUNDS,
         )  # fmt: skip
@@ -295,7 +295,7 @@ def backward_factor(
     total = tl.zeros((BLOCK_M,), tl.float32)
     if SINK:
         total += tl.exp2((tl.load(SINKS + b * stride_sb + h * stride_sh) - lse) * LOG2E)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     hi = tl.where(tl.sum(rounded.to(tl.int32), 0) > 0, hi, lo)
     Q = _rows_of(Q, b, h, b, stride_qb, stride_qh, 0)
     K = _rows_of(K, b, h // group, b, stride_kb, stride_kh, 0)
@@ -311,7 +311,7 @@ def backward_factor(
             _tile(K, cols[None, :], dims[:, None], stride_kn, stride_kd),
             cols[None, :], dims[:, None], len_k, D, True, D != BLOCK_D,
         )  # fmt: skip
-        s, _ = _logits(
+        s, capped = _logits(
             tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :], mask, stride_mm, stride_mn, slope,
             len_q, len_k, diagonal, left, right, scale, softcap, FLOAT_MASK, ALIBI, SOFTCAP, LEFT, RIGHT, True,
         )  # fmt: skip
@@ -362,7 +362,7 @@ def backward_dq(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     for start in range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k = load_tile(
@@ -530,7 +530,7 @@ def backward_dbias(
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     shared = batch_sum * heads_sum if (col0 >= lo) & (col0 < hi) else 0
     for index in range(0, shared):
         b = b_out + index // heads_sum
@@ -556,7 +556,7 @@ def backward_dbias(
         first = b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh
         lse, delta, factor = _row_statistics(LSE + first, DELTA + first, FACTOR + first, rows, len_q, FLOAT_MASK)
         slope = tl.load(SLOPES + b * stride_ab + h * stride_ah) if ALIBI else 0.0
-        s, _ = _logits(
+        s, capped = _logits(
             tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :],
             MASKS + b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh, stride_mm, stride_mn, slope, len_q, len_k,
             diagonal, left, right, scale, softcap, FLOAT_MASK, ALIBI, SOFTCAP, LEFT, RIGHT, True,
