@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from ptkernels import _env, _loader
+from ptkernels import _env, _loader, _triton
 from ptkernels.errors import BackendError, FallbackError, FallbackWarning
 
 
@@ -33,7 +33,7 @@ def unavailable(name: str) -> str | None:
                 return f"{library.name} is not loaded: {library.reason}"
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
     if name == "triton":
-        return "no operator has a Triton kernel yet"
+        return _triton.unavailable()
     return None
 
 
@@ -86,6 +86,8 @@ def check_requested(op: str, device_type: str) -> None:
         return
     if reason := unavailable(name):
         raise BackendError(f"{op}: backend {name!r} was asked for and cannot run here: {reason}")
+    if name == "triton" and (device_type == "cuda" or _triton.interpreted()):
+        return
     if name != device_type:
         raise BackendError(f"{op}: backend {name!r} was asked for, got tensors on {device_type}")
 

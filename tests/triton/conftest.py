@@ -7,6 +7,7 @@ defined whether it will be interpreted.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,24 @@ from ptkernels import _triton
 
 DEVICE = "cuda" if torch.cuda.is_available() and not _triton.interpreted() else "cpu"
 collect_ignore_glob = ["test_*.py"] if _triton.unavailable() else []
+
+
+def _widen_products_of_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as bit patterns, and multiplies those."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    product = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return product(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+if not _triton.unavailable() and _triton.interpreted():
+    _widen_products_of_bfloat16()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

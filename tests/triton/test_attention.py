@@ -79,6 +79,10 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "sinks": ((2, 3, 3, 35, 20, 16, 16), {"sinks": draw("sinks", (3,)), "is_causal": True}),
     "sinks-empty-rows": ((2, 2, 2, 35, 20, 16, 16), {"sinks": draw("sinks", (2,)), "attn_mask": padding(2, 20)}),
     "dropout": ((2, 2, 1, 35, 67, 16, 16), {"dropout_p": 0.3, "dropout_seed": torch.tensor(2**62 + 12345)}),
+    "bias-far-from-0": (
+        (1, 2, 2, 21, 34, 16, 16),
+        {"attn_mask": bias((21, 34)) + 90, "sinks": torch.tensor([91.0, 94.0])},
+    ),
     "everything": (
         (2, 4, 2, 45, 70, 24, 40),
         {
@@ -143,7 +147,9 @@ def check(name: str, dtype: torch.dtype, device: str, layout: Any = lambda tenso
     for key, want in expected.items():
         kind = torch.float32 if key in ("lse", "alibi_slopes", "sinks") else dtype
         slack = largest if key in gradients else 0.0
-        assert_close(f"{name}: {key}", ours[key], peer[key], want, kind, slack)
+        # A sum of thousands of terms that cancel, where one rounding more or less decides: three times, not twice.
+        factor = 3.0 if key in ("alibi_slopes", "sinks") else 2.0
+        assert_close(f"{name}: {key}", ours[key], peer[key], want, kind, slack, factor)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -220,7 +220,8 @@ def _attention(
             with torch.autocast(query.device.type, enabled=False):
                 return reference.attention_with(query, key, value, mask, options, enable_gqa)
         call = shapes.normalize(query, key, value, mask, options, enable_gqa)
-        return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, *call.options))
+        op = routing.triton_op() if routing.runs_on_triton(query.device.type) else attention_op
+        return call.restore(*op(call.query, call.key, call.value, call.attn_mask, *call.options))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
@@ -21,10 +22,30 @@ _REQUESTED = "backend 'reference' was asked for"
 MASK_GRADIENT_ON_CUDA = "the gradient of attn_mask has no kernel on cuda"
 
 
+def runs_on_triton(device_type: str) -> bool:
+    """Whether a call goes to the Triton kernels: they were asked for, or the device has no other."""
+    if _backend.state.backend == "triton":
+        return True
+    no_other = device_type == "cuda" and device_type not in library.DEVICES
+    return no_other and _backend.state.backend is None and _triton.unavailable() is None
+
+
+def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The Triton operator, which takes what ``ptkernels::attention`` takes."""
+    from ptkernels.ops.attention import triton_ops
+
+    return triton_ops.attention_op
+
+
 def fallback_reason(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    if runs_on_triton(query.device.type):
+        from ptkernels.ops.attention import triton_ops
+
+        reason = triton_ops.uncovered(query)
+        return reason or (FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
@@ -137,6 +158,8 @@ def explain(
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
     call = normalize(query, key, value, attn_mask, options, enable_gqa)
+    if runs_on_triton(device):
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(query, key, value))
     kernel = "shape propagation"
     if device == "cpu":
         kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
@@ -154,9 +177,16 @@ def kernels() -> list[KernelInfo]:
             by_name.setdefault(name, []).append(dtype)
     dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
-    why_no_cuda = _backend.unavailable("cuda")
+    why_no_cuda, why_no_triton = _backend.unavailable("cuda"), _triton.unavailable()
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
+        KernelInfo(
+            "Triton",
+            "triton",
+            dtypes[1:],
+            why_no_triton is None,
+            why_no_triton or f"{_triton.NOT_YET_RUN}; from sm_80 on",
+        ),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

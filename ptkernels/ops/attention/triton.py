@@ -36,38 +36,41 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Most rows and keys first. By head dim up to: on GPUs from sm_90 on, and before.
-_FORWARD_TILES = {
-    64: (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
-    128: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-    256: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
-    512: (Tile(64, 32, 8, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+# By kernel, widest head dim, and generation of the GPU (the first digit of its compute capability), best guess first.
+# wgmma and tcgen05 take no fewer than 64 rows: of the queries in `forward` and `dq`, of the keys in `dkdv`.
+_TILES: dict[str, dict[int, dict[int, tuple[Tile, ...]]]] = {
+    "forward": {
+        64: {8: (Tile(128, 64, 8, 2),), 9: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)), 10: (Tile(128, 64, 8, 3),)},
+        128: {8: (Tile(64, 32, 4, 2),), 9: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)), 10: (Tile(128, 64, 8, 3),)},
+        256: {8: (Tile(64, 32, 8, 2),), 9: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)), 10: (Tile(128, 32, 8, 2),)},
+        512: {8: (Tile(32, 16, 8, 1),), 9: (Tile(32, 16, 8, 1),), 10: (Tile(32, 16, 8, 1),)},
+    },
+    "dq": {
+        64: {8: (Tile(32, 64, 4, 2),), 9: (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)), 10: (Tile(64, 64, 8, 2),)},
+        128: {8: (Tile(64, 64, 8, 2),), 9: (Tile(64, 64, 8, 2),), 10: (Tile(64, 64, 8, 2),)},
+        256: {8: (Tile(32, 32, 8, 1),), 9: (Tile(32, 32, 8, 1),), 10: (Tile(32, 32, 8, 1),)},
+        512: {8: (Tile(16, 16, 8, 1),), 9: (Tile(16, 16, 8, 1),), 10: (Tile(16, 16, 8, 1),)},
+    },
+    "dkdv": {
+        64: {8: (Tile(32, 64, 4, 2),), 9: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)), 10: (Tile(32, 64, 4, 2),)},
+        128: {8: (Tile(32, 64, 8, 2),), 9: (Tile(32, 64, 8, 2),), 10: (Tile(32, 64, 8, 2),)},
+        256: {8: (Tile(16, 32, 8, 1),), 9: (Tile(16, 32, 8, 1),), 10: (Tile(16, 32, 8, 1),)},
+        512: {8: (Tile(16, 16, 8, 1),), 9: (Tile(16, 16, 8, 1),), 10: (Tile(16, 16, 8, 1),)},
+    },
 }
-_BACKWARD_TILES = {
-    64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    128: (Tile(64, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
-    256: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
-    512: (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-}
+# Products in IEEE float32 run on the plain cores, out of registers: a bigger tile would not fit in them.
+_FLOAT32_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)}
 
 
-def tiles(dtype: torch.dtype, dim: int, dim_v: int, arch: int, *, backward: bool = False) -> list[Tile]:
-    """The tile sizes worth trying that fit the architecture, best guess first."""
-    block_d, block_dv = _triton.power_of_2(dim), _triton.power_of_2(dim_v)
-    size = max(dtype.itemsize, 2)
-    table = _BACKWARD_TILES if backward else _FORWARD_TILES
-    candidates = table[max(64, block_d, block_dv)]
-
-    def shared(tile: Tile) -> int:
-        resident, streamed = (tile.m, tile.n) if not backward else (max(tile.m, tile.n), max(tile.m, tile.n))
-        scores = tile.m * tile.n * size
-        return size * (block_d + block_dv) * (resident + streamed * tile.stages) + scores
-
-    # Products in IEEE float32 run on registers alone: a big tile would not fit in them.
+def tiles(kernel: str, dtype: torch.dtype, dim: int, dim_v: int, arch: int) -> list[Tile]:
+    """The tile sizes worth trying for ``forward``, ``dq`` or ``dkdv`` on an architecture, best guess first."""
+    widest = max(64, _triton.power_of_2(dim), _triton.power_of_2(dim_v))
     if dtype == torch.float32:
-        candidates = tuple(Tile(min(tile.m, 32), min(tile.n, 32), tile.warps, 1) for tile in candidates[1:])
-    fitting = [tile for tile in dict.fromkeys(candidates) if shared(tile) <= _triton.shared_memory(arch)]
-    return fitting or [candidates[-1]]
+        return [_FLOAT32_TILES[widest]]
+    by_generation = _TILES[kernel][widest]
+    # GPUs of compute capability 8.6, 8.9 and 12.0 have the shared memory that the first generation's tiles leave.
+    generation = arch // 10 if _triton.shared_memory(arch) > 128 * 1024 else 8
+    return list(by_generation.get(generation, by_generation[8]))
 
 
 class Call(NamedTuple):
@@ -133,6 +136,7 @@ class _Arguments:
         self.slope_strides = _broadcast_strides(call.alibi_slopes, lead)
         self.sink_strides = _broadcast_strides(call.sinks, lead)
         self.slopes = query if call.alibi_slopes is None else call.alibi_slopes
+        self.has_sinks = call.sinks is not None
         self.sinks = query if call.sinks is None else call.sinks
         keep_below = round((1.0 - call.dropout_p) * KEEP_ALL)
         dropout = call.dropout_seed is not None and keep_below < KEEP_ALL
@@ -170,8 +174,8 @@ class _Arguments:
         }
         self.packed = {"VARLEN": call.cu_seqlens_q is not None, "BOTTOM_RIGHT": call.bottom_right}
 
-    def tile(self, *, backward: bool = False) -> Tile:
-        return tiles(self.dtype, self.dims["D"], self.dims["DV"], self.arch, backward=backward)[0]
+    def tile(self, kernel: str) -> Tile:
+        return tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)[0]
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -182,12 +186,12 @@ def _launch_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call, out: Tensor, lse: Tensor, wrap: Launcher
 ) -> None:
     a = _Arguments(query, key, value, mask, call)
-    tile = a.tile()
+    tile = a.tile("forward")
     wrap(kernels.forward)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
         query, key, value, a.mask, a.slopes, a.sinks, a.seed, a.cu_q, a.cu_k, out, lse,
         *_strides(query), *_strides(key), *_strides(value), *_strides(out), *a.mask_strides,
         *a.slope_strides, *a.sink_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem,
-        SINK=call.sinks is not None, **a.dims, **a.switches, **a.packed, **_blocks(tile),
+        SINK=a.has_sinks, **a.dims, **a.switches, **a.packed, **_blocks(tile),
     )  # fmt: skip
 
 
@@ -305,27 +309,26 @@ def _backward(
     masks = (*a.mask_strides, *a.slope_strides, *_statistics_strides(lse))
     inputs = (query, key, value, a.mask, a.slopes, a.seed)
     statistics = (lse, delta, _factor(query, key, lse, a, wrap))
-    tile = a.tile(backward=True)
-    common = {**a.dims, **a.switches, **a.packed, **_blocks(tile)}
+    common = {**a.dims, **a.switches, **a.packed}
 
     dslope_rows = torch.empty_like(lse) if want_slopes else lse
     if want_dq or want_slopes:
+        tile = a.tile("dq")
         wrap(kernels.backward_dq)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
             *inputs, a.cu_q, a.cu_k, grad_out, *statistics, dq, dslope_rows, *strides, *_strides(dq), *masks,
-            a.heads, a.group, *a.problem, WRITE_DSLOPE=want_slopes, **common,
+            a.heads, a.group, *a.problem, WRITE_DSLOPE=want_slopes, **common, **_blocks(tile),
         )  # fmt: skip
     if want_dk or want_dv:
+        tile = a.tile("dkdv")
         heads_kv = key.size(1)
         wrap(kernels.backward_dkdv)[(triton.cdiv(a.len_k, tile.n), a.batch * heads_kv)](
             *inputs, a.cu_q, a.cu_k, grad_out, *statistics, dk, dv, *strides, *_strides(dk), *_strides(dv), *masks,
-            heads_kv, a.group, *a.problem, **common,
+            heads_kv, a.group, *a.problem, **common, **_blocks(tile),
         )  # fmt: skip
     dmask = _mask_gradient(mask, a, inputs, grad_out, statistics, strides, masks, wrap) if want_mask else None
     dslopes = _sum_rows(dslope_rows, call.alibi_slopes) if want_slopes else None
     dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
-    return Gradients(
-        dq if want_dq else None, dk if want_dk else None, dv if want_dv else None, dmask, dslopes, dsinks
-    )
+    return Gradients(dq if want_dq else None, dk if want_dk else None, dv if want_dv else None, dmask, dslopes, dsinks)
 
 
 def _delta(
@@ -348,12 +351,12 @@ def _factor(query: Tensor, key: Tensor, lse: Tensor, a: _Arguments, wrap: Launch
     if a.switches["MASK"] != kernels.FLOAT_MASK.value:
         return lse
     factor = torch.empty_like(lse)
-    tile = a.tile()
+    tile = a.tile("forward")
     switches = {name: a.switches[name] for name in ("ALIBI", "SOFTCAP", "LEFT", "RIGHT", "PRECISION")}
     wrap(kernels.backward_factor)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
-        query, key, a.mask, a.slopes, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,
-        *a.slope_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem[:7],
-        D=a.dims["D"], BLOCK_D=a.dims["BLOCK_D"], **switches, **_blocks(tile),
+        query, key, a.mask, a.slopes, a.sinks, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,
+        *a.slope_strides, *a.sink_strides, *_statistics_strides(lse), a.heads, a.group, *a.problem[:7],
+        SINK=a.has_sinks, D=a.dims["D"], BLOCK_D=a.dims["BLOCK_D"], **switches, **_blocks(tile),
     )  # fmt: skip
     return factor
 
@@ -372,7 +375,7 @@ def _mask_gradient(
     if mask is None:
         return None
     batch, heads, rows, keys = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    tile = a.tile(backward=True)
+    tile = a.tile("dq")
     tiles_m, tiles_n = triton.cdiv(a.len_q, tile.m), triton.cdiv(a.len_k, tile.n)
     sum_rows, sum_keys = rows == 1 and a.len_q > 1, keys == 1 and a.len_k > 1
     partial = statistics[0].new_empty(batch, heads, tiles_m if sum_rows else a.len_q, tiles_n if sum_keys else a.len_k)

@@ -87,8 +87,7 @@ def _weights(s, shift, MASK: tl.constexpr):
     """exp(s - shift). A bias may be so large that s * log2(e) overflows: then the difference is taken first."""
     if MASK == FLOAT_MASK:
         return tl.exp2((s - shift) * LOG2E)
-    else:
-        return tl.exp2(s * LOG2E - shift * LOG2E)
+    return tl.exp2(s * LOG2E - shift * LOG2E)
 
 
 @triton.jit
@@ -147,7 +146,7 @@ def _attend(
             cols[None, :], dims[:, None], len_k, D, BOUNDS, D != BLOCK_D,
         )  # fmt: skip
         qk = tl.dot(q, k, input_precision=PRECISION)
-        s, _ = _logits(
+        s, capped = _logits(
             qk, rows, cols[None, :], mask, stride_mm, stride_mn, slope, len_q, len_k, diagonal, left, right, scale,
             softcap, MASK, ALIBI, SOFTCAP, LEFT, RIGHT, BOUNDS,
         )  # fmt: skip
@@ -273,11 +272,11 @@ def _row_statistics(LSE, DELTA, FACTOR, rows, len_q, MASK: tl.constexpr):
 
 @triton.jit
 def backward_factor(
-    Q, K, MASKS, SLOPES, LSE, FACTOR,
+    Q, K, MASKS, SLOPES, SINKS, LSE, FACTOR,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_ab, stride_ah, stride_lb, stride_lh,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ab, stride_ah, stride_sb, stride_sh, stride_lb, stride_lh,
     heads, group, len_q, len_k, diagonal, left, right, scale, softcap,
-    D: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    D: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What makes the weights of a row sum to 1 again where a bias has driven lse far from 0.
@@ -293,7 +292,9 @@ def backward_factor(
     lse = tl.load(LSE + first + rows, mask=rows < len_q, other=0.0)
     rounded = (tl.abs(lse) > 64.0) & (lse != float("-inf"))
     total = tl.zeros((BLOCK_M,), tl.float32)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    if SINK:
+        total += tl.exp2((tl.load(SINKS + b * stride_sb + h * stride_sh) - lse) * LOG2E)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     hi = tl.where(tl.sum(rounded.to(tl.int32), 0) > 0, hi, lo)
     Q = _rows_of(Q, b, h, b, stride_qb, stride_qh, 0)
     K = _rows_of(K, b, h // group, b, stride_kb, stride_kh, 0)
@@ -309,7 +310,7 @@ def backward_factor(
             _tile(K, cols[None, :], dims[:, None], stride_kn, stride_kd),
             cols[None, :], dims[:, None], len_k, D, True, D != BLOCK_D,
         )  # fmt: skip
-        s, _ = _logits(
+        s, capped = _logits(
             tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :], mask, stride_mm, stride_mn, slope,
             len_q, len_k, diagonal, left, right, scale, softcap, FLOAT_MASK, ALIBI, SOFTCAP, LEFT, RIGHT, True,
         )  # fmt: skip
@@ -360,7 +361,7 @@ def backward_dq(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_M,), tl.float32)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     for start in range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k = load_tile(
@@ -450,7 +451,7 @@ def backward_dkdv(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     lo, hi = _seeing_rows(col0, BLOCK_N, len_q, diagonal, left, right, BLOCK_M, LEFT, RIGHT)
-    for member in range(0, group):
+    for member in range(group):
         h = kv * group + member
         q_head = _rows_of(Q, b, h, begin_q, stride_qb, stride_qh, stride_qm)
         grad_head = _rows_of(DO, b, h, begin_q, stride_gb, stride_gh, stride_gm)
@@ -528,9 +529,9 @@ def backward_dbias(
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lo, _, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
+    lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     shared = batch_sum * heads_sum if (col0 >= lo) & (col0 < hi) else 0
-    for index in range(0, shared):
+    for index in range(shared):
         b = b_out + index // heads_sum
         h = h_out + index % heads_sum
         q = load_tile(
@@ -554,7 +555,7 @@ def backward_dbias(
         first = b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh
         lse, delta, factor = _row_statistics(LSE + first, DELTA + first, FACTOR + first, rows, len_q, FLOAT_MASK)
         slope = tl.load(SLOPES + b * stride_ab + h * stride_ah) if ALIBI else 0.0
-        s, _ = _logits(
+        s, capped = _logits(
             tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :],
             MASKS + b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh, stride_mm, stride_mn, slope, len_q, len_k,
             diagonal, left, right, scale, softcap, FLOAT_MASK, ALIBI, SOFTCAP, LEFT, RIGHT, True,

@@ -147,9 +147,7 @@ def _autograd_linear(
     )
     options = (code_format, group_size, quantize_input, input_scale)
     if not recorded:
-        out: Tensor = below_autograd(
-            linear_op, keyset, input, *weight, bias, residual, *options, activation, out_dtype
-        )
+        out: Tensor = below_autograd(linear_op, keyset, input, *weight, bias, residual, *options, activation, out_dtype)
         return out
     if activation == "none":
         out = apply(_Linear, keyset, input, *weight, bias, residual, *options, out_dtype)

@@ -129,7 +129,9 @@ class QuantizedWeight:
         if version != FORMAT_VERSION:
             raise ValueError(f"QuantizedWeight: format: got version {version}, expected {FORMAT_VERSION}")
         if number not in SCHEMES_BY_NUMBER:
-            raise ValueError(f"QuantizedWeight: format: got scheme {number}, expected one of {sorted(SCHEMES_BY_NUMBER)}")
+            raise ValueError(
+                f"QuantizedWeight: format: got scheme {number}, expected one of {sorted(SCHEMES_BY_NUMBER)}"
+            )
         weight = cls(
             tensors["codes"],
             tensors["scales"],

@@ -1,0 +1,213 @@
+"""Device code of quantized linear layers in Triton: the product, its gradient of the input, and rounding of the input.
+
+    out = act(x W^T + bias + residual),  dx = g W,  W[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
+
+Layout: codes [N, bytes of a row] as they are stored, two 4-bit codes in a byte with the low one first; scales and zeros
+float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4), or a look-up (BOOK4, BOOK8).
+
+Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits, so where a step of K stays
+inside one group the product is taken of the codes and the scale multiplies what it adds in float32; with one scale a
+row it multiplies once, at the end, and 8-bit products add up in int32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ptkernels._triton.math import load_tile, sigmoid, tanh
+
+S8 = tl.constexpr(0)
+U4 = tl.constexpr(1)
+BOOK4 = tl.constexpr(2)
+BOOK8 = tl.constexpr(3)
+
+SCALE_AT_END = tl.constexpr(0)
+SCALE_PER_STEP = tl.constexpr(1)
+SCALE_PER_CODE = tl.constexpr(2)
+
+NONE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+GELU = tl.constexpr(2)
+GELU_TANH = tl.constexpr(3)
+SILU = tl.constexpr(4)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == RELU:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == GELU:
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == SILU:
+        x = x * sigmoid(x)
+    return x
+
+
+@triton.jit
+def _spread_down(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Two 4-bit codes of each byte, the low one first, one below the other: [ROWS / 2, COLS] to [ROWS, COLS]."""
+    pairs = tl.join(packed & 15, packed >> 4)
+    return tl.reshape(tl.permute(pairs, (0, 2, 1)), (ROWS, COLS))
+
+
+@triton.jit
+def _values(BOOK, codes, CODE: tl.constexpr):
+    """Codes as float32 numbers, or as int8 where they are integers."""
+    if CODE == S8:
+        return codes
+    if CODE == U4:
+        return codes.to(tl.int8) - 8
+    return tl.load(BOOK + codes.to(tl.int32))
+
+
+@triton.jit
+def _operand(w, x, INTEGER: tl.constexpr):
+    """Weights in the dtype of x, by way of float32: the interpreter cannot go from int8 to bfloat16 at once."""
+    return w if INTEGER else w.to(tl.float32).to(x.dtype)
+
+
+@triton.jit
+def _weights_down(
+    CODES, BOOK, first, n, N, K, stride_c, CODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Values of columns [first, first + BLOCK_K) of rows n, as [BLOCK_K, BLOCK_N]."""
+    if CODE == U4 or CODE == BOOK4:
+        byte = first // 2 + tl.arange(0, BLOCK_K // 2)
+        inside = (n[None, :] < N) & (byte[:, None] < tl.cdiv(K, 2))
+        packed = tl.load(CODES + n.to(tl.int64)[None, :] * stride_c + byte[:, None], mask=inside, other=0)
+        codes = _spread_down(packed, BLOCK_K, BLOCK_N)
+    else:
+        k = first + tl.arange(0, BLOCK_K)
+        inside = (n[None, :] < N) & (k[:, None] < K)
+        codes = tl.load(CODES + n.to(tl.int64)[None, :] * stride_c + k[:, None], mask=inside, other=0)
+    return _values(BOOK, codes, CODE)
+
+
+@triton.jit
+def quantize_rows(
+    X, CODES, SCALES, M, K, stride_xm, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """8-bit codes and scales of rows: the scale is the largest magnitude / 127, rounding is to the nearest even.
+
+    Rows below 2^-100 have scale 0 and codes 0; a row with a NaN or an infinity has scale NaN.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    X += m.to(tl.int64)[:, None] * stride_xm
+    top = tl.zeros((BLOCK_M,), tl.float32)
+    broken = tl.zeros((BLOCK_M,), tl.int32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True).to(tl.float32)
+        finite = tl.abs(x) < float("inf")
+        top = tl.maximum(top, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
+        broken = tl.maximum(broken, tl.max((~finite).to(tl.int32), 1))
+    tiny = top < 7.888609052210118e-31
+    usable = ~tiny & (broken == 0)
+    safe = tl.where(usable, top, 1.0)
+    factor = tl.where(usable, tl.div_rn(tl.full(safe.shape, 127.0, tl.float32), safe), 0.0)
+    scale = tl.where(tiny, 0.0, tl.div_rn(top, tl.full(top.shape, 127.0, tl.float32)))
+    tl.store(SCALES + m, tl.where(broken > 0, float("nan"), scale), mask=m < M)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True).to(tl.float32)
+        scaled = tl.where(tl.abs(x) < float("inf"), x, 0.0) * factor[:, None]
+        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
+        # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest even integer.
+        rounded = (scaled + 12582912.0) - 12582912.0
+        pointers = CODES + m.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(pointers, rounded.to(tl.int8), mask=(m[:, None] < M) & (k[None, :] < K))
+
+
+@triton.jit
+def linear(
+    X, X_SCALES, CODES, SCALES, ZEROS, BOOK, BIAS, RESIDUAL, OUT, M, N, K, group, groups,
+    stride_xm, stride_xk, stride_c, stride_rm, stride_rn, stride_om,
+    CODE: tl.constexpr, SCALING: tl.constexpr, HAS_ZEROS: tl.constexpr, INTEGER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Blocks that run at the same time share rows of the input and of the weight in L2.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = tl.program_id(0) // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * tiles_n)
+    m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    X += m.to(tl.int64)[:, None] * stride_xm
+    row = n.to(tl.int64) * groups
+    if INTEGER and SCALING == SCALE_AT_END:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True)
+        w = _weights_down(CODES, BOOK, first, n, N, K, stride_c, CODE, BLOCK_K, BLOCK_N)
+        if SCALING == SCALE_PER_CODE:
+            entry = row[None, :] + (k // group)[:, None]
+            inside = (n[None, :] < N) & (k[:, None] < K)
+            w = w.to(tl.float32)
+            if HAS_ZEROS:
+                w -= tl.load(ZEROS + entry, mask=inside, other=0.0)
+            w *= tl.load(SCALES + entry, mask=inside, other=0.0)
+        elif HAS_ZEROS:
+            w = w.to(tl.float32) - tl.load(ZEROS + row + first // group, mask=n < N, other=0.0)[None, :]
+        if INTEGER and SCALING == SCALE_AT_END:
+            acc = tl.dot(x, w, acc)
+        elif SCALING == SCALE_PER_STEP:
+            scale = tl.load(SCALES + row + first // group, mask=n < N, other=0.0)
+            acc += tl.dot(x, _operand(w, x, INTEGER), input_precision=PRECISION).to(tl.float32) * scale[None, :]
+        else:
+            acc = tl.dot(x, _operand(w, x, INTEGER), acc, input_precision=PRECISION)
+
+    result = acc.to(tl.float32)
+    if SCALING == SCALE_AT_END:
+        result *= tl.load(SCALES + row, mask=n < N, other=0.0)[None, :]
+    if INTEGER:
+        result *= tl.load(X_SCALES + m, mask=m < M, other=0.0)[:, None]
+    if HAS_BIAS:
+        result += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    if HAS_RESIDUAL:
+        pointers = RESIDUAL + m.to(tl.int64)[:, None] * stride_rm + n.to(tl.int64)[None, :] * stride_rn
+        result += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    result = activate(result, ACTIVATION)
+    tl.store(OUT + m.to(tl.int64)[:, None] * stride_om + n[None, :], result.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_dx(
+    G, CODES, SCALES, ZEROS, BOOK, DX, M, N, K, group, groups, stride_gm, stride_gn, stride_c, stride_dm,
+    CODE: tl.constexpr, HAS_ZEROS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M x BLOCK_K of the input's gradient. Scales vary along the sum here, so weights are scaled tile by tile."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    m = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.program_id(0) % tiles_k) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
+    G += m.to(tl.int64)[:, None] * stride_gm
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        g = load_tile(G + n.to(tl.int64)[None, :] * stride_gn, m[:, None], n[None, :], M, N, True, True)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        if CODE == U4 or CODE == BOOK4:
+            byte = first // 2 + tl.arange(0, BLOCK_K // 2)
+            stored = (n[:, None] < N) & (byte[None, :] < tl.cdiv(K, 2))
+            packed = tl.load(CODES + n.to(tl.int64)[:, None] * stride_c + byte[None, :], mask=stored, other=0)
+            codes = tl.reshape(tl.join(packed & 15, packed >> 4), (BLOCK_N, BLOCK_K))
+        else:
+            codes = tl.load(CODES + n.to(tl.int64)[:, None] * stride_c + k[None, :], mask=inside, other=0)
+        w = _values(BOOK, codes, CODE).to(tl.float32)
+        entry = n.to(tl.int64)[:, None] * groups + (k // group)[None, :]
+        if HAS_ZEROS:
+            w -= tl.load(ZEROS + entry, mask=inside, other=0.0)
+        w *= tl.load(SCALES + entry, mask=inside, other=0.0)
+        acc = tl.dot(g, w.to(g.dtype), acc, input_precision=PRECISION)
+    pointers = DX + m.to(tl.int64)[:, None] * stride_dm + k[None, :]
+    tl.store(pointers, acc.to(DX.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
