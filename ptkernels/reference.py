@@ -7,5 +7,6 @@ supports, and in float64 they are what tests and benchmarks compare with.
 from __future__ import annotations
 
 from ptkernels.ops.attention.reference import attention
+from ptkernels.ops.conv_bn_relu.reference import conv_bn_relu
 
-__all__ = ["attention"]
+__all__ = ["attention", "conv_bn_relu"]

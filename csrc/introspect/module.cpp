@@ -1,11 +1,14 @@
 // ptkernels._introspect: what the loaded libptkernels.so was built as and would run. Import it after that library.
 #include "csrc/cpu/isa.h"
 #include "csrc/ops/attention/attention.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu.h"
 
+#include <array>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -49,14 +52,43 @@ std::string attention_kernel(const std::string& dtype, int64_t batch, int64_t he
   return ptk::attention_kernel_name(p);
 }
 
+using Space = std::array<int64_t, 3>;
+
+std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64_t, int64_t> channels, int64_t groups,
+                        const Space& size, const Space& kernel, const Space& stride, const Space& padding,
+                        const Space& dilation) {
+  ptk::ConvProblem p;
+  p.dtype = parse_dtype(dtype);
+  p.batch = batch;
+  p.in_channels = channels.first;
+  p.out_channels = channels.second;
+  p.groups = groups;
+  for (size_t d = 0; d < 3; ++d) {
+    p.in[d] = size[d];
+    p.kernel[d] = kernel[d];
+    p.stride[d] = stride[d];
+    p.padding[d] = padding[d];
+    p.dilation[d] = dilation[d];
+    p.out[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  return ptk::conv_kernel_name(p);
+}
+
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
-  std::map<std::string, std::string> attention;
+  constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, three = {1, 3, 3}, border = {0, 1, 1};
+  std::map<std::string, std::string> attention, conv, pointwise, depthwise;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
     attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
+    conv[name] = conv_kernel(name, 8, {64, 64}, 1, image, three, one, border, one);
+    pointwise[name] = conv_kernel(name, 8, {64, 64}, 1, image, one, one, zero, one);
+    depthwise[name] = conv_kernel(name, 8, {64, 64}, 64, image, three, one, border, one);
   }
-  return {{"attention", attention}};
+  return {{"attention", attention},
+          {"conv_bn_relu", conv},
+          {"conv_bn_relu pointwise", pointwise},
+          {"conv_bn_relu depthwise", depthwise}};
 }
 
 std::vector<std::string> compiled_isas() {
@@ -95,4 +127,7 @@ PYBIND11_MODULE(_introspect, module) {
              py::arg("heads_q"), py::arg("heads_kv"), py::arg("len_q"), py::arg("len_k"), py::arg("dim_qk"),
              py::arg("dim_v"), py::arg("is_causal") = false, py::arg("mask") = "none",
              "Name of the CPU kernel that attention would run. mask: none, bool or a float dtype.");
+  module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
+             py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+             py::arg("dilation"), "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }
