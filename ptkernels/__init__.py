@@ -19,6 +19,8 @@ from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_kv_cache import spec as _kv_cache_spec  # noqa: F401
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
+from ptkernels.ops.conv_bn_relu import conv_bn_relu
+from ptkernels.ops.conv_bn_relu import spec as _conv_spec
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
 from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
@@ -32,6 +34,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "backend",
+    "conv_bn_relu",
     "errors",
     "explain",
     "gru",

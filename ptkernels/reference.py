@@ -9,6 +9,7 @@ from __future__ import annotations
 from ptkernels.ops.attention.reference import attention
 from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 from ptkernels.ops.attention_varlen.reference import attention_varlen
+from ptkernels.ops.conv_bn_relu.reference import conv_bn_relu
 from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
 from ptkernels.ops.packed_rnn.reference import packed_rnn
 from ptkernels.ops.quantized_matmul.reference import quantized_linear
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "conv_bn_relu",
     "gru",
     "lstm",
     "packed_rnn",

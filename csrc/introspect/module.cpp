@@ -2,13 +2,16 @@
 #include "csrc/cpu/isa.h"
 #include "csrc/ops/attention/attention.h"
 #include "csrc/ops/attention_kv_cache/kv_cache.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu.h"
 #include "csrc/ops/packed_rnn/packed_rnn.h"
 #include "csrc/ops/quantized_matmul/quantized_matmul.h"
 
+#include <array>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -76,22 +79,44 @@ std::string quantized_matmul_kernel(const std::string& dtype, int64_t m, int64_t
   return ptk::quantized_matmul_kernel_name(p);
 }
 
+using Space = std::array<int64_t, 3>;
+
+std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64_t, int64_t> channels, int64_t groups,
+                        const Space& size, const Space& kernel, const Space& stride, const Space& padding,
+                        const Space& dilation) {
+  ptk::ConvProblem p;
+  p.dtype = parse_dtype(dtype);
+  p.batch = batch;
+  p.in_channels = channels.first;
+  p.out_channels = channels.second;
+  p.groups = groups;
+  for (size_t d = 0; d < 3; ++d) {
+    p.in[d] = size[d];
+    p.kernel[d] = kernel[d];
+    p.stride[d] = stride[d];
+    p.padding[d] = padding[d];
+    p.dilation[d] = dilation[d];
+    p.out[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  return ptk::conv_kernel_name(p);
+}
+
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
-  std::map<std::string, std::string> attention;
-  std::map<std::string, std::string> quantized_matmul;
+  constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, three = {1, 3, 3}, border = {0, 1, 1};
+  std::map<std::string, std::map<std::string, std::string>> table;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
-    attention[name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
-    quantized_matmul[name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
+    table["attention"][name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
+    table["quantized_matmul"][name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
+    table["conv_bn_relu"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, one, border, one);
+    table["conv_bn_relu pointwise"][name] = conv_kernel(name, 8, {64, 64}, 1, image, one, one, zero, one);
+    table["conv_bn_relu depthwise"][name] = conv_kernel(name, 8, {64, 64}, 64, image, three, one, border, one);
+    ptk::RnnProblem recurrent;
+    recurrent.dtype = dtype;
+    table["packed_rnn"][name] = ptk::packed_rnn_kernel_name(recurrent);
   }
-  std::map<std::string, std::string> packed_rnn;
-  for (const ptk::DType dtype : kDTypes) {
-    ptk::RnnProblem p;
-    p.dtype = dtype;
-    packed_rnn[ptk::dtype_name(dtype)] = ptk::packed_rnn_kernel_name(p);
-  }
-  return {{"attention", attention}, {"packed_rnn", packed_rnn}, {"quantized_matmul", quantized_matmul}};
+  return table;
 }
 
 std::vector<std::string> compiled_isas() {
@@ -136,4 +161,8 @@ PYBIND11_MODULE(_introspect, module) {
   module.def("quantized_matmul_kernel", &quantized_matmul_kernel, py::kw_only(), py::arg("dtype"), py::arg("m"),
              py::arg("n"), py::arg("k"), py::arg("code_format"), py::arg("group_size"), py::arg("quantize_input"),
              "Name of the CPU kernel that quantized_linear would run.");
+  module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
+             py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+             py::arg("dilation"),
+             "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }

@@ -1,0 +1,198 @@
+// Schemas of conv_bn_relu and their CPU implementation: validate, allocate, answer empty problems, call the kernels of
+// the active ISA.
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_glue.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace ptk {
+namespace {
+
+const ConvKernels& kernels() {
+  return PTK_DISPATCH(conv_kernels);
+}
+
+void check_memory(bool ok) {
+  PTK_CHECK(ok, "conv_bn_relu: out of memory");
+}
+
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> bn_weight,
+                 std::optional<Tensor> bn_bias, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                 std::optional<Tensor> residual, bool training, double eps, std::vector<int64_t> stride,
+                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string activation,
+                 double negative_slope, bool save_conv) {
+  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope);
+  const ConvProblem& p = call.problem;
+  const Norm norm = call.norm(bn_weight, bn_bias, running_mean, running_var, training, eps);
+  const Channels bias_channels = call.channels("bias", bias);
+  Tensor out = call.empty_result(p.layout);
+  const bool keeps_conv = training || save_conv;
+  Tensor conv = keeps_conv ? call.empty_result(Layout::channels_last) : call.empty_vector(0);
+  Tensor mean = call.empty_vector(training ? p.out_channels : 0);
+  Tensor var = call.empty_vector(training ? p.out_channels : 0);
+  const Tensor nothing = call.empty_vector(0);
+  if (residual) {
+    call.check_result("residual", *residual);
+    residual = call.in_layout(*residual, p.layout);
+  }
+  if (out.numel() == 0) {
+    PTK_CHECK(!training || p.out_channels == 0, "conv_bn_relu: input: got no value per channel, expected more than 1");
+    return {out, save_conv ? conv : nothing, mean, var};
+  }
+
+  ConvParams params;
+  params.problem = p;
+  params.input = call.input.const_data_ptr();
+  params.weight = call.weight.const_data_ptr();
+  if (!keeps_conv) {
+    const Norm folded = norm.folded(bias_channels);
+    params.scale = folded.scale.data();
+    params.shift = folded.shift.data();
+    params.residual = residual ? residual->const_data_ptr() : nullptr;
+    params.out = out.mutable_data_ptr();
+    params.out_layout = p.layout;
+    check_memory(kernels().convolve(params));
+    return {out, conv, mean, var};
+  }
+  params.problem.activation = Activation::none;
+  params.shift = bias_channels.data();
+  params.out = conv.mutable_data_ptr();
+  params.out_layout = Layout::channels_last;
+  if (training) {
+    PTK_CHECK(p.batch * volume(p.out) > 1, "conv_bn_relu: input: got one value per channel, expected more when training");
+    params.mean = mean.mutable_data_ptr();
+    params.variance = var.mutable_data_ptr();
+  }
+  check_memory(kernels().convolve(params));
+
+  const Norm batch = training ? call.batch_norm(bn_weight, bn_bias, mean, var, eps) : norm;
+  NormalizeParams normalize = call.normalize(conv, residual, batch);
+  normalize.out = out.mutable_data_ptr();
+  check_memory(kernels().normalize(normalize));
+  return {out, save_conv ? conv : nothing, mean, var};
+}
+
+using Gradients =
+    std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+               std::optional<Tensor>, std::optional<Tensor>>;
+
+Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<Tensor> bias,
+                   std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> mean,
+                   std::optional<Tensor> var, std::optional<Tensor> residual, std::optional<Tensor> conv, bool training,
+                   double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                   int64_t groups, std::string activation, double negative_slope, std::vector<bool> output_mask) {
+  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope);
+  const ConvProblem& p = call.problem;
+  PTK_CHECK(output_mask.size() == 6, "conv_bn_relu: output_mask: got ", output_mask.size(), " entries, expected 6");
+  PTK_CHECK(!training || mean, "conv_bn_relu: mean: got None, expected a tensor when training");
+  const Norm norm = call.norm(bn_weight, bn_bias, mean, var, false, eps);
+  const Channels bias_channels = call.channels("bias", bias);
+  call.check_result("grad_out", grad_out);
+  if (residual) {
+    call.check_result("residual", *residual);
+    residual = call.in_layout(*residual, p.layout);
+  }
+  if (conv) {
+    call.check_result("conv", *conv);
+    conv = call.in_layout(*conv, Layout::channels_last);
+  }
+  grad_out = call.in_layout(grad_out, p.layout);
+
+  const auto wanted = [&](size_t i, const auto& make) { return output_mask[i] ? std::optional(make()) : std::nullopt; };
+  std::optional<Tensor> grad_input = wanted(0, [&] { return call.empty_input(); });
+  std::optional<Tensor> grad_weight = wanted(1, [&] { return call.empty_weight(); });
+  std::optional<Tensor> grad_bias = wanted(2, [&] { return call.empty_like_channels(bias); });
+  std::optional<Tensor> grad_bn_weight = wanted(3, [&] { return call.empty_like_channels(bn_weight); });
+  std::optional<Tensor> grad_bn_bias = wanted(4, [&] { return call.empty_like_channels(bn_bias); });
+  std::optional<Tensor> grad_residual = wanted(5, [&] { return call.empty_result(p.layout); });
+  const Gradients gradients{grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual};
+  if (call.result_size() == 0) {
+    for (auto* gradient : {&grad_input, &grad_weight, &grad_bias, &grad_bn_weight, &grad_bn_bias, &grad_residual}) {
+      if (*gradient) {
+        torch::stable::zero_(**gradient);
+      }
+    }
+    return gradients;
+  }
+  if (!conv) {
+    conv = call.empty_result(Layout::channels_last);
+    ConvParams params;
+    params.problem = p;
+    params.problem.activation = Activation::none;
+    params.input = call.input.const_data_ptr();
+    params.weight = call.weight.const_data_ptr();
+    params.shift = bias_channels.data();
+    params.out = conv->mutable_data_ptr();
+    params.out_layout = Layout::channels_last;
+    check_memory(kernels().convolve(params));
+  }
+
+  const bool needs_grad_conv = grad_input || grad_weight;
+  std::optional<Tensor> grad_conv;
+  if (needs_grad_conv) {
+    grad_conv = call.empty_result(Layout::channels_last);
+  }
+  Channels sum_du(p.dtype, p.out_channels), sum_du_xhat(p.dtype, p.out_channels);
+  NormalizeBackwardParams params;
+  params.forward = call.normalize(*conv, residual, norm);
+  params.invstd = norm.invstd.data();
+  params.grad_out = grad_out.const_data_ptr();
+  params.batch_statistics = training;
+  params.sum_du = sum_du.mutable_data();
+  params.sum_du_xhat = sum_du_xhat.mutable_data();
+  params.grad_conv = grad_conv ? grad_conv->mutable_data_ptr() : nullptr;
+  params.grad_residual = grad_residual ? grad_residual->mutable_data_ptr() : nullptr;
+  check_memory(kernels().normalize_backward(params));
+
+  if (needs_grad_conv) {
+    ConvBackwardParams products;
+    products.problem = p;
+    products.grad_conv = grad_conv->const_data_ptr();
+    products.input = call.input.const_data_ptr();
+    products.weight = call.weight.const_data_ptr();
+    products.grad_input = grad_input && grad_input->numel() > 0 ? grad_input->mutable_data_ptr() : nullptr;
+    products.grad_weight = grad_weight && grad_weight->numel() > 0 ? grad_weight->mutable_data_ptr() : nullptr;
+    check_memory(kernels().convolve_backward(products));
+  }
+  // Whatever a bias adds, statistics of the batch take away again.
+  if (grad_bias) {
+    if (training) {
+      torch::stable::zero_(*grad_bias);
+    } else {
+      sum_du.times(norm.scale).write(*grad_bias);
+    }
+  }
+  if (grad_bn_weight) {
+    sum_du_xhat.write(*grad_bn_weight);
+  }
+  if (grad_bn_bias) {
+    sum_du.write(*grad_bn_bias);
+  }
+  return gradients;
+}
+
+}  // namespace
+
+const char* conv_kernel_name(const ConvProblem& problem) {
+  return kernels().describe(problem);
+}
+
+}  // namespace ptk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
+  library.def("conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+              "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool training, float eps, int[] stride, "
+              "int[] padding, int[] dilation, int groups, str activation=\"relu\", float negative_slope=0.01, "
+              "bool save_conv=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("_conv_bn_relu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
+              "Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? residual, Tensor? conv, bool training, float eps, "
+              "int[] stride, int[] padding, int[] dilation, int groups, str activation=\"relu\", "
+              "float negative_slope=0.01, bool[6] output_mask=[True, True, True, True, True, True]) -> "
+              "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptkernels, CPU, library) {
+  library.impl("conv_bn_relu", TORCH_BOX(&ptk::forward));
+  library.impl("_conv_bn_relu_backward", TORCH_BOX(&ptk::backward));
+}

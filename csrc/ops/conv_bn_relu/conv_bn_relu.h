@@ -1,0 +1,96 @@
+// Convolution, normalisation, residual and activation as one operator: what the kernels are given. Torch-free.
+//
+//   z = conv(input, weight)      u = (z - mean) * scale + shift + residual      out = act(u)
+//
+// One, two and three spatial dimensions are one problem: missing ones have size, kernel and stride 1.
+#pragma once
+
+#include "csrc/core/dtype.h"
+#include "csrc/cpu/isa.h"
+
+#include <cstdint>
+
+namespace ptk {
+
+enum class Activation : uint8_t { none, relu, leaky_relu, relu6, elu, silu, gelu, mish, hardswish, sigmoid, tanh };
+
+// How the elements of a dense tensor [batch, channels, depth, height, width] lie in memory.
+enum class Layout : uint8_t {
+  channels_first,
+  channels_last,
+};
+
+struct ConvProblem {
+  DType dtype = DType::f32;
+  Layout layout = Layout::channels_first;  // of input, residual and out, and of their gradients
+  int64_t batch = 0, in_channels = 0, out_channels = 0, groups = 1;
+  int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1};
+  int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {}, dilation[3] = {1, 1, 1};
+  Activation activation = Activation::none;
+  double slope = 0.01;  // of leaky_relu below zero
+};
+
+inline int64_t volume(const int64_t (&size)[3]) {
+  return size[0] * size[1] * size[2];
+}
+
+// Tensors are dense. `weight` is [out_channels, in_channels / groups, kernel...] in that order. Vectors per channel are
+// float32, float64 for float64, and end in kChannelPadding elements that may be read. Results are uninitialised.
+inline constexpr int64_t kChannelPadding = 16;
+
+// out = act(conv(input, weight) * scale + shift + residual); null means 1, 0 and 0.
+struct ConvParams {
+  ConvProblem problem;
+  const void *input = nullptr, *weight = nullptr, *residual = nullptr;
+  const void *scale = nullptr, *shift = nullptr;
+  void* out = nullptr;
+  Layout out_layout = Layout::channels_first;  // of out and residual
+  // Where not null: mean and biased variance of every channel of out over batch and space.
+  void *mean = nullptr, *variance = nullptr;
+};
+
+// out = act((conv - mean) * scale + shift + residual), `conv` channels last.
+struct NormalizeParams {
+  ConvProblem problem;
+  const void *conv = nullptr, *residual = nullptr;
+  const void *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  void* out = nullptr;
+};
+
+// The derivative of that, for a gradient of `out`. With du = grad_out * act'(u) and xhat = (conv - mean) * invstd,
+//
+//   grad_residual = du    sum_du = sum du    sum_du_xhat = sum du * xhat
+//   grad_conv = scale * du                                                            statistics fixed
+//   grad_conv = scale * (du - sum_du / count - xhat * sum_du_xhat / count)            statistics of the batch
+struct NormalizeBackwardParams {
+  NormalizeParams forward;        // without out
+  const void* invstd = nullptr;   // null where mean is
+  const void* grad_out = nullptr;
+  bool batch_statistics = false;
+  void *sum_du = nullptr, *sum_du_xhat = nullptr;
+  void* grad_conv = nullptr;      // channels last; null where not asked for
+  void* grad_residual = nullptr;  // null where not asked for
+};
+
+// grad_conv is channels last.
+struct ConvBackwardParams {
+  ConvProblem problem;
+  const void *grad_conv = nullptr, *input = nullptr, *weight = nullptr;
+  void *grad_input = nullptr, *grad_weight = nullptr;  // null where not asked for
+};
+
+struct ConvKernels {
+  // False when memory ran out.
+  bool (*convolve)(const ConvParams&);
+  bool (*normalize)(const NormalizeParams&);
+  bool (*normalize_backward)(const NormalizeBackwardParams&);
+  bool (*convolve_backward)(const ConvBackwardParams&);
+  // Name of the kernel that convolves.
+  const char* (*describe)(const ConvProblem&);
+};
+
+PTK_DECLARE_KERNELS(ConvKernels, conv_kernels)
+
+PTK_EXPORT const char* conv_kernel_name(const ConvProblem& problem);
+
+}  // namespace ptk

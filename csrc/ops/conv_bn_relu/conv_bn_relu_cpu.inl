@@ -1,0 +1,175 @@
+// Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem. Channels-first
+// inputs are brought to channels last once; results return to the caller's layout block by block.
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
+
+namespace ptk::PTK_ISA {
+namespace {
+
+// Above avx512 the levels differ in bfloat16 products only: everything else runs the avx512 kernels, compiled once.
+#if PTK_ISA_LEVEL >= 3
+const ConvKernels& inherited() {
+  return avx512::conv_kernels();
+}
+bool is_inherited(const ConvProblem& p) {
+  return PTK_ISA_LEVEL == 3 || p.dtype != DType::bf16 || is_depthwise(p);
+}
+#else
+const ConvKernels& inherited() {
+  return conv_kernels();
+}
+constexpr bool is_inherited(const ConvProblem&) {
+  return false;
+}
+#endif
+
+template <class Call>
+bool by_dtype([[maybe_unused]] DType dtype, [[maybe_unused]] const Call& call) {
+#if PTK_ISA_LEVEL < 3
+  switch (dtype) {
+  case DType::f64:
+    return call(double());
+  case DType::f32:
+    return call(float());
+  case DType::bf16:
+    return call(bf16());
+  case DType::f16:
+    return call(f16());
+  }
+  __builtin_unreachable();
+#elif PTK_ISA_LEVEL == 3
+  __builtin_unreachable();
+#else
+  return call(bf16());
+#endif
+}
+
+// The input, channels last: itself, or a copy in `buffer`.
+template <class T>
+const T* channels_last_input(const ConvProblem& p, const void* input, const SharedBuffer& buffer) {
+  const T* data = static_cast<const T*>(input);
+  if (p.layout == Layout::channels_last || p.in_channels == 1 || volume(p.in) == 1) return data;
+  to_channels_last(data, buffer.as<T>(), p.batch, p.in_channels, volume(p.in));
+  return buffer.as<T>();
+}
+
+template <class T>
+int64_t input_bytes(const ConvProblem& p) {
+  return p.layout == Layout::channels_last ? 0 : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T>
+bool convolve_as(const ConvParams& params) {
+  using A = Acc<T>;
+  const ConvProblem& p = params.problem;
+  const SharedBuffer buffer(input_bytes<T>(p));
+  if (!buffer) return false;
+  const Gather gather = forward_gather(p);
+  ConvResult<T> result;
+  result.out = static_cast<T*>(params.out);
+  result.layout = params.out_layout;
+  result.residual = static_cast<const T*>(params.residual);
+  result.scale = static_cast<const A*>(params.scale);
+  result.shift = static_cast<const A*>(params.shift);
+  result.activation = p.activation;
+  result.slope = static_cast<A>(p.slope);
+  const T* input = channels_last_input<T>(p, params.input, buffer);
+  const T* weight = static_cast<const T*>(params.weight);
+  const auto run = [&](const auto& kernel, int64_t block_rows) {
+    const int64_t blocks = (gather.positions() + block_rows - 1) / block_rows;
+    const SharedBuffer statistics(params.mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A)) : 0);
+    if (!statistics) return false;
+    if (params.mean) result.statistics = statistics.as<A>();
+    if (!kernel.run()) return false;
+    if (params.mean)
+      merge_statistics(statistics.as<A>(), p.out_channels, block_rows, gather.positions(), static_cast<A*>(params.mean),
+                       static_cast<A*>(params.variance));
+    return true;
+  };
+  if (is_depthwise(p)) return run(DepthwiseConv<T>(gather, input, weight, result), gather.axis[2].count);
+  return run(ImplicitConv<T>(p, gather, input, weight, result), ImplicitConv<T>::kRows);
+}
+
+template <class T>
+bool input_gradient(const ConvBackwardParams& params) {
+  const ConvProblem& p = params.problem;
+  const bool transposed = p.layout == Layout::channels_first && p.in_channels > 1 && volume(p.in) > 1;
+  const SharedBuffer buffer(transposed ? input_bytes<T>(p) : 0);
+  if (!buffer) return false;
+  ConvResult<T> result;
+  result.out = transposed ? buffer.as<T>() : static_cast<T*>(params.grad_input);
+  const T *grad = static_cast<const T*>(params.grad_conv), *weight = static_cast<const T*>(params.weight);
+  int64_t phase[3];
+  for (phase[0] = 0; phase[0] < least(p.stride[0], p.in[0]); ++phase[0])
+    for (phase[1] = 0; phase[1] < least(p.stride[1], p.in[1]); ++phase[1])
+      for (phase[2] = 0; phase[2] < least(p.stride[2], p.in[2]); ++phase[2]) {
+        const Gather gather = input_gradient_gather(p, phase);
+        if (!(is_depthwise(p) ? DepthwiseConv<T>(gather, grad, weight, result).run()
+                              : ImplicitConv<T>(p, gather, grad, weight, result).run()))
+          return false;
+      }
+  if (transposed)
+    to_channels_first(result.out, static_cast<T*>(params.grad_input), p.batch, p.in_channels, volume(p.in));
+  return true;
+}
+
+template <class T>
+bool weight_gradient(const ConvBackwardParams& params) {
+  const ConvProblem& p = params.problem;
+  const SharedBuffer buffer(input_bytes<T>(p));
+  if (!buffer) return false;
+  const T* input = channels_last_input<T>(p, params.input, buffer);
+  const T* grad = static_cast<const T*>(params.grad_conv);
+  T* grad_weight = static_cast<T*>(params.grad_weight);
+  const Gather gather = forward_gather(p);
+  if (is_depthwise(p)) return DepthwiseWeightGradient<T>(gather, input, grad, grad_weight).run();
+  return WeightGradient<T>(p, gather, input, grad, grad_weight).run();
+}
+
+bool convolve(const ConvParams& params) {
+  if (is_inherited(params.problem)) return inherited().convolve(params);
+  return by_dtype(params.problem.dtype, [&](auto t) { return convolve_as<decltype(t)>(params); });
+}
+
+bool convolve_backward(const ConvBackwardParams& params) {
+  if (is_inherited(params.problem)) return inherited().convolve_backward(params);
+  return by_dtype(params.problem.dtype, [&](auto t) {
+    using T = decltype(t);
+    return (!params.grad_input || input_gradient<T>(params)) && (!params.grad_weight || weight_gradient<T>(params));
+  });
+}
+
+#if PTK_ISA_LEVEL >= 3
+bool normalize(const NormalizeParams& params) {
+  return inherited().normalize(params);
+}
+bool normalize_backward(const NormalizeBackwardParams& params) {
+  return inherited().normalize_backward(params);
+}
+#else
+bool normalize(const NormalizeParams& params) {
+  return by_dtype(params.problem.dtype, [&](auto t) { return Normalize<decltype(t)>(params).run(); });
+}
+bool normalize_backward(const NormalizeBackwardParams& params) {
+  return by_dtype(params.forward.problem.dtype,
+                  [&](auto t) { return Normalize<decltype(t)>(params.forward).run_backward(params); });
+}
+#endif
+
+#define PTK_TEXT(x) #x
+#define PTK_NAME(isa, kernel) "cpu." PTK_TEXT(isa) "." kernel
+
+const char* describe(const ConvProblem& p) {
+  if (is_inherited(p)) return inherited().describe(p);
+  if (is_depthwise(p)) return PTK_NAME(PTK_ISA, "depthwise");
+  return forward_gather(p).is_pointwise() ? PTK_NAME(PTK_ISA, "pointwise") : PTK_NAME(PTK_ISA, "implicit_gemm");
+}
+
+}  // namespace
+
+const ConvKernels& conv_kernels() {
+  static constexpr ConvKernels kernels = {convolve, normalize, normalize_backward, convolve_backward, describe};
+  return kernels;
+}
+
+}  // namespace ptk::PTK_ISA

@@ -1,0 +1,208 @@
+// Which elements of its source a convolution multiplies: the geometry shared by forward, input and weight gradients.
+//
+// Along each axis, position i and tap j of the result meet source element i * step + base + j * delta, or a zero where
+// that lies outside. The forward convolution is one such map. The input gradient is one for each residue of the input
+// coordinate modulo the stride: of a residue's taps, every one meets a source element, so no product with a stride's
+// zeros is ever computed.
+//
+// Depth (k) runs over taps, then channels. It is divided into steps of at most kDepth, so that a block of rows of one
+// step stays in L2 and a panel of weights in L1: whole rows of taps where they fit, else part of the channels of a tap.
+#pragma once
+
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_layout.h"
+
+namespace ptk::PTK_ISA {
+
+struct Axis {
+  int64_t count, step, base, delta, taps, source;
+  int64_t first_tap, tap_step;            // tap j is element first_tap + j * tap_step of the kernel
+  int64_t first_out, out_step, out_size;  // position i is element first_out + i * out_step of the result
+};
+
+struct Gather {
+  Axis axis[3];
+  int64_t batch, groups;
+  int64_t source_channels, result_channels;                     // of all groups
+  int64_t weight_source, weight_result, kernel[3];  // strides in the weight tensor; taps are innermost
+
+  int64_t positions() const { return batch * axis[0].count * axis[1].count * axis[2].count; }
+  int64_t taps() const { return axis[0].taps * axis[1].taps * axis[2].taps; }
+  int64_t group_source() const { return source_channels / groups; }
+  int64_t group_result() const { return result_channels / groups; }
+  // Every position is its own and only source: a plain matrix product.
+  bool is_pointwise() const {
+    bool plain = taps() == 1;
+    for (const Axis& a : axis) plain = plain && a.step == 1 && a.base == 0 && a.count == a.source && a.out_step == 1;
+    return plain;
+  }
+  bool is_dense() const { return axis[0].out_step == 1 && axis[1].out_step == 1 && axis[2].out_step == 1; }
+};
+
+static inline Gather forward_gather(const ConvProblem& p) {
+  Gather g{};
+  for (int d = 0; d < 3; ++d)
+    g.axis[d] = {p.out[d], p.stride[d], -p.padding[d], p.dilation[d], p.kernel[d], p.in[d], 0, 1, 0, 1, p.out[d]};
+  g.batch = p.batch;
+  g.groups = p.groups;
+  g.source_channels = p.in_channels;
+  g.result_channels = p.out_channels;
+  for (int d = 0; d < 3; ++d) g.kernel[d] = p.kernel[d];
+  g.weight_source = volume(p.kernel);
+  g.weight_result = g.weight_source * (p.in_channels / p.groups);
+  return g;
+}
+
+// Input coordinates phase + i * stride along one axis.
+static inline Axis input_gradient_axis(const ConvProblem& p, int d, int64_t phase) {
+  const int64_t stride = p.stride[d], dilation = p.dilation[d];
+  Axis a{(p.in[d] - phase + stride - 1) / stride, 1, 0, 0, 0, p.out[d], 0, 1, phase, stride, p.in[d]};
+  for (int64_t k = 0; k < p.kernel[d]; ++k) {
+    const int64_t reach = phase + p.padding[d] - k * dilation;
+    if (reach % stride) continue;
+    if (a.taps == 0) {
+      a.first_tap = k;
+      a.base = reach / stride;
+    } else if (a.taps == 1) {
+      a.tap_step = k - a.first_tap;
+      a.delta = reach / stride - a.base;
+    }
+    ++a.taps;
+  }
+  return a;
+}
+
+static inline Gather input_gradient_gather(const ConvProblem& p, const int64_t (&phase)[3]) {
+  Gather g = forward_gather(p);
+  for (int d = 0; d < 3; ++d) g.axis[d] = input_gradient_axis(p, d, phase[d]);
+  g.source_channels = p.out_channels;
+  g.result_channels = p.in_channels;
+  const int64_t weight_out = g.weight_result;
+  g.weight_result = g.weight_source;
+  g.weight_source = weight_out;
+  return g;
+}
+
+// Where the weight of a group begins.
+static inline int64_t weight_offset(const ConvProblem& p, int64_t group) {
+  return group * (p.out_channels / p.groups) * (p.in_channels / p.groups) * volume(p.kernel);
+}
+
+// Offset of tap (td, th, tw) of the gather in the weight tensor.
+static inline int64_t tap_offset(const Gather& g, int64_t td, int64_t th, int64_t tw) {
+  const Axis *d = &g.axis[0], *h = &g.axis[1], *w = &g.axis[2];
+  return ((d->first_tap + td * d->tap_step) * g.kernel[1] + h->first_tap + th * h->tap_step) * g.kernel[2] +
+         w->first_tap + tw * w->tap_step;
+}
+
+// A range of depth: `rows` rows of taps with all their channels, or one tap and a range of its channels.
+struct DepthStep {
+  int64_t row, rows, tap, taps, channel, channels;
+  int64_t depth() const { return rows * taps * channels; }
+};
+
+class DepthSteps {
+public:
+  explicit DepthSteps(const Gather& g, int64_t limit)
+      : rows_(g.axis[0].taps * g.axis[1].taps), taps_(g.axis[2].taps), channels_(g.group_source()) {
+    const int64_t width = taps_ * channels_;
+    if (width <= limit) {
+      rows_per_step_ = width ? most(1, least(rows_, limit / width)) : 1;
+      count_ = width ? (rows_ + rows_per_step_ - 1) / rows_per_step_ : 0;
+    } else {
+      const int64_t parts = (channels_ + limit - 1) / limit;
+      part_ = least(channels_, round_up((channels_ + parts - 1) / parts, 16));
+      parts_ = (channels_ + part_ - 1) / part_;
+      count_ = rows_ * taps_ * parts_;
+    }
+  }
+  // A convolution whose window no tap reaches still has a result, zero.
+  int64_t count() const { return most(1, count_); }
+  DepthStep at(int64_t i) const {
+    if (count_ == 0) return {0, 0, 0, 0, 0, 0};
+    if (parts_ == 0) {
+      const int64_t row = i * rows_per_step_;
+      return {row, least(rows_per_step_, rows_ - row), 0, taps_, 0, channels_};
+    }
+    const int64_t tap = i / parts_, channel = i % parts_ * part_;
+    return {tap / taps_, 1, tap % taps_, 1, channel, least(part_, channels_ - channel)};
+  }
+  int64_t largest() const { return at(0).depth(); }
+
+private:
+  int64_t rows_, taps_, channels_;
+  int64_t rows_per_step_ = 1, parts_ = 0, part_ = 0, count_ = 0;
+};
+
+// The source coordinates at tap 0 of consecutive positions.
+struct Position {
+  int64_t source[3];
+  int64_t image;
+  int64_t out;  // index of the position among all pixels of the result
+};
+
+static inline void locate(const Gather& g, int64_t begin, int64_t rows, Position* positions) {
+  const Axis* a = g.axis;
+  int64_t i[3], rest = begin;
+  for (int d = 2; d >= 0; --d) {
+    i[d] = rest % a[d].count;
+    rest /= a[d].count;
+  }
+  int64_t image = rest;
+  for (int64_t r = 0; r < rows; ++r) {
+    Position& p = positions[r];
+    p.image = image;
+    p.out = image;
+    for (int d = 0; d < 3; ++d) {
+      p.source[d] = i[d] * a[d].step + a[d].base;
+      p.out = p.out * a[d].out_size + a[d].first_out + i[d] * a[d].out_step;
+    }
+    for (int d = 2; d >= 0 && ++i[d] == a[d].count; --d) {
+      i[d] = 0;
+      if (d == 0) ++image;
+    }
+  }
+}
+
+// rows[r * ld + k] for one step of depth: the source elements that position r's taps meet, zeros outside and up to
+// `padded` depth.
+template <class T, class To>
+static void gather_rows(const Gather& g, const T* source, int64_t group, const DepthStep& step,
+                        const Position* positions, int64_t count, To* rows, int64_t ld, int64_t padded) {
+  const Axis *ad = &g.axis[0], *ah = &g.axis[1], *aw = &g.axis[2];
+  const int64_t channels = g.source_channels, first_channel = group * g.group_source() + step.channel;
+  // Neighbouring taps lie side by side in memory.
+  const bool merges = aw->delta == 1 && step.channels == channels;
+  const int64_t width = step.taps * step.channels;
+  for (int64_t r = 0; r < count; ++r) {
+    const Position& p = positions[r];
+    To* to = rows + r * ld;
+    for (int64_t row = step.row; row < step.row + step.rows; ++row, to += width) {
+      const int64_t d = p.source[0] + row / ah->taps * ad->delta, h = p.source[1] + row % ah->taps * ah->delta;
+      if (d < 0 || d >= ad->source || h < 0 || h >= ah->source) {
+        std::memset(to, 0, width * sizeof(To));
+        continue;
+      }
+      const T* line = source + ((p.image * ad->source + d) * ah->source + h) * aw->source * channels + first_channel;
+      const int64_t w = p.source[2] + step.tap * aw->delta;
+      if (merges) {
+        const int64_t low = least(step.taps, most(0, -w)), high = most(low, least(step.taps, aw->source - w));
+        std::memset(to, 0, low * channels * sizeof(To));
+        pack_row(line + (w + low) * channels, 1, (high - low) * channels, (high - low) * channels, to + low * channels);
+        std::memset(to + high * channels, 0, (step.taps - high) * channels * sizeof(To));
+        continue;
+      }
+      for (int64_t t = 0; t < step.taps; ++t) {
+        const int64_t at = w + t * aw->delta;
+        if (at < 0 || at >= aw->source) {
+          std::memset(to + t * step.channels, 0, step.channels * sizeof(To));
+        } else {
+          pack_row(line + at * channels, 1, step.channels, step.channels, to + t * step.channels);
+        }
+      }
+    }
+    const int64_t depth = step.depth();
+    if (padded > depth) std::memset(rows + r * ld + depth, 0, (padded - depth) * sizeof(To));
+  }
+}
+
+}  // namespace ptk::PTK_ISA

@@ -1,0 +1,192 @@
+"""Fused convolution, batch normalisation, residual and activation, for inference and for training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptkernels._registry import Explanation
+from ptkernels.ops.conv_bn_relu import checks, reference, register, routing
+from ptkernels.ops.conv_bn_relu.library import conv_op
+
+__all__ = ["conv_bn_relu"]
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    r"""Fused ``activation(batch_norm(conv(input, weight, bias)) + residual)`` in one, two or three dimensions.
+
+    What :func:`torch.nn.functional.conv2d`, :func:`torch.nn.functional.batch_norm`, an addition and an activation
+    compute, without writing the intermediate results of inference and with one saved tensor in training.
+
+    Args:
+        input: ``[N, C, *space]`` with 1 to 3 dimensions of space; float64, float32, bfloat16 or float16. A dense
+            channels-last input gives a channels-last result; any other layout gives a contiguous one.
+        weight: ``[O, C / groups, *kernel]``, dtype and device of ``input``.
+        bias: ``[O]``, of the convolution. With ``training`` its gradient is exactly 0: the statistics remove it.
+        bn_weight: ``[O]``, factor after normalisation (gamma). This and the other vectors of the normalisation have the
+            dtype of ``input``, or float32 where that is narrower. Default: 1.
+        bn_bias: ``[O]``, added after normalisation (beta). Default: 0.
+        running_mean: ``[O]``. Normalises when not training; updated in place when training. Not differentiable.
+        running_var: ``[O]``, given together with ``running_mean``. Without both and without ``training`` there is no
+            normalisation, and ``bn_weight`` and ``bn_bias`` must be None.
+        residual: shape and dtype of the result, added before the activation.
+        training: normalise with the mean and biased variance of the batch, and move the running statistics towards the
+            mean and the *unbiased* variance, as :class:`torch.nn.BatchNorm2d` does.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        stride: of the convolution, one int or one per dimension of space, at least 1.
+        padding: zeros on both sides of every dimension: one int or one per dimension, or ``"valid"`` for none, or
+            ``"same"`` (stride 1 only) for a result of the size of ``input``.
+        dilation: distance of the taps, at least 1.
+        groups: divisor of C and O.
+        activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"mish"``,
+            ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; elu with alpha 1, gelu by the error function.
+        negative_slope: of ``"leaky_relu"``.
+        recompute: keep only ``input`` for the backward, which computes the convolution again.
+
+    Returns:
+        ``[N, O, *space]`` in the dtype of ``input``.
+
+    Raises:
+        TypeError: an argument is not a dense tensor, or has a dtype or Python type the operator does not take.
+        ValueError: shapes, devices or numbers do not fit, or training sees one value per channel.
+        ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
+        ptkernels.errors.BackendError: the backend asked for cannot run the call.
+
+    Note:
+        Sums are float32 (float64 for float64). Statistics are taken of blocks, centred before they are squared, and
+        merged in a fixed order (Chan, Golub and LeVeque, 1983): a mean 10,000 standard deviations from 0 costs no
+        accuracy. Results do not depend on the number of threads. Time is that of the convolution; inference keeps
+        nothing beyond the result, training the convolution's result, or nothing with ``recompute``.
+
+        Inside a backward pass, where activation checkpointing runs a forward again, running statistics are left alone:
+        a training step updates them once. The bounded memory of vmap: a mapped dimension becomes groups.
+
+        Double backward and forward-mode differentiation run on :func:`ptkernels.reference.conv_bn_relu`, with a
+        warning. ``ptkernels.explain(ptkernels.conv_bn_relu, ...)`` tells what a call will run on.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> x, weight = torch.randn(2, 3, 32, 32), torch.randn(8, 3, 3, 3)
+        >>> mean, var = torch.zeros(8), torch.ones(8)
+        >>> ptk.conv_bn_relu(x, weight, running_mean=mean, running_var=var, training=True, padding="same").shape
+        torch.Size([2, 8, 32, 32])
+    """
+    args = _arguments(
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, momentum, eps, stride,
+        padding, dilation, groups, activation, negative_slope,
+    )  # fmt: skip
+    tensors = (*args[:5], args[7])
+    if routing.runs_on_reference(*tensors):
+        # Autocast has been applied; inside the composition it would round everything else as well.
+        with torch.autocast(args[0].device.type, enabled=False):
+            out, _, mean, var = reference.forward(*args)
+    else:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        out, _, mean, var = conv_op(*args, recorded and not recompute)
+    if training and running_mean is not None and mean is not None and not _replays_forward():
+        count = out.size(0) * math.prod(out.shape[2:])
+        reference.update_statistics(running_mean, running_var, mean, var, count, momentum)
+    return out
+
+
+def _replays_forward() -> bool:
+    """Whether a backward pass surrounds the call, as when checkpointing runs a forward a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _arguments(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    bn_weight: Any,
+    bn_bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    residual: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    negative_slope: Any,
+) -> tuple[Any, ...]:
+    """Checked arguments of the operator."""
+    tensors = (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+    tensors = register.autocast_if_enabled(tensors)
+    input, weight = tensors[:2]
+    if isinstance(padding, str) and isinstance(input, Tensor) and isinstance(weight, Tensor):
+        input, padding = _resolve_padding(input, weight, stride, padding, dilation)
+        tensors = (input, *tensors[1:])
+    options = (training, eps, stride, padding, dilation, groups, activation, negative_slope)
+    checks.check_op_inputs(*tensors, *options, momentum=momentum)
+    space = input.dim() - 2
+    lists = [
+        checks.spatial(name, value, space, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    ]
+    return (*tensors, training, float(eps), *lists, groups, activation, float(negative_slope))
+
+
+def _resolve_padding(
+    input: Tensor, weight: Tensor, stride: Any, padding: str, dilation: Any
+) -> tuple[Tensor, int | list[int]]:
+    """The padding that a word stands for; an odd zero of "same" goes behind the input, as in torch."""
+    if padding == "valid":
+        return input, 0
+    if padding != "same":
+        raise ValueError(f"{checks.OP}: padding: got {padding!r}, expected ints, 'same' or 'valid'")
+    space = input.dim() - 2
+    if any(number != 1 for number in checks.spatial("stride", stride, space, 1)):
+        raise ValueError(f"{checks.OP}: padding: got 'same' with stride {stride}, expected stride 1")
+    spans = [
+        step * (size - 1)
+        for step, size in zip(checks.spatial("dilation", dilation, space, 1), weight.shape[2:], strict=False)
+    ]
+    if any(span % 2 for span in spans):
+        behind = [number for span in reversed(spans) for number in (0, span % 2)]
+        is_channels_last = register._is_channels_last(input)
+        input = F.pad(input, behind)
+        if is_channels_last:
+            input = input.contiguous(memory_format=register._FORMATS[input.dim()])
+    return input, [span // 2 for span in spans]
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Account of the call :func:`ptkernels.conv_bn_relu` would make with these arguments, without making it.
+
+    Raises what the call would raise for bad arguments.
+    """
+    import inspect
+
+    bound = inspect.signature(conv_bn_relu).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name != "recompute"}
+    return routing.account(_arguments(**given))

@@ -1,0 +1,196 @@
+"""Convolution, batch normalisation, residual and activation in plain torch: the oracle, and what runs without a kernel.
+
+    z = conv(input, weight) + bias
+    u = (z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual
+    out = activation(u)
+
+``mean`` and the biased ``var`` are those of the batch when training, else the running ones; without either there is no
+normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# Written out where torch's own function cannot be differentiated twice in every mode.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda u, slope: u,
+    "relu": lambda u, slope: torch.relu(u),
+    "leaky_relu": lambda u, slope: torch.where(u > 0, u, u * slope),
+    "relu6": lambda u, slope: torch.where(u > 0, torch.where(u < 6, u, torch.full_like(u, 6.0)), torch.zeros_like(u)),
+    "elu": lambda u, slope: torch.where(u > 0, u, torch.expm1(torch.where(u > 0, torch.zeros_like(u), u))),
+    "silu": lambda u, slope: u * torch.sigmoid(u),
+    "gelu": lambda u, slope: u * 0.5 * torch.erfc(u * -math.sqrt(0.5)),
+    "mish": lambda u, slope: u * torch.tanh(F.softplus(u)),
+    "hardswish": lambda u, slope: torch.where(
+        u > -3, torch.where(u < 3, u * (u + 3) / 6, u), torch.zeros_like(u)
+    ),
+    "sigmoid": lambda u, slope: torch.sigmoid(u),
+    "tanh": lambda u, slope: torch.tanh(u),
+}
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector of channels, to broadcast against ``[batch, channels, space...]``."""
+    return vector.to(like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
+
+
+def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel."""
+    dims = (0, *range(2, z.dim()))
+    mean = z.mean(dims)
+    return mean, (z - per_channel(mean, z)).square().mean(dims)
+
+
+def normalize(
+    z: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalised and affine, in the dtype of ``z``; ``z`` itself without a mean."""
+    if mean is None or var is None:
+        return z
+    u = (z - per_channel(mean, z)) * (per_channel(var, z) + eps).rsqrt()
+    if bn_weight is not None:
+        u = u * per_channel(bn_weight, z)
+    return u if bn_bias is None else u + per_channel(bn_bias, z)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The result, the convolution's in the dtype of sums, and the statistics it was normalised with."""
+    dtype = compute_dtype(input.dtype)
+    z = CONVOLUTIONS[input.dim()](
+        input.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    if training:
+        mean, var = batch_statistics(z)
+        u = normalize(z, bn_weight, bn_bias, mean, var, eps)
+        mean, var = mean.detach(), var.detach()
+    else:
+        mean, var = (None if t is None else t.detach() for t in (running_mean, running_var))  # type: ignore[assignment]
+        u = normalize(z, bn_weight, bn_bias, mean, var, eps)
+    if residual is not None:
+        u = u + residual.to(dtype)
+    return ACTIVATIONS[activation](u, negative_slope).to(input.dtype), z, mean, var
+
+
+def update_running(running: Tensor | None, value: Tensor, momentum: float) -> None:
+    """``running = (1 - momentum) * running + momentum * value``, in place."""
+    if running is not None:
+        with torch.no_grad():
+            running.copy_(running * (1.0 - momentum) + value.detach().to(running.dtype) * momentum)
+
+
+def update_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """Move the running statistics towards those of a batch of ``count`` values, the variance unbiased."""
+    update_running(running_mean, mean, momentum)
+    update_running(running_var, var * (count / (count - 1)), momentum)
+
+
+def values_per_channel(z: Tensor) -> int:
+    """How many numbers statistics of a channel are taken over."""
+    return z.size(0) * math.prod(z.shape[2:])
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    recompute: bool = False,
+) -> Tensor:
+    """Plain torch :func:`ptkernels.conv_bn_relu`: same arguments and results, every intermediate in memory.
+
+    Computes in float64 for float64 inputs and in float32 otherwise, and rounds the result at the end. Differentiable in
+    every tensor argument but the running statistics, any number of times in forward and reverse mode.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> ptk.reference.conv_bn_relu(torch.ones(1, 1, 3), torch.ones(1, 1, 2))
+        tensor([[[2., 2.]]])
+    """
+    out, z, mean, var = forward(
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, stride, padding,
+        dilation, groups, activation, negative_slope,
+    )  # fmt: skip
+    if training and mean is not None and var is not None:
+        update_statistics(running_mean, running_var, mean, var, values_per_channel(z), momentum)
+    return out
+
+
+def gradients(
+    grad_out: Tensor, tensors: tuple[Tensor | None, ...], fixed: tuple[Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """First derivatives that can be differentiated further.
+
+    ``tensors`` are input, weight, bias, bn_weight, bn_bias and residual, ``fixed`` the running statistics; the result
+    has None for those of ``tensors`` that are None.
+    """
+    given = [index for index, tensor in enumerate(tensors) if tensor is not None]
+
+    def call(*values: Tensor) -> Tensor:
+        full = list(tensors)
+        for index, value in zip(given, values, strict=True):
+            full[index] = value
+        *operands, residual = full
+        return forward(*operands, *fixed, residual, *options)[0]  # type: ignore[arg-type]
+
+    pullback: Any = torch.func.vjp(call, *(tensors[index] for index in given))[1]
+    grads = dict(zip(given, pullback(grad_out), strict=True))
+    return tuple(grads.get(index) for index in range(len(tensors)))

@@ -1,0 +1,239 @@
+"""What torch's subsystems need to know about ``ptkernels::conv_bn_relu`` beyond its kernels.
+
+The operator is pure: running statistics are updated by the public function, from the mean and variance it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from ptkernels import _backend
+from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels.ops.conv_bn_relu import batching, reference
+from ptkernels.ops.conv_bn_relu.checks import OP, check_backward_inputs, check_op_inputs
+from ptkernels.ops.conv_bn_relu.library import backward_op, conv_op
+
+FORWARD_MODE = "forward-mode differentiation has no kernel"
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+# Positions in the operator's arguments of what is differentiated: all but the running statistics.
+_DIFFERENTIATED = (0, 1, 2, 3, 4, 7)
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """As the kernels decide the layout of results."""
+    memory_format = _FORMATS.get(tensor.dim())
+    if memory_format is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=memory_format)
+
+
+def _empty(like: Tensor, shape: Any, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return like.new_empty(shape)
+    batch, channels, *space = shape
+    dense = like.new_empty(batch, *space, channels)
+    return dense.movedim(-1, 1)
+
+
+def _fake_conv(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, training, save_conv = args[0], args[8], args[16] if len(args) > 16 else False
+    shape = check_op_inputs(*args[:16])
+    out = _empty(input, shape, _is_channels_last(input))
+    wide = reference.compute_dtype(input.dtype)
+    vector = [input.new_empty(shape[1] if training else 0, dtype=wide) for _ in range(2)]
+    conv = _empty(input, shape, True) if save_conv else input.new_empty(0, dtype=wide)
+    return out, conv, vector[0], vector[1]
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    conv: Tensor | None,
+    training: bool,
+    *options: Any,
+) -> Gradients:
+    tensors = (input, weight, bias, bn_weight, bn_bias, mean, var, residual)
+    needed = options[7] if len(options) > 7 else (True,) * 6
+    shape = check_op_inputs(*tensors, training, *options[:7])
+    check_backward_inputs(grad_out, conv, shape, input)
+    channels_last = _is_channels_last(input)
+
+    def vector(like: Tensor | None, wanted: bool) -> Tensor | None:
+        return like.new_empty(shape[1]) if wanted and like is not None else None
+
+    return (
+        _empty(input, input.shape, channels_last) if needed[0] else None,
+        weight.new_empty(weight.shape) if needed[1] else None,
+        vector(bias, needed[2]),
+        vector(bn_weight, needed[3]),
+        vector(bn_bias, needed[4]),
+        _empty(input, shape, channels_last) if needed[5] else None,
+    )
+
+
+class _ConvBNReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, save_conv: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out, conv, mean, var = forward_of_function(conv_op, keyset, *args, save_conv)
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, *options = args
+        ctx.mark_non_differentiable(conv, mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.training, ctx.options = training, tuple(options)
+        ctx.save_for_backward(
+            input,
+            weight,
+            bias,
+            bn_weight,
+            bn_bias,
+            mean if training else running_mean,
+            var if training else running_var,
+            residual,
+            conv if save_conv else None,
+        )
+        return out, conv, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        nothing = (None,) * (11 + len(ctx.options))
+        if grad_out is None:
+            return nothing
+        needs = ctx.needs_input_grad[2:]
+        needed = [needs[index] for index in _DIFFERENTIATED]
+        args = (grad_out, *ctx.saved_tensors, ctx.training, *ctx.options, needed)
+        if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
+            grads = backward_op(*args)
+        else:
+            grads = below_autograd(backward_op, None, *args)
+        return (None, None, *grads[:5], None, None, grads[5], *nothing[10:])
+
+
+class _ConvBNReLUBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:9])
+        ctx.training, ctx.options, ctx.arguments = args[10], args[11:18], len(args)
+        grads: Gradients = forward_of_function(backward_op, keyset, *args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # The gradients are functions of grad_out and the operands alone: statistics of the batch and the convolution are
+        # intermediate results, and a derivative through them as well would count the same path twice.
+        given = [index for index, grad in enumerate(grads) if grad is not None]
+        if not given:
+            return (None,) * (1 + ctx.arguments)
+        _backend.fallback(OP, "double backward has no kernel")
+        grad_out, *operands, mean, var, residual = ctx.saved_tensors
+        tensors = (*operands, residual)
+        fixed = (None, None) if ctx.training else (mean, var)
+        present = [index for index, tensor in enumerate(tensors) if tensor is not None]
+
+        def gradients(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            full: list[Tensor | None] = list(tensors)
+            for index, value in zip(present, values, strict=True):
+                full[index] = value
+            results = reference.gradients(grad, tuple(full), fixed, (ctx.training, *ctx.options))
+            return tuple(results[index] for index in given)  # type: ignore[misc]
+
+        primals = (grad_out, *(tensors[index] for index in present))
+        pullback: Any = torch.func.vjp(gradients, *primals)[1]
+        grad_grad_out, *found = pullback(tuple(grads[index] for index in given))
+        second = dict(zip(present, found, strict=True))
+        operand_grads = [second.get(index) for index in range(5)]
+        tail = (None,) * (ctx.arguments - 9)
+        return (None, grad_grad_out, *operand_grads, None, None, second.get(5), *tail)
+
+
+def _autograd_conv(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args, save_conv = (args[:16], bool(args[16])) if len(args) > 16 else (args, False)
+    if len(args) < 16:
+        args = (*args, *("relu", 0.01)[len(args) - 14 :])
+    differentiated = [args[index] for index in _DIFFERENTIATED]
+    if has_tangent(*differentiated):
+        check_op_inputs(*args)
+        _backend.fallback(OP, FORWARD_MODE)
+        out, z, mean, var = reference.forward(*args)
+        none = z.new_empty(0)
+        conv = z.to(args[0].dtype).detach() if save_conv else none
+        return out, conv, *((mean, var) if args[8] and mean is not None and var is not None else (none, none.clone()))
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(_ConvBNReLU, keyset, save_conv, *args)
+    else:
+        result = below_autograd(conv_op, keyset, *args, save_conv)
+    return result
+
+
+def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
+    defaults = ("relu", 0.01, (True,) * 6)
+    args = (*args, *defaults[len(args) - 16 :]) if len(args) < 19 else args
+    grad_out, *operands = args[:6]
+    mean, var, residual, _, training, *options, needed = args[6:]
+    differentiated = (grad_out, *operands, residual)
+    if has_tangent(*differentiated):
+        _backend.fallback(OP, FORWARD_MODE)
+        fixed = (None, None) if training else (mean, var)
+        found = reference.gradients(grad_out, (*operands, residual), fixed, (training, *options))
+        grads = [grad if wanted else None for grad, wanted in zip(found, needed, strict=True)]
+        return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
+        result: Gradients = apply(_ConvBNReLUBackward, keyset, *args)
+    else:
+        result = below_autograd(backward_op, keyset, *args)
+    return result
+
+
+def autocast(device_type: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast as autocast does for torch's convolutions; vectors of the normalisation keep their precision."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(value: Any) -> Any:
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible and value.device.type == device_type else value
+
+    return tuple(cast(value) if index in (0, 1, 2, 7) else value for index, value in enumerate(args))
+
+
+def autocast_if_enabled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Apply the enclosing autocast region, if any, to arguments that are not known to be tensors yet."""
+    if not isinstance(args[0], Tensor):
+        return args
+    device_type = args[0].device.type
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return args
+    return autocast(device_type, args)
+
+
+def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return conv_op(*autocast(device_type, args))
+
+    return kernel
+
+
+_library = torch.library.Library("ptkernels", "FRAGMENT")
+torch.library.register_fake("ptkernels::conv_bn_relu", _fake_conv, lib=_library)
+torch.library.register_fake("ptkernels::_conv_bn_relu_backward", _fake_backward, lib=_library)
+_library.impl("conv_bn_relu", _autograd_conv, "Autograd", with_keyset=True)
+_library.impl("_conv_bn_relu_backward", _autograd_backward, "Autograd", with_keyset=True)
+torch.library.register_vmap("ptkernels::conv_bn_relu", batching.vmap_conv, lib=_library)
+torch.library.register_vmap("ptkernels::_conv_bn_relu_backward", batching.vmap_backward, lib=_library)
+_library.impl("_conv_bn_relu_backward", batching.legacy_vmap_backward, "Batched")
+_library.impl("conv_bn_relu", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("conv_bn_relu", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
