@@ -154,7 +154,8 @@ class SpeakerEncoder(nn.Module):
         """Embeddings ``[batch, hidden_size]`` of spectrograms ``[frames, channels]``."""
         _, (hidden, _) = self.lstm(_pack(mels))
         embeddings = F.relu(self.linear(hidden[-1]))
-        return embeddings / embeddings.norm(dim=1, keepdim=True)
+        unit: Tensor = embeddings / embeddings.norm(dim=1, keepdim=True)
+        return unit
 
 
 def load_speaker_encoder(path: str | Path, lstm: Stack = LSTM) -> SpeakerEncoder:

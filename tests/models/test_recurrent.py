@@ -21,6 +21,12 @@ from ptkernels.models import LSTMLanguageModel, SentimentAnalyzer, load_speaker_
 STACKS = (nn.LSTM, ptk.nn.LSTM)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The work is small, and torch's packed LSTM enters hundreds of parallel regions for it."""
+    torch.set_num_threads(1)
+
+
 def rows() -> list[dict[str, str]]:
     text = resources.files("ptkernels.cli.bench").joinpath("data/sentences.tsv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -115,7 +121,7 @@ def checkpoint() -> Path:
 
 
 def speech(seconds: float, pitch: float, generator: torch.Generator) -> Tensor:
-    """Mel power spectrogram ``[frames, 40]`` of a synthesised voice: harmonics under three moving formants, and breath."""
+    """Mel power spectrogram ``[frames, 40]`` of a synthesised voice: gliding harmonics, three formants, breath."""
     rate, window, hop, channels = 16000, 400, 160, 40
     time = torch.arange(int(seconds * rate)) / rate
     glide = pitch * (1 + 0.05 * torch.sin(2 * math.pi * 3 * time))
