@@ -16,8 +16,11 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
 class _Stack(nn.RNNBase):
-    """What the three have in common. ``RNNBase`` has the parameters, their names and their initialisation; torch.compile
-    refuses subclasses of the modules themselves."""
+    """What the three have in common.
+
+    ``RNNBase`` has the parameters, their names and their initialisation; torch.compile refuses subclasses of
+    ``torch.nn.LSTM`` and the others themselves.
+    """
 
     def _run(
         self, op: str, mode: str, input: Any, hx: Any, lengths: Tensor | None, cu_seqlens: Tensor | None
@@ -59,8 +62,8 @@ class LSTM(_Stack):
         dtype: of the parameters.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, (h_n, c_n))``. Forms of input,
-        shapes and errors are those of :func:`ptkernels.lstm`.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, (h_n, c_n))``. Forms of
+        input, shapes and errors are those of :func:`ptkernels.lstm`.
 
     Example:
         >>> import torch, ptkernels as ptk

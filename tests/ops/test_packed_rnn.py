@@ -1,4 +1,4 @@
-"""What recurrent layers promise beyond the contract every operator keeps: torch.nn's behaviour for every form of input."""
+"""What recurrent layers promise beyond the contract: torch.nn's behaviour, for every form of input."""
 
 from __future__ import annotations
 

@@ -51,12 +51,24 @@ PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t
 #endif
 }
 
-// The last rows, fewer than kMr: in binary steps, so that four kernels cover
-// every remainder.
+// The last rows. With few registers (kMr <= 6) every remainder has its kernel, and what is left after the full strips
+// is dealt out evenly over two: a strip of one or two rows would wait for its own sums. With more, binary steps: four
+// kernels cover every remainder.
+template <class T>
+inline constexpr bool kEvenTail = GemmTraits<T>::kMultiply == Multiply::fma && GemmTraits<T>::kMr <= 6;
 template <class T>
 inline constexpr int kLargestTail = GemmTraits<T>::kMr > 8   ? 8
                                     : GemmTraits<T>::kMr > 4 ? 4
                                                              : 1;
+
+template <class T, int M, class Epilogue>
+static inline void exact_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                              int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
+  if constexpr (M > 0) {
+    if (rows == M) return vector_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
+    exact_rows<T, M - 1>(blocks, count, k, lda, row, rows, column, columns, epilogue);
+  }
+}
 
 template <class T, int M, class Epilogue>
 static inline void tail_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
@@ -101,8 +113,16 @@ static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blo
     }
 #endif
     if constexpr (!kUsesTiles<T>) {
-      for (; row + mr <= m; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
-      if (row < m) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
+      if constexpr (kEvenTail<T>) {
+        for (int64_t left = m; left > 0; left = m - row) {
+          const int64_t rows = left >= 2 * mr || left <= mr ? least(left, mr) : (left + 1) / 2;
+          exact_rows<T, mr>(panel, count, k, lda, row, rows, n0, columns, epilogue);
+          row += rows;
+        }
+      } else {
+        for (; row + mr <= m; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
+        if (row < m) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
+      }
     }
   }
 }

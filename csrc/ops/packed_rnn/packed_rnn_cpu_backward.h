@@ -30,7 +30,7 @@ public:
     carve(carver);
     for (int64_t t = 0, token = 0; t < p_.steps; token += f_.batch_sizes[t++]) token_[t] = token;
     const int64_t columns = z_.outputs / kNr, projection = p_.projected ? z_.panels : 0;
-    parallel_items(p_.directions * (columns + projection), [&](int64_t i) {
+    z_.each_item(p_.directions * (columns + projection), [&](int64_t i) {
       const int64_t d = i % p_.directions;
       i /= p_.directions;
       if (i < columns) {
@@ -41,7 +41,7 @@ public:
     });
     for (int64_t d = 0; d < p_.directions; ++d) begin_states(d);
     const int64_t phases = p_.projected ? 2 : 1;
-    Team(p_.directions, z_.slices, p_.steps * phases + 1).run([&](int64_t d, int64_t slice, int64_t round) {
+    Team(p_.directions, z_.slices, p_.steps * phases + 1).run(z_.serial, [&](int64_t d, int64_t slice, int64_t round) {
       TileScope tiles;
       if (round % phases == 0) back_through_hidden(d, slice, round / phases);
       if (round < p_.steps * phases && round % phases == phases - 1) step(d, slice, round / phases);

@@ -25,6 +25,17 @@ struct RnnSizes {
     const int64_t worthwhile = mean_batch * gates * p.hidden * (p.outputs + (p.input + 1) / 2) / kWorthwhile;
     const int64_t threads = least(num_threads(), Team::kMaxSlices);
     slices = most(1, least(least(threads / p.directions, panels), worthwhile));
+    // Waking threads takes as long as this many multiply-adds.
+    constexpr int64_t kParallelWork = 1 << 19;
+    const int64_t weights = p.directions * gates * p.hidden * (p.input + p.outputs);
+    serial = num_threads() == 1 || weights * most(1, p.tokens) < kParallelWork;
+  }
+
+  // body(i) for every i < count, by all threads where the problem is worth them.
+  template <class Body>
+  void each_item(int64_t count, const Body& body) const {
+    if (!serial) return parallel_items(count, body);
+    for (int64_t i = 0; i < count; ++i) body(i);
   }
 
   int64_t slice_panel(int64_t slice) const { return slice * panels / slices; }
@@ -40,6 +51,7 @@ struct RnnSizes {
   const int64_t units = padded_n<T>(p.hidden), panels = units / kNr;
   const int64_t outputs = padded_n<T>(p.outputs);
   int64_t slices;
+  bool serial;
 };
 
 // C = or += A B, depth in steps whose panel of B stays in L1.

@@ -35,19 +35,20 @@ public:
     if (!carver.next) return false;
     carve(carver);
     plan();
-    const int64_t items = z_.gates * z_.panels, projection = p_.projected ? z_.outputs / kNr : 0;
-    parallel_items(p_.directions * (2 * items + projection), [&](int64_t i) {
+    const int64_t items = streams() ? 0 : z_.gates * z_.panels, projection = p_.projected ? z_.outputs / kNr : 0;
+    z_.each_item(p_.directions * (2 * items + projection), [&](int64_t i) {
       const int64_t d = i % p_.directions;
       i /= p_.directions;
       if (i < 2 * items) {
-        pack_gate_panel(d, i / items, i % items);
+        const int64_t which = i / items, gate = i % items / z_.panels, panel = i % z_.panels;
+        pack_gate_panel(d, which, gate, panel, packed(d, which) + packed_panel(gate, panel) * depth(which) * kNr);
       } else {
         pack_projection_panel(d, i - 2 * items);
       }
     });
     for (int64_t d = 0; d < p_.directions; ++d) begin_states(d);
     const int64_t phases = p_.projected ? 2 : 1;
-    Team(p_.directions, z_.slices, p_.steps * phases).run([&](int64_t d, int64_t slice, int64_t round) {
+    Team(p_.directions, z_.slices, p_.steps * phases).run(z_.serial, [&](int64_t d, int64_t slice, int64_t round) {
       TileScope tiles;
       if (p_.projected && round % 2 == 1) {
         project(d, slice, round / 2);
@@ -67,7 +68,7 @@ private:
     int64_t* input_row;  // per round: its first row among the sums of its chunk; 0 begins a chunk
   };
   struct SliceMemory {
-    E* x;
+    E *x, *panel;
     A* sums;
   };
 
@@ -77,15 +78,15 @@ private:
   int64_t ld_h() const { return z_.outputs + 64 / static_cast<int64_t>(sizeof(E)); }
   int64_t ld_unprojected() const { return z_.units + 64 / static_cast<int64_t>(sizeof(E)); }
   int64_t buffered_gates() const { return p_.mode == RnnMode::gru ? 4 : z_.gates; }
-  int64_t chunk_rows() const { return round_up(most(kInputRows, p_.batch), 32); }
+  int64_t chunk_rows() const { return round_up(streams() ? p_.batch : most(kInputRows, p_.batch), 32); }
   int64_t step_of(int64_t d, int64_t round) const { return d == 0 ? round : p_.steps - 1 - round; }
 
   void carve(Carver& c) {
     token_ = c.take<int64_t>(p_.steps);
     for (int64_t d = 0; d < p_.directions; ++d) {
       Direction& m = direction_[d];
-      m.w_input = c.take<E>(z_.gates * z_.units * depth_x());
-      m.w_hidden = c.take<E>(z_.gates * z_.units * depth_h());
+      m.w_input = c.take<E>(streams() ? 0 : z_.gates * z_.units * depth_x());
+      m.w_hidden = c.take<E>(streams() ? 0 : z_.gates * z_.units * depth_h());
       m.w_projection = p_.projected ? c.take<E>(z_.outputs * z_.units) : nullptr;
       m.bias = c.take<A>(buffered_gates() * z_.units);
       m.cell = c.take<A>(p_.batch * z_.units);
@@ -93,6 +94,7 @@ private:
       m.unprojected = p_.projected ? c.take<E>(z_.padded_rows() * ld_unprojected()) : nullptr;
       m.input_row = c.take<int64_t>(p_.steps);
       for (int64_t s = 0; s < z_.slices; ++s) {
+        slice_[d * z_.slices + s].panel = c.take<E>(streams() ? most(depth_x(), depth_h()) * kNr : 0);
         slice_[d * z_.slices + s].x = c.take<E>(chunk_rows() * ld_x());
         slice_[d * z_.slices + s].sums = c.take<A>(chunk_rows() * buffered_gates() * z_.slice_units(s));
       }
@@ -111,15 +113,35 @@ private:
     }
   }
 
-  // Panel `index` of gate * panels, of W (which = 0) or U.
-  void pack_gate_panel(int64_t d, int64_t which, int64_t index) {
-    const int64_t gate = index / z_.panels, panel = index % z_.panels, u0 = panel * kNr;
-    const int64_t k = which == 0 ? p_.input : p_.outputs, depth = padded_k<T>(k);
+  // In a call of one step each weight is met once: packed panel by panel just before, it stays in L1.
+  bool streams() const { return p_.steps == 1; }
+
+  // Of W (which = 0) or U.
+  int64_t depth(int64_t which) const { return which == 0 ? depth_x() : depth_h(); }
+  E* packed(int64_t d, int64_t which) const { return which == 0 ? direction_[d].w_input : direction_[d].w_hidden; }
+
+  void pack_gate_panel(int64_t d, int64_t which, int64_t gate, int64_t panel, E* to) const {
+    const int64_t k = which == 0 ? p_.input : p_.outputs, u0 = panel * kNr;
     const void* w = which == 0 ? f_.weights[d].input : f_.weights[d].hidden;
-    E* packed = which == 0 ? direction_[d].w_input : direction_[d].w_hidden;
-    pack_b_panel<T>(at<const T>(w, (gate * p_.hidden + u0) * k), 1, k, k, least(kNr, p_.hidden - u0),
-                    packed + packed_panel(gate, panel) * depth * kNr, depth);
-    if (which == 0) pack_bias(d, gate, u0);
+    pack_b_panel<T>(at<const T>(w, (gate * p_.hidden + u0) * k), 1, k, k, least(kNr, p_.hidden - u0), to, depth(which));
+  }
+
+  // The slice's columns of gates [first, end) of a W or a U, added to or stored in the sums of gate `first`.
+  void gate_product(int64_t d, int64_t slice, int64_t which, int64_t first, int64_t end, int64_t rows, const E* a,
+                    int64_t lda, A* sums, bool add) const {
+    const int64_t panel = z_.slice_panel(slice), columns = z_.slice_units(slice), ld = buffered_gates() * columns;
+    const int64_t k = which == 0 ? p_.input : p_.outputs, stride = depth(which) * kNr;
+    if (!streams())
+      return rnn_product<T>(rows, (end - first) * columns, k, a, lda,
+                            packed(d, which) + panel * z_.gates * stride + first * columns * depth(which), stride, sums,
+                            ld, add);
+    E* buffer = slice_[d * z_.slices + slice].panel;
+    for (int64_t gate = first; gate < end; ++gate) {
+      for (int64_t i = 0; i < columns / kNr; ++i) {
+        pack_gate_panel(d, which, gate, panel + i, buffer);
+        rnn_product<T>(rows, kNr, k, a, lda, buffer, stride, sums + (gate - first) * columns + i * kNr, ld, add);
+      }
+    }
   }
 
   // A slice's panels lie together, gate after gate.
@@ -130,16 +152,21 @@ private:
     return first * z_.gates + gate * count + panel - first;
   }
 
-  void pack_bias(int64_t d, int64_t gate, int64_t u0) {
-    const bool apart = p_.mode == RnnMode::gru && gate == 2;
-    for (int64_t u = u0; u < u0 + kNr; ++u) {
-      const auto value = [&](const void* bias) {
-        return bias && u < p_.hidden ? load_scalar(at<const T>(bias, gate * p_.hidden + u)) : A(0);
-      };
-      const A input = value(f_.weights[d].bias_input), hidden = value(f_.weights[d].bias_hidden);
-      direction_[d].bias[gate * z_.units + u] = apart ? input : input + hidden;
-      if (apart) direction_[d].bias[3 * z_.units + u] = hidden;
-    }
+  void add_biases(int64_t d) {
+    const bool apart = p_.mode == RnnMode::gru;
+    const auto fill = [&](int64_t row, int64_t gate, const void* one, const void* other) {
+      A* to = direction_[d].bias + row * z_.units;
+      for (int64_t u = 0; u < z_.units; u += kLanesA) {
+        Vec<A> sum{};
+        if (one) sum += load_valid(at<const T>(one, gate * p_.hidden + u), p_.hidden - u);
+        if (other) sum += load_valid(at<const T>(other, gate * p_.hidden + u), p_.hidden - u);
+        store(to + u, sum);
+      }
+    };
+    const RnnWeights& w = f_.weights[d];
+    for (int64_t gate = 0; gate < z_.gates; ++gate)
+      fill(gate, gate, w.bias_input, apart && gate == 2 ? nullptr : w.bias_hidden);
+    if (apart) fill(3, 2, nullptr, w.bias_hidden);
   }
 
   void pack_projection_panel(int64_t d, int64_t panel) {
@@ -151,6 +178,7 @@ private:
   // States before the first step, in both buffers: a sequence that joins later finds its own in either.
   void begin_states(int64_t d) {
     Direction& m = direction_[d];
+    add_biases(d);
     if (m.unprojected) std::memset(m.unprojected, 0, z_.padded_rows() * ld_unprojected() * sizeof(E));
     for (int64_t b = 0; b < p_.batch; ++b) {
       const int64_t state = d * p_.batch + f_.order[b];
@@ -176,19 +204,17 @@ private:
 
   void step(int64_t d, int64_t slice, int64_t round) {
     const Direction& m = direction_[d];
-    const int64_t first = z_.slice_panel(slice), columns = z_.slice_units(slice), ld = buffered_gates() * columns;
+    const int64_t columns = z_.slice_units(slice), ld = buffered_gates() * columns;
     const int64_t n = f_.batch_sizes[step_of(d, round)];
     if (m.input_row[round] == 0) input_product(d, slice, round);
     A* sums = sums_of(d, slice, round);
     if (round > 0 || f_.h0) {
       const E* h = m.h[round % 2];
-      const E* u = m.w_hidden + first * z_.gates * depth_h() * kNr;
       if (p_.mode == RnnMode::gru) {
-        rnn_product<T>(n, 2 * columns, p_.outputs, h, ld_h(), u, depth_h() * kNr, sums, ld, true);
-        rnn_product<T>(n, columns, p_.outputs, h, ld_h(), u + 2 * columns * depth_h(), depth_h() * kNr,
-                       sums + 3 * columns, ld, false);
+        gate_product(d, slice, 1, 0, 2, n, h, ld_h(), sums, true);
+        gate_product(d, slice, 1, 2, 3, n, h, ld_h(), sums + 3 * columns, false);
       } else {
-        rnn_product<T>(n, z_.gates * columns, p_.outputs, h, ld_h(), u, depth_h() * kNr, sums, ld, true);
+        gate_product(d, slice, 1, 0, z_.gates, n, h, ld_h(), sums, true);
       }
     } else if (p_.mode == RnnMode::gru) {
       for (int64_t b = 0; b < n; ++b) std::memset(sums + b * ld + 3 * columns, 0, columns * sizeof(A));
@@ -208,7 +234,6 @@ private:
   // x W for the steps from `round` to the end of its chunk.
   void input_product(int64_t d, int64_t slice, int64_t round) {
     const SliceMemory& memory = slice_[d * z_.slices + slice];
-    const int64_t columns = z_.slice_units(slice);
     E* x = memory.x;
     int64_t rows = 0;
     do {
@@ -218,9 +243,7 @@ private:
       }
       rows += n;
     } while (++round < p_.steps && direction_[d].input_row[round] != 0);
-    rnn_product<T>(rows, z_.gates * columns, p_.input, x, ld_x(),
-                   direction_[d].w_input + z_.slice_panel(slice) * z_.gates * depth_x() * kNr, depth_x() * kNr,
-                   memory.sums, buffered_gates() * columns, false);
+    gate_product(d, slice, 0, 0, z_.gates, rows, x, ld_x(), memory.sums, false);
   }
 
   // Where the results of a row go, and what of them is wanted.

@@ -22,7 +22,8 @@ public:
 
   // Calls body(chain, slice, round) for all of them.
   template <class Body>
-  void run(const Body& body) {
+  void run(bool serial, const Body& body) {
+    if (serial) return work(0, chains_ * slices_, body);
     parallel_for(0, chains_ * slices_, [&](int64_t begin, int64_t end) { work(begin, end, body); });
   }
 

@@ -57,7 +57,8 @@ def _merge(tensor: Tensor | None, dim: int | None, size: int, axis: int) -> Tens
         if (dim is None)
         else tensor.movedim(dim, axis + 1)
     )
-    return tensor.flatten(axis, axis + 1)
+    merged: Tensor = tensor.flatten(axis, axis + 1)
+    return merged
 
 
 def _split(tensor: Tensor, size: int, axis: int) -> Tensor:

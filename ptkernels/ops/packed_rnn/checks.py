@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def check_values(
         if layout == "packed":
             _check_batch_sizes(op, values, input.size(0), batch)
         elif layout == "varlen":
-            ascending = all(before <= after for before, after in zip(values, values[1:], strict=False))
+            ascending = all(before <= after for before, after in pairwise(values))
             if not ascending or values[0] != 0 or values[-1] != input.size(0):
                 raise ValueError(f"{op}: cu_seqlens: got {values}, expected ascending from 0 to {input.size(0)}")
         else:
@@ -195,7 +196,7 @@ def check_values(
 def _check_batch_sizes(op: str, values: list[int], tokens: int, batch: int) -> None:
     if (values[0] if values else 0) != batch:
         raise ValueError(f"{op}: batch_sizes: got {values[:1]} sequences at the first step, expected {batch}")
-    if any(before < after for before, after in zip(values, values[1:], strict=False)) or (values and values[-1] < 1):
+    if any(before < after for before, after in pairwise(values)) or (values and values[-1] < 1):
         raise ValueError(f"{op}: batch_sizes: got {values}, expected positive numbers that never grow")
     if sum(values) != tokens:
         raise ValueError(f"{op}: batch_sizes: got a sum of {sum(values)}, expected the {tokens} rows of input")

@@ -49,7 +49,7 @@ def _packed(op: str, packed: PackedSequence, state: Any) -> Sequences:
     return Sequences(packed.data, sizes, host_integers(packed.sorted_indices), batch, "packed", restore)
 
 
-def _nested(op: str, nested: Tensor) -> Sequences:
+def _nested(op: str, nested: Any) -> Sequences:
     if nested.layout is not torch.jagged or nested.dim() != 3:
         raise ValueError(f"{op}: input: got another nested tensor, expected a jagged one of shape [batch, *, features]")
     if nested.lengths() is not None:

@@ -146,8 +146,8 @@ def packed_rnn(
         cx: ``[directions, batch, hidden]``, for ``"lstm"`` only. Default: zeros.
         weight_hr: ``[.., outputs, hidden]``, the projection of an LSTM. Default: none.
         mode: ``"lstm"``, ``"gru"``, ``"tanh"`` or ``"relu"``.
-        sizes: int64; ``batch_sizes`` of packed input, ``cu_seqlens`` of concatenated, ``lengths`` of padded input, which
-            may be None where all sequences are full.
+        sizes: int64; ``batch_sizes`` of packed input, ``cu_seqlens`` of concatenated, ``lengths`` of padded input,
+            which may be None where all sequences are full.
         layout: ``"packed"`` (``[tokens, features]``, step after step), ``"varlen"`` (``[tokens, features]``, sequence
             after sequence), ``"time_first"`` (``[steps, batch, features]``) or ``"batch_first"``.
         batch_size: number of sequences. Default: found from the others.
@@ -162,11 +162,11 @@ def packed_rnn(
         ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
 
     Note:
-        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept in
-        float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the number
-        of threads nor on how sequences are cut into calls. For the backward an LSTM keeps its gates and cells, a GRU its
-        gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM ``hidden`` in
-        float32. Double backward and forward-mode differentiation run on the reference, with a warning.
+        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept
+        in float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the
+        number of threads nor on how sequences are cut into calls. For the backward an LSTM keeps its gates and cells, a
+        GRU its gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM
+        ``hidden`` in float32. Double backward and forward-mode differentiation run on the reference, with a warning.
 
     Example:
         >>> import torch, ptkernels as ptk

@@ -60,14 +60,15 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
         stride_step = 1 if layout == "batch_first" else batch
     slots = lengths.argsort(descending=True, stable=True)
     running = [int((lengths > step).sum()) for step in range(int(lengths.max()) if batch else 0)]
-    rows = [starts[slots[:count]] + step * stride_step for step, count in enumerate(running)]
+    by_step = [starts[slots[:count]] + step * stride_step for step, count in enumerate(running)]
     empty = torch.zeros(0, dtype=torch.int64)
-    return Order(running, slots.to(device), torch.cat([empty, *rows]).to(device))
+    return Order(running, slots.to(device), torch.cat([empty, *by_step]).to(device))
 
 
 def _cell(mode: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    assert weight_ih is not None and weight_hh is not None
+    assert weight_ih is not None
+    assert weight_hh is not None
     of_input = torch.nn.functional.linear(x, weight_ih, bias_ih)
     of_hidden = torch.nn.functional.linear(h, weight_hh, bias_hh)
     if mode == "lstm":
@@ -128,7 +129,7 @@ def layer(
     c0 = data.new_zeros(directions, batch_size, hidden) if len(state) < 2 else state[1].to(wide)
     if not x:
         # No token: nothing is computed, and every derivative is there and 0.
-        nothing = sum(tensor.flatten()[:0].sum() for tensor in (data, *params)).to(wide)
+        nothing = torch.stack([tensor.flatten()[:0].sum().to(wide) for tensor in (data, *params)]).sum()
         x, h0, c0 = [data + nothing], h0 + nothing, c0 + nothing
     found = []
     for d in range(directions):
@@ -191,7 +192,8 @@ def _cell_gradients(
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Gradients of a step: of x and the weights, of h, of c."""
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    assert weight_ih is not None and weight_hh is not None
+    assert weight_ih is not None
+    assert weight_hh is not None
     of_input = torch.nn.functional.linear(x, weight_ih, bias_ih)
     of_hidden = torch.nn.functional.linear(h, weight_hh, bias_hh)
     through_h: Tensor | None = None
@@ -273,7 +275,7 @@ def gradients(
     mode: str,
     bidirectional: bool,
 ) -> list[Tensor]:
-    """First derivatives with respect to input, states and parameters, written so that they can be differentiated further.
+    """First derivatives by input, states and parameters, written so that they can be differentiated further.
 
     ``grads`` are those of output, h_n and c_n, None where one is zero.
     """
@@ -308,7 +310,8 @@ def gradients(
     unsorted = order.slots.argsort()
     grad_rows = found[0][0] if directions == 1 else found[0][0] + found[1][0]
     grad_input = flat.new_zeros(flat.shape).index_copy(0, order.rows, grad_rows).reshape(input.shape)
-    of_states = [torch.stack([own[2 + i] for own in found]).index_select(1, unsorted) for i in range(len(state))]
+    by_state = ([own[2] for own in found], [own[3] for own in found])[: len(state)]
+    of_states = [torch.stack(of_state).index_select(1, unsorted) for of_state in by_state]
     of_params = [grad for own in found for grad in own[1]]
     tensors = (input, *state, *params)
     return [grad.to(tensor.dtype) for grad, tensor in zip((grad_input, *of_states, *of_params), tensors, strict=True)]

@@ -272,7 +272,7 @@ _BENCH_SHAPES: list[tuple[str, str, int, int, int, int, bool, bool]] = [
     ("lstm-128-one", "lstm", 128, 128, 1, 64, True, True),
     ("lstm-64", "lstm", 64, 64, 128, 64, False, False),
     ("lstm-2048", "lstm", 2048, 2048, 8, 16, False, False),
-    *((f"lstm-{h}-stream", "lstm", h, h, 1, 1, False, True) for h in (128, 256, 512)),  # type: ignore[list-item]
+    *((f"lstm-{h}-stream", "lstm", h, h, 1, 1, False, True) for h in (128, 256, 512)),
 ]
 
 

@@ -193,8 +193,9 @@ def gru(
 ) -> tuple[Any, Tensor]:
     r"""Gated recurrent units over ragged sequences: ``torch.gru``'s arguments, at the cost of real tokens only.
 
-    As :func:`ptkernels.lstm`, with one state. The equations are those of ``torch.nn.GRU``: the reset gate multiplies the
-    recurrent term of the candidate after its product, and ``h' = (1 - z) n + z h`` (Cho et al., 2014; Chung et al., 2014).
+    As :func:`ptkernels.lstm`, with one state. The equations are those of ``torch.nn.GRU``: the reset gate multiplies
+    the recurrent term of the candidate after its product, and ``h' = (1 - z) n + z h`` (Cho et al., 2014; Chung et al.,
+    2014).
 
     Args:
         input: as for :func:`ptkernels.lstm`.

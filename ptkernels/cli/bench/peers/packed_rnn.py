@@ -69,7 +69,7 @@ def _rows(problem: Problem) -> tuple[Tensor, list[int]]:
 def _padded_input(problem: Problem, rows: Tensor) -> Tensor:
     data = problem.named["input"].detach()
     steps, batch = len(problem.named["sizes"]), problem.named["batch_size"]
-    padded = data.new_zeros(steps * batch, data.size(1)).index_copy(0, rows, data)
+    padded: Tensor = data.new_zeros(steps * batch, data.size(1)).index_copy(0, rows, data)
     return padded.reshape(steps, batch, -1)
 
 
@@ -115,10 +115,9 @@ def _onnx_weights(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     order = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}[problem.named["mode"]]
 
     def reordered(tensor: Tensor) -> Tensor:
-        stacked = tensor.detach() if tensor.dim() == problem.named["weight_ih"].dim() else tensor.detach()
-        stacked = stacked if problem.named["weight_ih"].dim() == 3 else stacked[None]
-        gates = stacked.unflatten(1, (len(order), -1))
-        return gates[:, list(order)].flatten(1, 2).contiguous()
+        stacked = tensor.detach() if problem.named["weight_ih"].dim() == 3 else tensor.detach()[None]
+        gates: Tensor = stacked.unflatten(1, (len(order), -1))[:, list(order)]
+        return gates.flatten(1, 2).contiguous()
 
     weights = [reordered(problem.named[name]) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     return weights[0], weights[1], torch.cat(weights[2:], 1)
