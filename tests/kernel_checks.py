@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ptkernels._registry import OpSpec, Sample
 
+# Options that the CUDA kernels know.
+ON_CUDA = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 RESULTS = ("out", "lse", "query", "key", "value")
 
 

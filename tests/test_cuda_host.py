@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import RESULTS, assert_within_rule, random_gradients
+from kernel_checks import ON_CUDA, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
 from ptkernels._registry import Sample
@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 SELECTION = ("113x203-causal", "dim-111", "dim-512", "dims-192-128", "grouped-heads", "empty-rows", "bias", "no-keys")
-ON_CUDA = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 
 
 @pytest.fixture(scope="session")

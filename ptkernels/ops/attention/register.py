@@ -29,6 +29,7 @@ from ptkernels.ops.attention.options import (
 )
 
 FORWARD_MODE = "forward-mode differentiation has no kernel"
+MASK_GRADIENT_ON_CUDA = "the gradient of attn_mask has no kernel on cuda"
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -129,15 +130,22 @@ class _AttentionBackward(Function):
         return (None, *(results.get(at) for at in range(len(ctx.needs_input_grad) - 1)))
 
 
+def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options) -> str | None:
+    """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
+    if attn_mask is not None and query.is_cuda and attn_mask.requires_grad and torch.is_grad_enabled():
+        return MASK_GRADIENT_ON_CUDA
+    return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
+
+
 def _autograd_attention(
     keyset: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    differentiable = (query, key, value, attn_mask, *options[2:4])
-    if has_tangent(*differentiable):
-        full = Options(*options)
+    full = Options(*options)
+    if reason := uncovered(query, key, value, attn_mask, full):
         check_op_inputs(query, key, value, attn_mask, full)
-        _backend.fallback(OP, FORWARD_MODE)
+        _backend.fallback(OP, reason)
         return reference.attention_with(query, key, value, attn_mask, full)
+    differentiable = (query, key, value, attn_mask, *full.tensors)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         result: tuple[Tensor, Tensor] = apply(_Attention, keyset, query, key, value, attn_mask, *options)
     else:
@@ -152,7 +160,8 @@ def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     :func:`_autograd_attention`, which does the same.
     """
     seen_above = torch._C._is_any_autocast_enabled() or has_torch_function((query, key, value, attn_mask))
-    if seen_above:
+    has_no_kernel = attn_mask is not None and attn_mask.requires_grad and query.is_cuda
+    if seen_above or has_no_kernel:
         result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, *options)
     else:
         result = _Attention.apply(None, query, key, value, attn_mask, *options)  # type: ignore[attr-defined]

@@ -14,12 +14,11 @@ from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
 from ptkernels.ops.attention.options import Options, resolve
-from ptkernels.ops.attention.register import FORWARD_MODE
+from ptkernels.ops.attention.register import MASK_GRADIENT_ON_CUDA
 from ptkernels.ops.attention.shapes import normalize
 
 _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
-MASK_GRADIENT_ON_CUDA = "the gradient of attn_mask has no kernel on cuda"
 
 
 def runs_on_triton(device_type: str) -> bool:
@@ -44,17 +43,15 @@ def fallback_reason(
     if runs_on_triton(query.device.type):
         from ptkernels.ops.attention import triton_ops
 
-        reason = triton_ops.uncovered(query)
-        return reason or (FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None)
+        if reason := triton_ops.uncovered(query):
+            return reason
+        return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
-    if query.device.type == "cuda":
-        if in_use := options.beyond_sdpa():
-            return f"{in_use[0]} has no kernel on cuda"
-        if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-            return MASK_GRADIENT_ON_CUDA
-    return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
+    if query.device.type == "cuda" and (in_use := options.beyond_sdpa()):
+        return f"{in_use[0]} has no kernel on cuda"
+    return register.uncovered(query, key, value, attn_mask, options)
 
 
 def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options) -> bool:
