@@ -214,7 +214,9 @@ def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype
     traffic = n * scheme.code.row_bytes(k) + 4 * n * groups + m * (k + n) * dtype.itemsize
     if direction == "forward+backward":
         flops, traffic = 2 * flops, 2 * traffic
-    return BenchCase(name, model, shape, dtype, direction, partial(_make_inputs, shape, dtype, direction), flops, traffic)
+    return BenchCase(
+        name, model, shape, dtype, direction, partial(_make_inputs, shape, dtype, direction), flops, traffic
+    )
 
 
 _BENCH_LAYERS = [

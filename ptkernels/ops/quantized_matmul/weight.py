@@ -26,8 +26,8 @@ class QuantizedWeight:
     """A weight ``[N, K]`` of a linear layer in quantized form, made by :func:`ptkernels.quantize_weight`.
 
     It is a container of plain tensors and no tensor itself, so everything that stores or moves tensors works on it:
-    :meth:`tensors` and :meth:`from_tensors` for ``state_dict`` and safetensors, :meth:`to`, ``copy.deepcopy``, pickling,
-    ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and ``torch.export``.
+    :meth:`tensors` and :meth:`from_tensors` for ``state_dict`` and safetensors, :meth:`to`, ``copy.deepcopy``,
+    pickling, ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and ``torch.export``.
 
     Args:
         codes: ``[N, bytes of a row]``, int8 for 8-bit integers and uint8 otherwise, a row's codes in the order of ``K``
@@ -129,7 +129,9 @@ class QuantizedWeight:
         if version != FORMAT_VERSION:
             raise ValueError(f"QuantizedWeight: format: got version {version}, expected {FORMAT_VERSION}")
         if number not in SCHEMES_BY_NUMBER:
-            raise ValueError(f"QuantizedWeight: format: got scheme {number}, expected one of {sorted(SCHEMES_BY_NUMBER)}")
+            raise ValueError(
+                f"QuantizedWeight: format: got scheme {number}, expected one of {sorted(SCHEMES_BY_NUMBER)}"
+            )
         weight = cls(
             tensors["codes"],
             tensors["scales"],
