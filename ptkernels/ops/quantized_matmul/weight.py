@@ -27,7 +27,8 @@ class QuantizedWeight:
 
     It is a container of plain tensors and no tensor itself, so everything that stores or moves tensors works on it:
     :meth:`tensors` and :meth:`from_tensors` for ``state_dict`` and safetensors, :meth:`to`, ``copy.deepcopy``,
-    pickling, ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and ``torch.export``.
+    pickling, ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and
+    ``torch.export``.
 
     Args:
         codes: ``[N, bytes of a row]``, int8 for 8-bit integers and uint8 otherwise, a row's codes in the order of ``K``
