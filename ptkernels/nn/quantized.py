@@ -134,7 +134,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         kept = {name: getattr(self, name) for name in _KEPT_FLOAT32}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             if tensor is not None and getattr(self, name).dtype != torch.float32:
                 setattr(self, name, tensor.to(self.codes.device))
@@ -223,7 +223,7 @@ def quantize_(
 
     Args:
         model: any module that has ``torch.nn.Linear`` layers (of exactly that class) somewhere below it.
-        scheme: see :func:`ptkernels.quantize_weight`; all but ``int8_static``, which needs a calibrated scale per layer.
+        scheme: see :func:`ptkernels.quantize_weight`; all but ``int8_static``, which needs a calibrated scale.
         filter: called with a layer's name and the layer; only those it returns True for are replaced. Default: all.
         group_size: columns that share a scale; default: the scheme's.
         symmetric: without zero points.
@@ -250,7 +250,8 @@ def quantize_(
     replaced: list[str] = []
     done: dict[nn.Module, QuantizedLinear] = {}
     for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent._modules.items()):  # named_children hides second names
+        # named_children would hide second names.
+        for child_name, child in list(parent._modules.items()):
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             if type(child) is not nn.Linear or (filter is not None and not filter(name, child)):
                 continue

@@ -1,4 +1,4 @@
-"""Quantized linear layers: formats, accuracy, edge cases, storage. What every operator promises is in test_contract.py."""
+"""Quantized linear layers: formats, accuracy, edge cases, storage. The promises of every operator: test_contract.py."""
 
 from __future__ import annotations
 
@@ -250,7 +250,9 @@ def test_gradients_come_in_the_dtypes_of_the_inputs() -> None:
     weight = ptk.quantize_weight(torch.randn(12, 40), "int8_weight_only")
     x = torch.randn(6, 40).bfloat16().requires_grad_()
     bias, residual = torch.randn(12, requires_grad=True), torch.randn(6, 12).half().requires_grad_()
-    ptk.quantized_linear(x, weight, bias, residual=residual, out_dtype=torch.float32, activation="silu").sum().backward()
+    ptk.quantized_linear(
+        x, weight, bias, residual=residual, out_dtype=torch.float32, activation="silu"
+    ).sum().backward()
     assert [tensor.grad.dtype for tensor in (x, bias, residual)] == [torch.bfloat16, torch.float32, torch.float16]
 
 

@@ -201,8 +201,8 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 #endif
 
 #if PTK_ISA_LEVEL < 3
-// Without a four-way dot instruction: pairs of 16-bit numbers are multiplied and added (exact: |a * b| <= 255 * 128, and
-// the 32-bit sum of a pair cannot overflow), never by the saturating 8-bit form.
+// Without a four-way dot instruction: pairs of 16-bit numbers are multiplied and added (exact: |a * b| <= 255 * 128,
+// and the 32-bit sum of a pair cannot overflow), never by the saturating 8-bit form.
 PTK_INLINE Vec<int32_t> multiply_add_pairs(Vec<int16_t> a, Vec<int16_t> b) {
 #if PTK_X86_AVX512
   return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);

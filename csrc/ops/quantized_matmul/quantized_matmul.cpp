@@ -173,8 +173,7 @@ Tensor quantized_linear_backward(Tensor grad_out, Tensor codes, Tensor scales, s
   p.m = grad_out.size(0);
   check_shape("grad_out", grad_out, std::array{p.m, p.weight.n});
   p.grad_out = matrix(grad_out, dtype);
-  Tensor grad_input =
-      empty_strided<2>(grad_out, {p.m, in_features}, {std::max<int64_t>(in_features, 1), 1}, dtype);
+  Tensor grad_input = empty_strided<2>(grad_out, {p.m, in_features}, {std::max<int64_t>(in_features, 1), 1}, dtype);
   if (p.m == 0 || in_features == 0) {
     return grad_input;
   }

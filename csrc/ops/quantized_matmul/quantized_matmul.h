@@ -58,12 +58,12 @@ struct ConstMatrix {
 struct QuantizedForward {
   QuantizedWeightView weight;
   int64_t m = 0;
-  ConstMatrix input;              // [m, k]
-  bool quantize_input = false;    // to signed bytes, symmetric; s8 and u4 weights only
+  ConstMatrix input;                   // [m, k]
+  bool quantize_input = false;         // to signed bytes, symmetric; s8 and u4 weights only
   const float* input_scale = nullptr;  // one for all rows; null: every row's largest magnitude / 127
-  const void* bias = nullptr;     // [n]
+  const void* bias = nullptr;          // [n]
   DType bias_dtype = DType::f32;
-  ConstMatrix residual;           // [m, n]; data may be null
+  ConstMatrix residual;  // [m, n]; data may be null
   Activation activation = Activation::none;
   void* out = nullptr;  // [m, n] contiguous, n / 2 columns with swiglu: silu(first half) * second half
   DType out_dtype = DType::f32;
@@ -73,7 +73,7 @@ struct QuantizedForward {
 struct QuantizedBackward {
   QuantizedWeightView weight;
   int64_t m = 0;
-  ConstMatrix grad_out;  // [m, n]
+  ConstMatrix grad_out;        // [m, n]
   void* grad_input = nullptr;  // [m, k] contiguous, in grad_out's dtype
 };
 

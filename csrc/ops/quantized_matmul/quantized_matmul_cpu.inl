@@ -16,8 +16,8 @@ bool tiled_integers(const QuantizedForward& p) {
 }
 #endif
 
-// Above avx512 the levels differ in 8-bit products (avx512_vnni, amx) and in bfloat16 ones (avx512_bf16, amx): everything
-// else runs the kernels of the level below.
+// Above avx512 the levels differ in 8-bit products (avx512_vnni, amx) and in bfloat16 ones (avx512_bf16, amx):
+// everything else runs the kernels of the level below.
 #if PTK_ISA_LEVEL >= 3
 #if PTK_ISA_LEVEL == 3
 const QuantizedMatmulKernels& below() {

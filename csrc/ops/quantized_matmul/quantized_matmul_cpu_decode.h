@@ -53,6 +53,7 @@ PTK_INLINE Vec<int32_t> widen_bytes(const int8_t* p) {
 
 template <>
 struct Decoder<CodeFormat::s8> {
+  static constexpr int kBits = code_bits(CodeFormat::s8);
   PTK_INLINE Vec<float> values(const uint8_t* p) {
     return __builtin_convertvector(widen_bytes(reinterpret_cast<const int8_t*>(p)), Vec<float>);
   }
@@ -61,6 +62,7 @@ struct Decoder<CodeFormat::s8> {
 
 template <>
 struct Decoder<CodeFormat::u4> {
+  static constexpr int kBits = code_bits(CodeFormat::u4);
   PTK_INLINE Vec<float> values(const uint8_t* p) {
     return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<4>(p) & 15) - 8, Vec<float>);
   }
@@ -70,6 +72,7 @@ struct Decoder<CodeFormat::u4> {
 
 template <>
 struct Decoder<CodeFormat::u2> {
+  static constexpr int kBits = code_bits(CodeFormat::u2);
   PTK_INLINE Vec<float> values(const uint8_t* p) {
     return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<2>(p) & 3) - 2, Vec<float>);
   }
@@ -78,6 +81,7 @@ struct Decoder<CodeFormat::u2> {
 
 template <CodeFormat F>
 struct CodebookDecoder {
+  static constexpr int kBits = 4;
   PTK_INLINE Vec<float> values(const uint8_t* p) {
     constexpr int lanes = kLanes<float>;
     const float* book = codebook_of(F);
@@ -104,6 +108,7 @@ struct Decoder<CodeFormat::fp4> : CodebookDecoder<CodeFormat::fp4> {};
 // Exponent and mantissa moved into float's place make a number that is too small by 2^120, subnormals included.
 template <>
 struct Decoder<CodeFormat::fp8> {
+  static constexpr int kBits = code_bits(CodeFormat::fp8);
   PTK_INLINE Vec<float> values(const uint8_t* p) {
     const Vec<int32_t> code = widen_bytes(reinterpret_cast<const int8_t*>(p));
     const Vec<int32_t> magnitude = code & 0x7f;
@@ -149,7 +154,7 @@ static inline void decode_row(const QuantizedWeightView& w, D, int64_t row, int6
     if constexpr (!std::is_same_v<E, double>) {
       const float scale = scales[g], zero = zeros ? zeros[g] : 0.0f;
       for (; k + kLanes<float> <= end; k += kLanes<float>)
-        store_as(dst + k - k0, (D::values(codes + k * code_bits(w.format) / 8) - zero) * scale);
+        store_as(dst + k - k0, (D::values(codes + k * D::kBits / 8) - zero) * scale);
     }
     for (; k < end; ++k) {
       const double value = (D::value(codes, k) - (zeros ? zeros[g] : 0.0f)) * static_cast<double>(scales[g]);

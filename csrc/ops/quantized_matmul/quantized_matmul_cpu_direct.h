@@ -30,8 +30,14 @@ struct DirectRows {
   const uint8_t* codes[R];
   const float* scales[R];
   const float* zeros[R];
+  int64_t ahead;  // from a row to the one that the next block has in its place
 
-  DirectRows(const QuantizedWeightView& w, const RowBlock& block, int64_t i) {
+  // Rows are often as long as a page or longer, at whose end a hardware prefetcher stops.
+  inline __attribute__((always_inline)) void prefetch(int r, int64_t byte) const {
+    __builtin_prefetch(codes[r] + ahead + byte);
+  }
+
+  DirectRows(const QuantizedWeightView& w, const RowBlock& block, int64_t i) : ahead(R * w.row_bytes()) {
     for (int r = 0; r < R; ++r) {
       const int64_t row = block.row(least(i + r, block.rows() - 1));
       codes[r] = w.codes + row * w.row_bytes();
@@ -49,11 +55,13 @@ struct DirectFloat {
   template <int M, int R>
   static void dots(const DirectInput& in, const DirectRows<R>& rows, Vec<float> (&total)[R][M]) {
     const QuantizedWeightView& w = in.w;
-    const int64_t bits = code_bits(w.format), whole = w.k / kBlock * kBlock;
+    constexpr int64_t bits = D::kBits;
+    const int64_t whole = w.k / kBlock * kBlock;
     for (int64_t g = 0, k = 0; k < w.k; ++g) {
       const int64_t end = least((g + 1) * w.group, whole);
       Vec<float> part[R][M] = {};
       for (; k < end; k += kBlock) {
+        rows.prefetch(k / kBlock % R, k * bits / 8);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const Vec<float> value = D::values(rows.codes[r] + k * bits / 8);
@@ -75,8 +83,8 @@ struct DirectFloat {
   }
 };
 
-// 4-bit integers, a vector of 32-bit words at a time: word l of a block holds codes 8 l to 8 l + 7, so step j of a block
-// meets inputs j, 8 + j, 16 + j, ... The scale of a lane is that of its word.
+// 4-bit integers, a vector of 32-bit words at a time: word l of a block holds codes 8 l to 8 l + 7, so step j of a
+// block meets inputs j, 8 + j, 16 + j, ... The scale of a lane is that of its word.
 struct DirectNibbles {
   static constexpr int64_t kBlock = 8 * kLanes<float>;
 
@@ -100,8 +108,10 @@ struct DirectNibbles {
       Vec<float> part[R][M] = {};
       for (; k < end; k += kBlock) {
         Vec<uint32_t> words[R];
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) {
+          rows.prefetch(r, k / 2);
           words[r] = load(reinterpret_cast<const uint32_t*>(rows.codes[r] + k / 2)) ^ 0x88888888u;
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
           Vec<float> x[M];
@@ -143,18 +153,17 @@ struct DirectBytes {
       const int64_t end = least((g + 1) * w.group, w.k);
       Vec<int32_t> part[R][M] = {};
       for (; k < least(end, whole); k += kBlock) {
+        rows.prefetch(k / kBlock % R, k);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const Vec<int16_t> code = detail::load_widened(reinterpret_cast<const int8_t*>(rows.codes[r]) + k);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m)
-            part[r][m] += detail::multiply_add_pairs(code, load(in.codes + m * in.ld + k));
+          for (int m = 0; m < M; ++m) part[r][m] += detail::multiply_add_pairs(code, load(in.codes + m * in.ld + k));
         }
       }
       for (; k < end; ++k)
         for (int r = 0; r < R; ++r)
-          for (int m = 0; m < M; ++m)
-            part[r][m][0] += static_cast<int8_t>(rows.codes[r][k]) * in.codes[m * in.ld + k];
+          for (int m = 0; m < M; ++m) part[r][m][0] += static_cast<int8_t>(rows.codes[r][k]) * in.codes[m * in.ld + k];
       fold<M, R>(in, rows, g, part, total);
     }
   }
@@ -172,7 +181,8 @@ struct DirectBytes {
   }
 };
 
-// 4-bit integers by quantized input: the low halves of a block's bytes meet its even inputs, the high halves its odd ones.
+// 4-bit integers by quantized input: the low halves of a block's bytes meet its even inputs, the high halves its odd
+// ones.
 struct DirectNibblesByBytes {
   static constexpr int64_t kBlock = 2 * kLanes<int16_t>;
 
@@ -187,6 +197,7 @@ struct DirectNibblesByBytes {
       const int64_t end = least((g + 1) * w.group, w.k);
       Vec<int32_t> part[R][M] = {};
       for (; k < end; k += kBlock) {
+        rows.prefetch(k / kBlock % R, k / 2);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const Vec<int16_t> bytes = detail::load_widened(reinterpret_cast<const int8_t*>(rows.codes[r]) + k / 2);
@@ -194,8 +205,8 @@ struct DirectNibblesByBytes {
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             const int16_t* x = in.codes + m * in.ld + k;
-            part[r][m] += detail::multiply_add_pairs(low, load(x)) +
-                          detail::multiply_add_pairs(high, load(x + kLanes<int16_t>));
+            part[r][m] +=
+                detail::multiply_add_pairs(low, load(x)) + detail::multiply_add_pairs(high, load(x + kLanes<int16_t>));
           }
         }
       }
@@ -220,7 +231,8 @@ public:
     CallMemory memory;
     const int64_t ld = round_up(w_.k, 64), rows = DirectInput::kMaxRows;
     const int64_t sums = w_.zeros ? w_.groups() * rows * kLanes<float> : 0;
-    char* block = memory.allocate(ld * (rows * (sizeof(float) + sizeof(int16_t)) + sizeof(float)) + sums * sizeof(float));
+    char* block =
+        memory.allocate(ld * (rows * (sizeof(float) + sizeof(int16_t)) + sizeof(float)) + sums * sizeof(float));
     if (!block) return false;
     auto* x = reinterpret_cast<float*>(block);
     auto* codes = reinterpret_cast<int16_t*>(x + (rows + 1) * ld);
@@ -245,7 +257,8 @@ private:
       const int64_t row = least(m, p_.m - 1);
       if (p_.quantize_input) {
         input_scales_[m] = quantize_row(p_.input, row, w_.k, p_.input_scale, x + m * ld, codes + m * ld);
-        if (w_.format == CodeFormat::u4) rearrange(codes + m * ld, reinterpret_cast<int16_t*>(values), kLanes<int16_t>, 2);
+        if (w_.format == CodeFormat::u4)
+          rearrange(codes + m * ld, reinterpret_cast<int16_t*>(values), kLanes<int16_t>, 2);
       } else {
         for (int64_t k = 0; k < w_.k; ++k)
           x[m * ld + k] = load_any_scalar<float>(p_.input.data, p_.input.dtype,

@@ -1,5 +1,5 @@
-// From sums to results: scale of the input row, bias, residual, activation, conversion. Sums arrive transposed, a row of
-// the weight at a time; a square of them is turned in registers on the way out.
+// From sums to results: scale of the input row, bias, residual, activation, conversion. Sums arrive transposed, a row
+// of the weight at a time; a square of them is turned in registers on the way out.
 #pragma once
 
 #include "csrc/cpu/math.h"
@@ -139,8 +139,8 @@ struct RowBlocks {
   RowBlock operator[](int64_t i) const { return {i * size, least(size, columns - i * size), partner}; }
 };
 
-// sums[i * ld + j] belongs to row block.row(i) of the weight and row m0 + j of the input. Rows of sums are readable up to
-// a multiple of a vector in both directions. input_scales (one for a row of the input) may be null.
+// sums[i * ld + j] belongs to row block.row(i) of the weight and row m0 + j of the input. Rows of sums are readable up
+// to a multiple of a vector in both directions. input_scales (one for a row of the input) may be null.
 template <class F>
 class Finish {
   static constexpr int kLane = kLanes<F>;

@@ -2,10 +2,12 @@
 //
 //   out^T[n, m] = weight[n, :] input^T[:, m]
 //
-//   layout     the weight is the product's A operand, so its rows need no rearrangement: they are decoded in the order of
+//   layout     the weight is the product's A operand, so its rows need no rearrangement: they are decoded in the order
+//   of
 //              k, in which codes lie in memory. The input is the B operand, packed once for the whole call; quantized
 //              input is quantized on the way.
-//   tiling     items of kRows x kColumns of out^T. Per item, depth in steps: kRows x depth of the weight are decoded into
+//   tiling     items of kRows x kColumns of out^T. Per item, depth in steps: kRows x depth of the weight are decoded
+//   into
 //              L2 and meet every panel of the input there. Integer steps end where a group of scales ends, so that a
 //              step's exact sums take one scale on their way to the float sums.
 //   threads    every item is computed by one thread in a fixed order: results do not depend on their number
@@ -96,7 +98,8 @@ public:
   bool run() {
     CallMemory memory;
     const int64_t packed = round_up(steps_ * step_stride_ * sizeof(EB), 64);
-    const int64_t scales = kIntegers ? round_up(columns_, 16) : 0, sums = kNibbles || (kIntegers && w_.zeros) ? steps_ * columns_ : 0;
+    const int64_t scales = kIntegers ? round_up(columns_, 16) : 0,
+                  sums = kNibbles || (kIntegers && w_.zeros) ? steps_ * columns_ : 0;
     char* block = memory.allocate(packed + (scales + sums) * sizeof(float));
     if (!block) return false;
     packed_ = reinterpret_cast<EB*>(block);
@@ -189,8 +192,8 @@ private:
       if constexpr (kIntegers) {
         const float* zeros = w_.zeros ? w_.zeros + s.group : nullptr;
         const float* code_sums = code_sums_ ? code_sums_ + i * columns_ + m0 : nullptr;
-        const FoldIntegers<F> fold{sums, ld, w_.scales + s.group, zeros, w_.groups(), kNibbles ? 8.0f : 0.0f, code_sums,
-                                   &block};
+        const FoldIntegers<F> fold{sums,      ld,    w_.scales + s.group, zeros, w_.groups(), kNibbles ? 8.0f : 0.0f,
+                                   code_sums, &block};
         gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, fold);
       } else {
         gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, AddSums<F>{sums, ld});
@@ -205,6 +208,7 @@ private:
     if constexpr (kIntegers) {
       for (int64_t r = 0; r < block.rows(); ++r) {
         const uint8_t* codes = w_.codes + block.row(r) * w_.row_bytes();
+        prefetch(block, r + 1, s);
         if constexpr (kNibbles) {
           unpack_nibbles(codes + s.k0 / 2, s.k, padded, a + r * kLda);
         } else {
@@ -214,11 +218,20 @@ private:
     } else {
       with_format(w_.format, [&](auto decoder) {
         for (int64_t r = 0; r < block.rows(); ++r) {
+          prefetch(block, r + 1, s);
           decode_row(w_, decoder, block.row(r), s.k0, s.k, a + r * kLda);
           for (int64_t k = s.k; k < padded; ++k) a[r * kLda + k] = E{};
         }
       });
     }
+  }
+
+  // A row's part is short and the next row's is elsewhere: too short a run for a hardware prefetcher.
+  void prefetch(const RowBlock& block, int64_t r, const Step& s) const {
+    if (r >= block.rows()) return;
+    const uint8_t* codes = w_.codes + block.row(r) * w_.row_bytes();
+    for (int64_t byte = s.k0 * code_bits(w_.format) / 8; byte < (s.k0 + s.k) * code_bits(w_.format) / 8; byte += 64)
+      __builtin_prefetch(codes + byte);
   }
 
   const QuantizedForward& p_;

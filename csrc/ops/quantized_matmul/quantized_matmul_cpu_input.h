@@ -2,9 +2,9 @@
 //
 //   scale = max |x| / 127      code = round_half_even(x * (127 / max |x|)), within [-127, 127]
 //
-// all in float32, whatever the dtype of the input, so that every implementation finds the same codes. A row of zeros, or
-// of numbers below 2^-100, has scale 0 and codes 0; a row with an infinity or a NaN has scale NaN and codes 0. With a
-// given scale s: code = round_half_even(x * (1 / s)), a NaN as above, an infinity as the largest code.
+// all in float32, whatever the dtype of the input, so that every implementation finds the same codes. A row of zeros,
+// or of numbers below 2^-100, has scale 0 and codes 0; a row with an infinity or a NaN has scale NaN and codes 0. With
+// a given scale s: code = round_half_even(x * (1 / s)), a NaN as above, an infinity as the largest code.
 #pragma once
 
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_finish.h"

@@ -2,8 +2,9 @@
 
     weight[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
 
-Version 1 of the format. ``codes`` is ``[N, bytes of a row]``, a row's codes in the order of ``k`` from the lowest bits of
-its first byte on; ``scales`` and ``zeros`` are float32 ``[N, ceil(K / group)]``; ``zeros`` is absent where it would be 0.
+Version 1 of the format. ``codes`` is ``[N, bytes of a row]``, a row's codes in the order of ``k`` from the lowest bits
+of its first byte on; ``scales`` and ``zeros`` are float32 ``[N, ceil(K / group)]``; ``zeros`` is absent where it would
+be 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The quantized linear layer in plain torch: the weight dequantized, the input rounded to its grid, a product.
 
-Differentiable any number of times in input, bias and residual. Where the input is quantized, its gradient is that of the
-product with the input itself: the straight-through estimator of Bengio et al. (2013).
+Differentiable any number of times in input, bias and residual. Where the input is quantized, its gradient is that of
+the product with the input itself: the straight-through estimator of Bengio et al. (2013).
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
     @staticmethod
-    def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: Tensor, _: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: Tensor, _: Tensor | None) -> Tensor:
         return tangent
 
 

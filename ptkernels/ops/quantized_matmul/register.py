@@ -1,7 +1,7 @@
 """What torch's subsystems need to know about ``ptkernels::quantized_linear`` beyond its kernels.
 
-The product is linear in its input, so each of the two operators is the other's derivative, to any order. Where the input
-is quantized, derivatives are those of the product with the input itself (the straight-through estimator).
+The product is linear in its input, so each of the two operators is the other's derivative, to any order. Where the
+input is quantized, derivatives are those of the product with the input itself (the straight-through estimator).
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _autograd_linear(
         out: Tensor = below_autograd(linear_op, keyset, input, *weight, bias, residual, *options, activation, out_dtype)
         return out
     if activation == "none":
-        out = apply(_Linear, keyset, input, *weight, bias, residual, *options, out_dtype)
-        return out
+        recorded_out: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, out_dtype)
+        return recorded_out
     # The derivative needs what went into the activation, which a fused kernel does not keep.
     wide = reference.compute_dtype(input.dtype)
     sums: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, wide)

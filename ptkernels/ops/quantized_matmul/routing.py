@@ -95,8 +95,8 @@ def explain(
         return Explanation(NAME, _COMPOSITION, "reference", reason, ["leave ptkernels.backend('reference')"])
     device = x.device.type
     _backend.check_requested(OP, device)
-    if reason := fallback_reason(x, bias, residual):
-        return Explanation(NAME, _COMPOSITION, "reference", reason)
+    if uncovered := fallback_reason(x, bias, residual):
+        return Explanation(NAME, _COMPOSITION, "reference", uncovered)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"

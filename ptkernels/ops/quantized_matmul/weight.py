@@ -26,8 +26,9 @@ class QuantizedWeight:
     """A weight ``[N, K]`` of a linear layer in quantized form, made by :func:`ptkernels.quantize_weight`.
 
     It is a container of plain tensors and no tensor itself, so everything that stores or moves tensors works on it:
-    :meth:`tensors` and :meth:`from_tensors` for ``state_dict`` and safetensors, :meth:`to`, ``copy.deepcopy``, pickling,
-    ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and ``torch.export``.
+    :meth:`tensors` and :meth:`from_tensors` for ``state_dict`` and safetensors, :meth:`to`, ``copy.deepcopy``,
+    pickling, ``torch.save`` and ``torch.load(weights_only=True)``, and, as a pytree, ``torch.compile`` and
+    ``torch.export``.
 
     Args:
         codes: ``[N, bytes of a row]``, int8 for 8-bit integers and uint8 otherwise, a row's codes in the order of ``K``

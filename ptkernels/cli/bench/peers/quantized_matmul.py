@@ -100,7 +100,8 @@ def _qlinear(problem: Problem, threads: int) -> Contender:
     codes = (x.float() / step).round().add(128).clamp(0, 255).to(torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
     scales, zeros = weight.scales[:, 0].contiguous(), torch.zeros(weight.out_features, dtype=torch.int64)
-    multiply, out = torch.ops.onednn.qlinear_pointwise, (None, 1.0, 0, x.dtype, "none", [], "")
+    multiply: Any = torch.ops.onednn.qlinear_pointwise
+    out: tuple[Any, ...] = (None, 1.0, 0, x.dtype, "none", [], "")
     return _noisy(
         "onednn-qlinear", lambda: multiply(codes, step, 128, packed, scales, zeros, *out), "input quantized ahead"
     )
