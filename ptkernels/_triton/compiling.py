@@ -13,7 +13,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,22 +145,21 @@ def compile_for(launch: Launch, arch: int) -> Binary:
     return Binary(registers, spilled, compiled.metadata.shared, found)
 
 
-def check(launches: Iterable[Launch], arch: int, cache: Path, workers: int = 2) -> list[tuple[Launch, Binary]]:
+def check(launches: Iterable[Launch], arch: int, cache: Path) -> list[tuple[Launch, Binary]]:
     """Compile launches for an architecture, reading from ``cache`` what was compiled before."""
     cache.mkdir(parents=True, exist_ok=True)
 
-    def one(launch: Launch) -> tuple[Launch, Binary]:
-        path = cache / f"{launch.key(arch)}.json"
+    results = []
+    for key, launch in {launch.key(arch): launch for launch in launches}.items():
+        path = cache / f"{key}.json"
         if path.exists():
             known = json.loads(path.read_text())
-            return launch, Binary(**{**known, "instructions": tuple(known["instructions"])})
-        binary = compile_for(launch, arch)
-        path.write_text(json.dumps(asdict(binary)))
-        return launch, binary
-
-    unique = {launch.key(arch): launch for launch in launches}
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, unique.values()))
+            binary = Binary(**{**known, "instructions": tuple(known["instructions"])})
+        else:
+            binary = compile_for(launch, arch)
+            path.write_text(json.dumps(asdict(binary)))
+        results.append((launch, binary))
+    return results
 
 
 def problems(binary: Binary, arch: int, *, sixteen_bit_dots: bool, spill_allowed: int = 0) -> list[str]:

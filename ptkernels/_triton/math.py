@@ -8,6 +8,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "relu6", "leaky_relu", "hardswish")
+ACTIVATIONS = {name: index for index, name in enumerate(_ACTIVATIONS)}
+"""Numbers under which :func:`activate` knows its functions."""
+
 
 @triton.jit
 def exp(x):
@@ -41,3 +45,26 @@ def load_tile(pointers, rows, columns, n_rows, n_columns, CHECK_ROWS: tl.constex
         return tl.load(pointers, mask=columns < n_columns, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def activate(x, negative_slope, ACTIVATION: tl.constexpr):
+    """The activation of that number in ``ACTIVATIONS``; ``negative_slope`` is leaky_relu's."""
+    if ACTIVATION == 1:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == 2:
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 3:
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == 4:
+        x = x * sigmoid(x)
+    elif ACTIVATION == 5:
+        x = sigmoid(x)
+    elif ACTIVATION == 6:
+        x = tl.minimum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == 7:
+        x = tl.where(x < 0.0, negative_slope * x, x)
+    elif ACTIVATION == 8:
+        gate = tl.minimum(tl.maximum(x + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0)
+        x = x * gate / 6.0
+    return x

@@ -175,7 +175,10 @@ class _Arguments:
         self.packed = {"VARLEN": call.cu_seqlens_q is not None, "BOTTOM_RIGHT": call.bottom_right}
 
     def tile(self, kernel: str) -> Tile:
-        return tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)[0]
+        """The best guess; with a bias or much arithmetic on the scores, the candidate that leaves most room for it."""
+        candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)
+        crowded = self.switches["MASK"] or any(self.switches[name] for name in ("ALIBI", "SOFTCAP", "DROPOUT"))
+        return candidates[-1 if crowded else 0]
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

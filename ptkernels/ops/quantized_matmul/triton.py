@@ -16,19 +16,11 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.quantized_matmul import triton_kernels as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = {"s8": kernels.S8.value, "u4": kernels.U4.value, "book4": kernels.BOOK4.value, "book8": kernels.BOOK8.value}
-ACTIVATIONS = {
-    None: kernels.NONE.value,
-    "none": kernels.NONE.value,
-    "relu": kernels.RELU.value,
-    "gelu": kernels.GELU.value,
-    "gelu_tanh": kernels.GELU_TANH.value,
-    "silu": kernels.SILU.value,
-}
-
 Launcher = Callable[[Any], Any]
 
 
@@ -138,7 +130,7 @@ def linear(
         *(residual.stride() if residual is not None else (0, 0)), out.stride(0),
         CODE=CODES[weight.code], SCALING=_scaling(weight, tile), HAS_ZEROS=weight.zeros is not None,
         INTEGER=quantize_input, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS[activation], PRECISION=precision,
+        ACTIVATION=ACTIVATIONS[activation or "none"], PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

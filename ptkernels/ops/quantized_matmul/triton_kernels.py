@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import load_tile, sigmoid, tanh
+from ptkernels._triton.math import activate, load_tile
 
 S8 = tl.constexpr(0)
 U4 = tl.constexpr(1)
@@ -25,26 +25,6 @@ BOOK8 = tl.constexpr(3)
 SCALE_AT_END = tl.constexpr(0)
 SCALE_PER_STEP = tl.constexpr(1)
 SCALE_PER_CODE = tl.constexpr(2)
-
-NONE = tl.constexpr(0)
-RELU = tl.constexpr(1)
-GELU = tl.constexpr(2)
-GELU_TANH = tl.constexpr(3)
-SILU = tl.constexpr(4)
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == RELU:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == GELU:
-        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    elif ACTIVATION == GELU_TANH:
-        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == SILU:
-        x = x * sigmoid(x)
-    return x
-
 
 @triton.jit
 def _spread_down(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -175,7 +155,7 @@ def linear(
     if HAS_RESIDUAL:
         pointers = RESIDUAL + m.to(tl.int64)[:, None] * stride_rm + n.to(tl.int64)[None, :] * stride_rn
         result += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    result = activate(result, ACTIVATION)
+    result = activate(result, 0.0, ACTIVATION)
     tl.store(OUT + m.to(tl.int64)[:, None] * stride_om + n[None, :], result.to(OUT.dtype.element_ty), mask=inside)
 
 
