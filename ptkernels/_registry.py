@@ -128,6 +128,8 @@ class OpSpec:
     kernels: Callable[[], list[KernelInfo]]
     explain: Callable[..., Explanation]
     tolerances: Tolerances = field(default_factory=Tolerances)
+    kept_by_autocast: tuple[str, ...] = ()
+    """Names of the tensor arguments that autocast leaves in their precision."""
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Other implementations with the public signature, timed side by side with ours."""
 
