@@ -134,6 +134,8 @@ class OpSpec:
     """False for an operator of inference: calls that would need a derivative raise, and autocast leaves them alone."""
     mutates: tuple[str, ...] = ()
     """Names of the arguments that a call may write to, as in the public function's signature."""
+    kept_by_autocast: tuple[str, ...] = ()
+    """Names of the tensor arguments that autocast leaves in their precision."""
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Other implementations with the public signature, timed side by side with ours."""
     enlarged: Callable[[dict[str, Any], int], dict[str, Any]] | None = None

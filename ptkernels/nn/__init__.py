@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
 from ptkernels.nn.quantized import LoRALinear, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -10,6 +11,9 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "ConvBNReLU1d",
+    "ConvBNReLU2d",
+    "ConvBNReLU3d",
     "GRUCell",
     "LSTMCell",
     "LoRALinear",

@@ -46,9 +46,10 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   params.input = call.input.const_data_ptr();
   params.weight = call.weight.const_data_ptr();
   if (!keeps_conv) {
-    const Norm folded = norm.folded(bias_channels);
-    params.scale = folded.scale.data();
-    params.shift = folded.shift.data();
+    params.bias = bias_channels.data();
+    params.mean = norm.mean.data();
+    params.scale = norm.scale.data();
+    params.shift = norm.shift.data();
     params.residual = residual ? residual->const_data_ptr() : nullptr;
     params.out = out.mutable_data_ptr();
     params.out_layout = p.layout;
@@ -56,13 +57,13 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
     return {out, conv, mean, var};
   }
   params.problem.activation = Activation::none;
-  params.shift = bias_channels.data();
+  params.bias = bias_channels.data();
   params.out = conv.mutable_data_ptr();
   params.out_layout = Layout::channels_last;
   if (training) {
     PTK_CHECK(p.batch * volume(p.out) > 1, "conv_bn_relu: input: got one value per channel, expected more when training");
-    params.mean = mean.mutable_data_ptr();
-    params.variance = var.mutable_data_ptr();
+    params.batch_mean = mean.mutable_data_ptr();
+    params.batch_variance = var.mutable_data_ptr();
   }
   check_memory(kernels().convolve(params));
 
@@ -122,7 +123,7 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
     params.problem.activation = Activation::none;
     params.input = call.input.const_data_ptr();
     params.weight = call.weight.const_data_ptr();
-    params.shift = bias_channels.data();
+    params.bias = bias_channels.data();
     params.out = conv->mutable_data_ptr();
     params.out_layout = Layout::channels_last;
     check_memory(kernels().convolve(params));

@@ -38,15 +38,16 @@ inline int64_t volume(const int64_t (&size)[3]) {
 // float32, float64 for float64, and end in kChannelPadding elements that may be read. Results are uninitialised.
 inline constexpr int64_t kChannelPadding = 16;
 
-// out = act(conv(input, weight) * scale + shift + residual); null means 1, 0 and 0.
+// out = act((conv(input, weight) + bias - mean) * scale + shift + residual), the convolution rounded to the dtype; null
+// means that a term is not there.
 struct ConvParams {
   ConvProblem problem;
   const void *input = nullptr, *weight = nullptr, *residual = nullptr;
-  const void *scale = nullptr, *shift = nullptr;
+  const void *bias = nullptr, *mean = nullptr, *scale = nullptr, *shift = nullptr;
   void* out = nullptr;
   Layout out_layout = Layout::channels_first;  // of out and residual
   // Where not null: mean and biased variance of every channel of out over batch and space.
-  void *mean = nullptr, *variance = nullptr;
+  void *batch_mean = nullptr, *batch_variance = nullptr;
 };
 
 // out = act((conv - mean) * scale + shift + residual), `conv` channels last.

@@ -69,6 +69,8 @@ bool convolve_as(const ConvParams& params) {
   result.out = static_cast<T*>(params.out);
   result.layout = params.out_layout;
   result.residual = static_cast<const T*>(params.residual);
+  result.bias = static_cast<const A*>(params.bias);
+  result.mean = static_cast<const A*>(params.mean);
   result.scale = static_cast<const A*>(params.scale);
   result.shift = static_cast<const A*>(params.shift);
   result.activation = p.activation;
@@ -77,13 +79,13 @@ bool convolve_as(const ConvParams& params) {
   const T* weight = static_cast<const T*>(params.weight);
   const auto run = [&](const auto& kernel, int64_t block_rows) {
     const int64_t blocks = (gather.positions() + block_rows - 1) / block_rows;
-    const SharedBuffer statistics(params.mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A)) : 0);
+    const SharedBuffer statistics(params.batch_mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A)) : 0);
     if (!statistics) return false;
-    if (params.mean) result.statistics = statistics.as<A>();
+    if (params.batch_mean) result.statistics = statistics.as<A>();
     if (!kernel.run()) return false;
-    if (params.mean)
-      merge_statistics(statistics.as<A>(), p.out_channels, block_rows, gather.positions(), static_cast<A*>(params.mean),
-                       static_cast<A*>(params.variance));
+    if (params.batch_mean)
+      merge_statistics(statistics.as<A>(), p.out_channels, block_rows, gather.positions(),
+                       static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
     return true;
   };
   if (is_depthwise(p)) return run(DepthwiseConv<T>(gather, input, weight, result), gather.axis[2].count);

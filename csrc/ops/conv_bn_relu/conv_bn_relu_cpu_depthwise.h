@@ -69,7 +69,6 @@ private:
   template <int N, bool kInner>
   void positions(const A* weight, const Position& p, int64_t at, T* out, const T* residual, int64_t ld_out) const {
     const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
-    const A slope = r_.slope;
     for (int64_t c = 0; c < channels_; c += kLanes<A>) {
       const int64_t valid = channels_ - c;
       Vec<A> sum[N] = {};
@@ -87,11 +86,8 @@ private:
       }
 #pragma GCC unroll 1
       for (int n = 0; n < N; ++n) {
-        Vec<A> u = sum[n];
-        if (r_.scale) u *= load(r_.scale + c);
-        if (r_.shift) u += load(r_.shift + c);
-        if (residual) u += load_as_partial(residual + (at + n) * ld_out + c, valid);
-        store_as_partial(out + (at + n) * ld_out + c, activate(r_.activation, u, slope), valid);
+        const int64_t to = (at + n) * ld_out + c;
+        r_.finish(sum[n], c, residual ? residual + to : nullptr, out + to, valid);
       }
     }
   }

@@ -15,16 +15,37 @@
 
 namespace ptk::PTK_ISA {
 
+// The value that storing as T would leave.
+template <class T>
+PTK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return widen_bf16(narrow_bf16(v));
+  } else if constexpr (std::is_same_v<T, f16>) {
+    return widen_f16(narrow_f16(v));
+  } else {
+    return v;
+  }
+}
+
 // What becomes of the sums of a convolution.
 template <class T>
 struct ConvResult {
   T* out = nullptr;
   Layout layout = Layout::channels_last;
   const T* residual = nullptr;  // laid out like out
-  const Acc<T>*scale = nullptr, *shift = nullptr;
+  const Acc<T>*bias = nullptr, *mean = nullptr, *scale = nullptr, *shift = nullptr;
   Activation activation = Activation::none;
   Acc<T> slope = 0;
   Acc<T>* statistics = nullptr;  // {mean, m2} of every channel per block of kRows positions
+
+  // Stores channels [c, c + valid) of one position at the address of `out`, as Normalize does in a pass of its own.
+  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, int64_t c, const T* residual_at, T* out_at,
+                                                    int64_t valid) const {
+    if (bias) sums += load(bias + c);
+    if (mean) sums = (rounded<T>(sums) - load(mean + c)) * load(scale + c) + load(shift + c);
+    if (residual_at) sums = (mean ? sums : rounded<T>(sums)) + load_as_partial(residual_at, valid);
+    store_as_partial(out_at, activate(activation, mean || residual_at ? sums : rounded<T>(sums), slope), valid);
+  }
 };
 
 template <class T>
@@ -33,20 +54,16 @@ struct ConvEpilogue {
   static constexpr bool kLarge = true;
   const A* partial;
   int64_t ld_partial;
-  const A *scale, *shift;
+  const ConvResult<T>& result;
+  int64_t channel;         // of column 0
   const int64_t* offsets;  // of every row in out and residual
   const T* residual;
   T* out;
-  Activation activation;
-  A slope;
 
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t valid) const {
     if (partial) sums += load(partial + row * ld_partial + column);
-    if (scale) sums *= load(scale + column);
-    if (shift) sums += load(shift + column);
     const int64_t at = offsets[row] + column;
-    if (residual) sums += load_as_partial(residual + at, valid);
-    store_as_partial(out + at, activate(activation, sums, slope), valid);
+    result.finish(sums, channel + column, residual ? residual + at : nullptr, out + at, valid);
   }
 };
 
@@ -163,13 +180,11 @@ private:
     T* out = transposed ? s.out : r_.out;
     const ConvEpilogue<T> epilogue{steps_.count() > 1 ? s.partial : nullptr,
                                    columns_,
-                                   r_.scale ? r_.scale + channel : nullptr,
-                                   r_.shift ? r_.shift + channel : nullptr,
+                                   r_,
+                                   channel,
                                    s.offsets,
                                    residual,
-                                   out,
-                                   r_.activation,
-                                   r_.slope};
+                                   out};
     multiply(s, packed + group * group_stride() + column / Traits::kNr * panel_stride(), group, begin, rows, columns,
              epilogue);
     if (transposed)

@@ -88,18 +88,6 @@ inline void Channels::write(const Tensor& tensor) const {
 // u = (z - mean) * scale + shift; each empty where it is not there.
 struct Norm {
   Channels mean, invstd, scale, shift;
-
-  // The same with a bias of z, without mean: u = z * scale + shift.
-  Norm folded(const Channels& bias) const {
-    if (mean.empty() && scale.empty()) {
-      return {{}, {}, {}, bias};
-    }
-    Norm all = *this;
-    for (int64_t i = 0; i < scale.size(); ++i) {
-      all.shift.set(i, shift[i] + ((bias.empty() ? 0 : bias[i]) - mean[i]) * scale[i]);
-    }
-    return all;
-  }
 };
 
 inline Activation parse_activation(const std::string& name) {

@@ -106,7 +106,7 @@ def conv_bn_relu(
         with torch.autocast(args[0].device.type, enabled=False):
             out, _, mean, var = reference.forward(*args)
     else:
-        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         out, _, mean, var = conv_op(*args, recorded and not recompute)
     if training and running_mean is not None and mean is not None and not _replays_forward():
         count = out.size(0) * math.prod(out.shape[2:])

@@ -144,7 +144,7 @@ def _check_norm(
     for name, number in (("momentum", momentum), ("eps", eps)):
         if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat)):
             raise TypeError(f"{OP}: {name}: got {type(number).__name__}, expected float")
-        if isinstance(number, (int, float)) and not (math.isfinite(number) and number >= 0):
+        if isinstance(number, (int, float)) and not 0.0 <= number < math.inf:
             raise ValueError(f"{OP}: {name}: got {number}, expected a finite number of at least 0")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"

@@ -34,13 +34,46 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu6": lambda u, slope: torch.where(u > 0, torch.where(u < 6, u, torch.full_like(u, 6.0)), torch.zeros_like(u)),
     "elu": lambda u, slope: torch.where(u > 0, u, torch.expm1(torch.where(u > 0, torch.zeros_like(u), u))),
     "silu": lambda u, slope: u * torch.sigmoid(u),
-    "gelu": lambda u, slope: u * 0.5 * torch.erfc(u * -math.sqrt(0.5)),
+    "gelu": lambda u, slope: u * _normal_cdf(u),
     "mish": lambda u, slope: u * torch.tanh(F.softplus(u)),
     "hardswish": lambda u, slope: torch.where(
         u > -3, torch.where(u < 3, u * (u + 3) / 6, u), torch.zeros_like(u)
     ),
     "sigmoid": lambda u, slope: torch.sigmoid(u),
     "tanh": lambda u, slope: torch.tanh(u),
+}
+
+
+def _normal_cdf(u: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(u * -math.sqrt(0.5))
+
+
+def _silu_derivative(u: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    return s * (1 + u * (1 - s))
+
+
+def _mish_derivative(u: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(u))
+    return t + u * torch.sigmoid(u) * (1 - t * t)
+
+
+def _between(u: Tensor, low: float, high: float, inside: Tensor, above: float) -> Tensor:
+    return torch.where(u > low, torch.where(u < high, inside, torch.full_like(u, above)), torch.zeros_like(u))
+
+
+DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda u, slope: torch.ones_like(u),
+    "relu": lambda u, slope: (u > 0).to(u.dtype),
+    "leaky_relu": lambda u, slope: torch.where(u > 0, torch.ones_like(u), torch.full_like(u, slope)),
+    "relu6": lambda u, slope: _between(u, 0.0, 6.0, torch.ones_like(u), 0.0),
+    "elu": lambda u, slope: torch.exp(torch.where(u > 0, torch.zeros_like(u), u)),
+    "silu": lambda u, slope: _silu_derivative(u),
+    "gelu": lambda u, slope: _normal_cdf(u) + u * torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi),
+    "mish": lambda u, slope: _mish_derivative(u),
+    "hardswish": lambda u, slope: _between(u, -3.0, 3.0, u / 3 + 0.5, 1.0),
+    "sigmoid": lambda u, slope: torch.sigmoid(u) * (1 - torch.sigmoid(u)),
+    "tanh": lambda u, slope: 1 - torch.tanh(u).square(),
 }
 
 
@@ -177,20 +210,44 @@ def conv_bn_relu(
 def gradients(
     grad_out: Tensor, tensors: tuple[Tensor | None, ...], fixed: tuple[Tensor | None, ...], options: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
-    """First derivatives that can be differentiated further.
+    """First derivatives, written so that they can be differentiated further.
 
-    ``tensors`` are input, weight, bias, bn_weight, bn_bias and residual, ``fixed`` the running statistics; the result
-    has None for those of ``tensors`` that are None.
+    ``tensors`` are input, weight, bias, bn_weight, bn_bias and residual, ``fixed`` the running statistics, ``options``
+    the operator's others; the result has None for those of ``tensors`` that are None. With du = grad_out * act'(u):
+    dz = scale du, less scale (mean(du) + xhat mean(du xhat)) where the statistics are those of the batch.
     """
-    given = [index for index, tensor in enumerate(tensors) if tensor is not None]
+    input, weight, bias, bn_weight, bn_bias, residual = tensors
+    training, eps, stride, padding, dilation, groups, activation, slope = options
+    assert input is not None and weight is not None
+    dtype = compute_dtype(input.dtype)
+    x, w = input.to(dtype), weight.to(dtype)
+    z = CONVOLUTIONS[x.dim()](x, w, None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
+    mean, var = batch_statistics(z) if training else fixed
+    u = normalize(z, bn_weight, bn_bias, mean, var, eps)
+    if residual is not None:
+        u = u + residual.to(dtype)
+    du = grad_out.to(dtype) * DERIVATIVES[activation](u, slope)
 
-    def call(*values: Tensor) -> Tensor:
-        full = list(tensors)
-        for index, value in zip(given, values, strict=True):
-            full[index] = value
-        *operands, residual = full
-        return forward(*operands, *fixed, residual, *options)[0]  # type: ignore[arg-type]
+    dims = (0, *range(2, z.dim()))
+    dz, xhat = du, z
+    if mean is not None and var is not None:
+        invstd = (per_channel(var, z) + eps).rsqrt()
+        xhat = (z - per_channel(mean, z)) * invstd
+        if training:
+            dz = du - du.mean(dims, keepdim=True) - xhat * (du * xhat).mean(dims, keepdim=True)
+        dz = dz * (invstd if bn_weight is None else invstd * per_channel(bn_weight, z))
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dz, x, w, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, True, False]
+    )
 
-    pullback: Any = torch.func.vjp(call, *(tensors[index] for index in given))[1]
-    grads = dict(zip(given, pullback(grad_out), strict=True))
-    return tuple(grads.get(index) for index in range(len(tensors)))
+    def like(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else grad.to(tensor.dtype)
+
+    return (
+        dx.to(input.dtype),
+        dw.to(weight.dtype),
+        like(dz.sum(dims), bias),
+        like((du * xhat).sum(dims), bn_weight),
+        like(du.sum(dims), bn_bias),
+        like(du, residual),
+    )

@@ -332,6 +332,7 @@ SPEC = register(
         kernels=routing.kernels,
         explain=explain,
         tolerances=Tolerances(gradient=3.0),
+        kept_by_autocast=("bn_weight", "bn_bias", "running_mean", "running_var"),
         peers={"torch eager": composition},
     )
 )

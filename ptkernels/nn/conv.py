@@ -1,0 +1,190 @@
+"""Convolution, batch normalisation and activation as one module, with the parameters of the three it replaces."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptkernels.ops.conv_bn_relu import conv_bn_relu
+
+__all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu6": nn.ReLU6,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+
+
+class _ConvBNReLU(nn.Module):
+    """What the modules of one, two and three dimensions share.
+
+    The children ``conv``, ``bn`` and ``act`` are torch's own modules: they hold the parameters, the buffers and the
+    options, read at every call, under the names ``conv.*`` and ``bn.*``.
+    """
+
+    _conv: ClassVar[type[nn.Module]]
+    _bn: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "relu",
+        *,
+        norm: bool = True,
+        negative_slope: float = 0.01,
+        recompute: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            expected = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"{type(self).__name__}: activation: got {activation!r}, expected one of {expected}")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv: Any = self._conv(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **where
+        )
+        self.bn: Any = (
+            self._bn(out_channels, eps, momentum, affine, track_running_stats, **where) if norm else nn.Identity()
+        )
+        self.act: Any = (
+            nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _ACTIVATIONS[activation]()
+        )
+        self.activation = activation
+        self.recompute = recompute
+
+    def load_unfused(self, modules: nn.Sequential) -> None:
+        """Take over the parameters and buffers of ``nn.Sequential(conv, bn, ...)``, strictly.
+
+        The first module's state goes to ``conv.*``, the second's, where this module normalises, to ``bn.*``.
+
+        Raises:
+            RuntimeError: a key is missing or left over, or a shape differs, as in ``load_state_dict``.
+        """
+        state = modules.state_dict()
+        names = ["conv", "bn"] if isinstance(self.bn, nn.modules.batchnorm._BatchNorm) else ["conv"]
+        renamed = {}
+        for key, value in state.items():
+            position, _, rest = key.partition(".")
+            index = list(modules._modules).index(position)
+            renamed[f"{names[index]}.{rest}" if index < len(names) else key] = value
+        self.load_state_dict(renamed, strict=True)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(bn(conv(x)) + residual)``."""
+        conv, bn = self.conv, self.bn
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        options: dict[str, Any] = {
+            "residual": residual,
+            "stride": conv.stride,
+            "padding": padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "activation": self.activation,
+            "recompute": self.recompute,
+        }
+        if self.activation == "leaky_relu":
+            options["negative_slope"] = self.act.negative_slope
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            return conv_bn_relu(x, conv.weight, conv.bias, **options)
+        training = bn.training or bn.running_mean is None
+        momentum = 0.0 if bn.momentum is None else bn.momentum
+        tracked = bn.training and bn.track_running_stats
+        if tracked and bn.num_batches_tracked is not None and not _replays_forward():
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:
+                momentum = 1.0 / float(bn.num_batches_tracked)
+        running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
+        return conv_bn_relu(
+            x,
+            conv.weight,
+            conv.bias,
+            bn.weight,
+            bn.bias,
+            *running,
+            training=training,
+            momentum=momentum,
+            eps=bn.eps,
+            **options,
+        )
+
+
+def _replays_forward() -> bool:
+    """Whether a backward pass surrounds the call, as when checkpointing runs a forward a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+_ARGUMENTS = """
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: of the
+            convolution, as in ``torch.nn``, but ``bias`` defaults to False: what follows has one.
+        eps, momentum, affine, track_running_stats: of the normalisation, as in ``torch.nn``.
+        activation: ``"relu"`` or another one that :func:`ptkernels.conv_bn_relu` knows; ``"none"`` for none.
+        norm: False leaves the normalisation out; ``bn`` is then an identity.
+        negative_slope: of ``"leaky_relu"``.
+        recompute: keep only the input for the backward pass, which computes the convolution again.
+
+    A hook on a child does not fire: the children hold state and are not called.
+"""
+
+
+class ConvBNReLU1d(_ConvBNReLU):
+    __doc__ = (
+        """``act(bn(conv(x)) + residual)`` over ``[N, C, L]``, a drop-in for Conv1d, BatchNorm1d and an activation."""
+        + _ARGUMENTS
+    )
+    _conv, _bn = nn.Conv1d, nn.BatchNorm1d
+
+
+class ConvBNReLU2d(_ConvBNReLU):
+    __doc__ = (
+        """``act(bn(conv(x)) + residual)`` over ``[N, C, H, W]``, for Conv2d, BatchNorm2d and an activation."""
+        + _ARGUMENTS
+        + """
+    Example:
+        >>> import torch, ptkernels.nn
+        >>> block = ptkernels.nn.ConvBNReLU2d(3, 8, 3, padding=1)
+        >>> block.load_unfused(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8)))
+        >>> block(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 8, 8])
+        >>> sorted(block.state_dict())[:3]
+        ['bn.bias', 'bn.num_batches_tracked', 'bn.running_mean']
+"""
+    )
+    _conv, _bn = nn.Conv2d, nn.BatchNorm2d
+
+
+class ConvBNReLU3d(_ConvBNReLU):
+    __doc__ = (
+        """``act(bn(conv(x)) + residual)`` over ``[N, C, D, H, W]``, for Conv3d, BatchNorm3d and an activation."""
+        + _ARGUMENTS
+    )
+    _conv, _bn = nn.Conv3d, nn.BatchNorm3d
