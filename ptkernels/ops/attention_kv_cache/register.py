@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ptkernels._autograd import below_autograd, has_tangent
 from ptkernels.ops.attention.reference import compute_dtype
@@ -140,14 +141,21 @@ _ATTEND_NAMES = tuple(argument.name for argument in attend_op._schema.arguments)
 _APPEND_NAMES = tuple(argument.name for argument in append_op._schema.arguments)
 
 
+def _may_need_derivatives(*args: Any) -> bool:
+    """A look at all arguments at once, which is what most calls pay."""
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+
+
 def _autograd_attend(keyset: Any, *args: Any) -> Result:
-    refuse_derivatives(tuple(zip(_ATTEND_NAMES, args, strict=False)))
+    if _may_need_derivatives(*args):
+        refuse_derivatives(tuple(zip(_ATTEND_NAMES, args, strict=False)))
     result: Result = below_autograd(attend_op, keyset, *args)
     return result
 
 
 def _autograd_append(keyset: Any, *args: Any) -> Result:
-    refuse_derivatives(tuple(zip(_APPEND_NAMES, args, strict=False)))
+    if _may_need_derivatives(*args):
+        refuse_derivatives(tuple(zip(_APPEND_NAMES, args, strict=False)))
     result: Result = below_autograd(append_op, keyset, *args)
     scales = args[_APPEND_NAMES.index("k_scale") :]
     count_versions(args[1], args[2], *(scale for scale in scales if scale is not None and scale.dim() == 3))
