@@ -62,7 +62,8 @@ def _merge(tensor: Tensor | None, dim: int | None, size: int, axis: int) -> Tens
 
 
 def _split(tensor: Tensor, size: int, axis: int) -> Tensor:
-    return tensor.unflatten(axis, (-1, size))
+    parts: Tensor = tensor.unflatten(axis, (-1, size))
+    return parts
 
 
 def _merge_sizes(sizes: Tensor | None, sorted_indices: Tensor | None, size: int, layout: str) -> tuple[Any, Any]:
