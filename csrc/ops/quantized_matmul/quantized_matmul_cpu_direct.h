@@ -143,16 +143,17 @@ struct DirectNibbles {
 struct DirectBytes {
   static constexpr int64_t kBlock = kLanes<int16_t>;
 
-  static bool suits(const QuantizedWeightView& w) { return w.format == CodeFormat::s8; }
+  static bool suits(const QuantizedWeightView& w) {
+    return w.format == CodeFormat::s8 && (w.group % kBlock == 0 || w.groups() == 1);
+  }
 
   template <int M, int R>
   static void dots(const DirectInput& in, const DirectRows<R>& rows, Vec<float> (&total)[R][M]) {
     const QuantizedWeightView& w = in.w;
-    const int64_t whole = w.k / kBlock * kBlock;
     for (int64_t g = 0, k = 0; k < w.k; ++g) {
       const int64_t end = least((g + 1) * w.group, w.k);
       Vec<int32_t> part[R][M] = {};
-      for (; k < least(end, whole); k += kBlock) {
+      for (; k + kBlock <= end; k += kBlock) {
         rows.prefetch(k / kBlock % R, k);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {

@@ -115,6 +115,7 @@ _QUICK = [
         for scheme, group in (
             ("int8_weight_only", 32),
             ("int8_dynamic", 64),
+            ("int8_dynamic", 16),
             ("int4_weight_only", 64),
             ("int4_weight_only", -1),
             ("int4_int8", 32),
