@@ -13,7 +13,8 @@ from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._version import __version__
 from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
-from ptkernels.ops.conv_bn_relu import conv_bn_relu, spec as _conv_spec  # noqa: F401
+from ptkernels.ops.conv_bn_relu import conv_bn_relu
+from ptkernels.ops.conv_bn_relu import spec as _conv_spec  # noqa: F401
 
 __all__ = ["Explanation", "__version__", "attention", "backend", "conv_bn_relu", "errors", "explain", "reference"]
 

@@ -216,9 +216,9 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jacrev of jacrev": lambda f, *x: torch.func.jacrev(torch.func.jacrev(f), argnums=(0, 2))(*x),
     "jacrev of jacfwd": lambda f, *x: torch.func.jacrev(torch.func.jacfwd(f))(*x),
     "vmap of grad": lambda f, *x: torch.vmap(torch.func.grad(f))(*(torch.stack([t, t.sin(), -t]) for t in x)),
-    "grad of vmap": lambda f, *x: torch.func.grad(lambda t: torch.vmap(f, (0, *(None,) * (len(x) - 1)))(t, *x[1:]).cos().sum())(
-        torch.stack([x[0], x[0].sin()])
-    ),
+    "grad of vmap": lambda f, *x: torch.func.grad(
+        lambda t: torch.vmap(f, (0, *(None,) * (len(x) - 1)))(t, *x[1:]).cos().sum()
+    )(torch.stack([x[0], x[0].sin()])),
     "third order": third_order,
 }
 

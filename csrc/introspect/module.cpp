@@ -129,5 +129,6 @@ PYBIND11_MODULE(_introspect, module) {
              "Name of the CPU kernel that attention would run. mask: none, bool or a float dtype.");
   module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
              py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-             py::arg("dilation"), "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
+             py::arg("dilation"),
+             "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }
