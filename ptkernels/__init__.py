@@ -20,7 +20,7 @@ from ptkernels.ops.attention_kv_cache import spec as _kv_cache_spec  # noqa: F40
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 from ptkernels.ops.conv_bn_relu import conv_bn_relu
-from ptkernels.ops.conv_bn_relu import spec as _conv_spec
+from ptkernels.ops.conv_bn_relu import spec as _conv_spec  # noqa: F401
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
 from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptkernels.ops.conv_bn_relu import conv_bn_relu
+from ptkernels.ops.conv_bn_relu import conv_bn_relu, replays_forward
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
 
@@ -71,9 +70,7 @@ class _ConvBNReLU(nn.Module):
         self.bn: Any = (
             self._bn(out_channels, eps, momentum, affine, track_running_stats, **where) if norm else nn.Identity()
         )
-        self.act: Any = (
-            nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _ACTIVATIONS[activation]()
-        )
+        self.act: Any = nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _ACTIVATIONS[activation]()
         self.activation = activation
         self.recompute = recompute
 
@@ -117,7 +114,7 @@ class _ConvBNReLU(nn.Module):
         training = bn.training or bn.running_mean is None
         momentum = 0.0 if bn.momentum is None else bn.momentum
         tracked = bn.training and bn.track_running_stats
-        if tracked and bn.num_batches_tracked is not None and not _replays_forward():
+        if tracked and bn.num_batches_tracked is not None and not replays_forward():
             bn.num_batches_tracked.add_(1)
             if bn.momentum is None:
                 momentum = 1.0 / float(bn.num_batches_tracked)
@@ -134,11 +131,6 @@ class _ConvBNReLU(nn.Module):
             eps=bn.eps,
             **options,
         )
-
-
-def _replays_forward() -> bool:
-    """Whether a backward pass surrounds the call, as when checkpointing runs a forward a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 _ARGUMENTS = """

@@ -61,7 +61,8 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   params.out = conv.mutable_data_ptr();
   params.out_layout = Layout::channels_last;
   if (training) {
-    PTK_CHECK(p.batch * volume(p.out) > 1, "conv_bn_relu: input: got one value per channel, expected more when training");
+    PTK_CHECK(p.batch * volume(p.out) > 1,
+              "conv_bn_relu: input: got one value per channel, expected more when training");
     params.batch_mean = mean.mutable_data_ptr();
     params.batch_variance = var.mutable_data_ptr();
   }
@@ -74,9 +75,8 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   return {out, save_conv ? conv : nothing, mean, var};
 }
 
-using Gradients =
-    std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-               std::optional<Tensor>, std::optional<Tensor>>;
+using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                             std::optional<Tensor>, std::optional<Tensor>>;
 
 Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<Tensor> bias,
                    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> mean,

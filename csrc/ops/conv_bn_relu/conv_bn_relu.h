@@ -64,8 +64,8 @@ struct NormalizeParams {
 //   grad_conv = scale * du                                                            statistics fixed
 //   grad_conv = scale * (du - sum_du / count - xhat * sum_du_xhat / count)            statistics of the batch
 struct NormalizeBackwardParams {
-  NormalizeParams forward;        // without out
-  const void* invstd = nullptr;   // null where mean is
+  NormalizeParams forward;       // without out
+  const void* invstd = nullptr;  // null where mean is
   const void* grad_out = nullptr;
   bool batch_statistics = false;
   void *sum_du = nullptr, *sum_du_xhat = nullptr;

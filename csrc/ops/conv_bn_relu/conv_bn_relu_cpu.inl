@@ -1,5 +1,5 @@
-// Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem. Channels-first
-// inputs are brought to channels last once; results return to the caller's layout block by block.
+// Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem.
+// Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
 
@@ -55,7 +55,8 @@ const T* channels_last_input(const ConvProblem& p, const void* input, const Shar
 
 template <class T>
 int64_t input_bytes(const ConvProblem& p) {
-  return p.layout == Layout::channels_last ? 0 : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
+  return p.layout == Layout::channels_last ? 0
+                                           : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
 }
 
 template <class T>
@@ -79,7 +80,8 @@ bool convolve_as(const ConvParams& params) {
   const T* weight = static_cast<const T*>(params.weight);
   const auto run = [&](const auto& kernel, int64_t block_rows) {
     const int64_t blocks = (gather.positions() + block_rows - 1) / block_rows;
-    const SharedBuffer statistics(params.batch_mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A)) : 0);
+    const SharedBuffer statistics(params.batch_mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A))
+                                                    : 0);
     if (!statistics) return false;
     if (params.batch_mean) result.statistics = statistics.as<A>();
     if (!kernel.run()) return false;

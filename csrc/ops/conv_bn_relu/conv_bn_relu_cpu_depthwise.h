@@ -1,4 +1,5 @@
-// Depthwise convolution: as many groups as channels, one result channel each. No product is large enough for the engine.
+// Depthwise convolution: as many groups as channels, one result channel each. No product is large enough for the
+// engine.
 //
 //   layout   channels last; a vector holds neighbouring channels. Weights are brought to [tap][channel] once per call.
 //
@@ -115,8 +116,7 @@ private:
     }
     int64_t at = 0;
     for (; at < first_inner_; ++at) positions<1, false>(weight, p, at, out, residual, ld);
-    for (; at + kTogether <= inner_end_; at += kTogether)
-      positions<kTogether, true>(weight, p, at, out, residual, ld);
+    for (; at + kTogether <= inner_end_; at += kTogether) positions<kTogether, true>(weight, p, at, out, residual, ld);
     for (; at < w_.count; ++at) positions<1, false>(weight, p, at, out, residual, ld);
     if (transposed) planes_from_rows(out, channels_, r_.out, channels_, space, begin, end, 0, channels_);
     if (r_.statistics) {

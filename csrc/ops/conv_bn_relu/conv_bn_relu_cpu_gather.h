@@ -22,7 +22,7 @@ struct Axis {
 struct Gather {
   Axis axis[3];
   int64_t batch, groups;
-  int64_t source_channels, result_channels;                     // of all groups
+  int64_t source_channels, result_channels;         // of all groups
   int64_t weight_source, weight_result, kernel[3];  // strides in the weight tensor; taps are innermost
 
   int64_t positions() const { return batch * axis[0].count * axis[1].count * axis[2].count; }

@@ -4,7 +4,8 @@
 //            positions is gathered, one step of depth at a time, into rows in L2; a pointwise convolution reads its
 //            source in place. A channels-first result leaves through a block of rows and a transposition.
 //
-//   tiling   kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer in L2, the
+//   tiling   kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer in L2,
+//   the
 //            last step's epilogue scales, shifts, adds the residual, activates and stores.
 //
 //   threads  items are dealt out by a counter. The order of a sum depends on neither the items' width nor the threads.
@@ -81,9 +82,9 @@ public:
                const ConvResult<T>& result)
       : p_(problem), g_(gather), source_(source), weight_(weight), r_(result), steps_(gather, kDepth) {
     const int64_t wanted = 2 * num_threads(), columns = padded_n<T>(g_.group_result());
-    const int64_t parts = most((columns + kColumns - 1) / kColumns,
-                               least(columns / Traits::kNr, (wanted + row_blocks() * g_.groups - 1) /
-                                                                most(1, row_blocks() * g_.groups)));
+    const int64_t parts =
+        most((columns + kColumns - 1) / kColumns,
+             least(columns / Traits::kNr, (wanted + row_blocks() * g_.groups - 1) / most(1, row_blocks() * g_.groups)));
     columns_ = round_up((columns + parts - 1) / parts, Traits::kNr);
     column_blocks_ = (columns + columns_ - 1) / columns_;
   }
@@ -97,7 +98,8 @@ public:
     bool ok = true;
     parallel_items(row_blocks() * column_blocks_ * g_.groups, [&](int64_t i) {
       const int64_t column = i % column_blocks_ * columns_, rest = i / column_blocks_;
-      if (!item(packed.as<E>(), rest % g_.groups, rest / g_.groups, column)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      if (!item(packed.as<E>(), rest % g_.groups, rest / g_.groups, column))
+        __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
   }
@@ -174,17 +176,13 @@ private:
       s.offsets[r] = transposed ? r * columns_ : s.positions[r].out * g_.result_channels + channel;
     const T* residual = r_.residual;
     if (transposed && residual) {
-      rows_from_planes(residual, g_.result_channels, space, begin, begin + rows, channel, columns, s.residual, columns_);
+      rows_from_planes(residual, g_.result_channels, space, begin, begin + rows, channel, columns, s.residual,
+                       columns_);
       residual = s.residual;
     }
     T* out = transposed ? s.out : r_.out;
-    const ConvEpilogue<T> epilogue{steps_.count() > 1 ? s.partial : nullptr,
-                                   columns_,
-                                   r_,
-                                   channel,
-                                   s.offsets,
-                                   residual,
-                                   out};
+    const ConvEpilogue<T> epilogue{
+        steps_.count() > 1 ? s.partial : nullptr, columns_, r_, channel, s.offsets, residual, out};
     multiply(s, packed + group * group_stride() + column / Traits::kNr * panel_stride(), group, begin, rows, columns,
              epilogue);
     if (transposed)

@@ -46,7 +46,8 @@ PTK_INLINE void for_runs_of_images(int64_t space, int64_t begin, int64_t end, co
   }
 }
 
-// rows[pixel * ld + channel] of pixels [begin, end) and channels [c0, c0 + channels), from or to a channels-first tensor.
+// rows[pixel * ld + channel] of pixels [begin, end) and channels [c0, c0 + channels), from or to a channels-first
+// tensor.
 template <class T>
 static void rows_from_planes(const T* planes, int64_t all_channels, int64_t space, int64_t begin, int64_t end,
                              int64_t c0, int64_t channels, T* rows, int64_t ld) {

@@ -1,6 +1,7 @@
 // Everything between the convolution and the result: statistics, normalisation, residual, activation, and back.
 //
-//   layout   the convolution's result is rows of channels; residual, out and their gradients are what the caller has, and
+//   layout   the convolution's result is rows of channels; residual, out and their gradients are what the caller has,
+//   and
 //            channels-first ones pass through a block of rows in the thread's scratch.
 //   numerics statistics of a block of rows are its mean and its sum of squared differences from that mean; blocks are
 //            merged in order, in double (Chan, Golub and LeVeque, 1983). Nothing is squared before it is centred.
@@ -142,7 +143,7 @@ private:
     const T* grad = rows_of(b.grad_out, begin, end, scratch + size);
     T* grad_residual = !b.grad_residual || pass == Pass::sums ? nullptr
                        : is_planes()                          ? scratch + 2 * size
-                                     : static_cast<T*>(b.grad_residual) + begin * channels_;
+                                                              : static_cast<T*>(b.grad_residual) + begin * channels_;
     T* grad_conv = b.grad_conv ? static_cast<T*>(b.grad_conv) + begin * channels_ : nullptr;
     const A slope = static_cast<A>(p_.slope), inverse = A(1) / static_cast<A>(pixels_);
     for (int64_t c = 0; c < channels_; c += kLanes<A>) {

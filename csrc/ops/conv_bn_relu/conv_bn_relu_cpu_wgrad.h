@@ -34,7 +34,8 @@ public:
     if (!sums) return false;
     bool ok = true;
     parallel_items(items * segments_, [&](int64_t i) {
-      if (!item(i / segments_, i % segments_, sums.as<A>() + i * sums_size())) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      if (!item(i / segments_, i % segments_, sums.as<A>() + i * sums_size()))
+        __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     if (!ok) return false;
     parallel_items(items, [&](int64_t i) { finish(i, sums.as<A>() + i * segments_ * sums_size()); });
@@ -83,7 +84,8 @@ private:
       pack_b<T>(s.rows, columns, 1, rows, columns, s.panels, padded);
       transpose_gradient(s, group, begin, rows, padded);
       if (begin == first) {
-        gemm<T>(outputs(), columns, rows, s.grad, kLdRows, s.panels, padded * Traits::kNr, StoreSums<A>{sums, ld_sums()});
+        gemm<T>(outputs(), columns, rows, s.grad, kLdRows, s.panels, padded * Traits::kNr,
+                StoreSums<A>{sums, ld_sums()});
       } else {
         gemm<T>(outputs(), columns, rows, s.grad, kLdRows, s.panels, padded * Traits::kNr, AddSums<A>{sums, ld_sums()});
       }

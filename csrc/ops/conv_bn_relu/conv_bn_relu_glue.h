@@ -20,7 +20,8 @@
 
 namespace ptk {
 
-// One number per channel in the kernels' precision, float32 or float64, padded for whole vectors. Empty stands for none.
+// One number per channel in the kernels' precision, float32 or float64, padded for whole vectors. Empty stands for
+// none.
 class Channels {
 public:
   Channels() = default;
@@ -30,7 +31,9 @@ public:
 
   bool empty() const { return floats_.empty() && doubles_.empty(); }
   int64_t size() const { return count_; }
-  const void* data() const { return empty() ? nullptr : wide_ ? static_cast<const void*>(doubles_.data()) : floats_.data(); }
+  const void* data() const {
+    return empty() ? nullptr : wide_ ? static_cast<const void*>(doubles_.data()) : floats_.data();
+  }
   void* mutable_data() { return const_cast<void*>(data()); }
   double operator[](int64_t i) const { return wide_ ? doubles_[i] : static_cast<double>(floats_[i]); }
   void set(int64_t i, double value) {
@@ -64,7 +67,8 @@ inline double read_element(DType dtype, const void* data, int64_t i) {
   case DType::f32:
     return static_cast<double>(static_cast<const float*>(data)[i]);
   case DType::bf16:
-    return static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16));
+    return static_cast<double>(
+        std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16));
   case DType::f16: {
     const uint16_t bits = static_cast<const uint16_t*>(data)[i];
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
@@ -98,8 +102,9 @@ inline Activation parse_activation(const std::string& name) {
       return static_cast<Activation>(i);
     }
   }
-  fail("conv_bn_relu: activation: got '", name, "', expected none, relu, leaky_relu, relu6, elu, silu, gelu, mish, "
-                                                "hardswish, sigmoid or tanh");
+  fail("conv_bn_relu: activation: got '", name,
+       "', expected none, relu, leaky_relu, relu6, elu, silu, gelu, mish, "
+       "hardswish, sigmoid or tanh");
 }
 
 using Sizes = std::vector<int64_t>;
@@ -229,7 +234,9 @@ public:
 
   Tensor empty_result(Layout layout) const { return empty_in_layout(input, result_, layout, problem.dtype); }
   Tensor empty_input() const { return empty_in_layout(input, shape_of(input), problem.layout, problem.dtype); }
-  Tensor empty_weight() const { return empty_in_layout(input, shape_of(weight), Layout::channels_first, problem.dtype); }
+  Tensor empty_weight() const {
+    return empty_in_layout(input, shape_of(weight), Layout::channels_first, problem.dtype);
+  }
   Tensor empty_vector(int64_t size) const { return empty_strided<1>(input, {size}, {1}, internal_dtype()); }
   Tensor empty_like_channels(const std::optional<Tensor>& like) const {
     PTK_CHECK(like, "conv_bn_relu: output_mask: got a gradient of None, expected False there");
@@ -256,10 +263,11 @@ public:
   }
 
   // Of statistics that are given. Empty without any; also when training, where they come from the batch.
-  Norm norm(const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
-            const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training, double eps) const {
+  Norm norm(const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const std::optional<Tensor>& mean,
+            const std::optional<Tensor>& var, bool training, double eps) const {
     PTK_CHECK(eps >= 0 && std::isfinite(eps), "conv_bn_relu: eps: got ", eps, ", expected a number of at least 0");
-    PTK_CHECK(mean.has_value() == var.has_value(), "conv_bn_relu: running_var: got one of running_mean and running_var");
+    PTK_CHECK(mean.has_value() == var.has_value(),
+              "conv_bn_relu: running_var: got one of running_mean and running_var");
     PTK_CHECK(mean || training || (!weight_ && !bias_),
               "conv_bn_relu: running_mean: got None, expected a tensor with bn_weight or bn_bias");
     const Channels scale = channels("bn_weight", weight_), shift = channels("bn_bias", bias_);

@@ -63,8 +63,8 @@ def conv_bn_relu(
             ``"same"`` (stride 1 only) for a result of the size of ``input``.
         dilation: distance of the taps, at least 1.
         groups: divisor of C and O.
-        activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"mish"``,
-            ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; elu with alpha 1, gelu by the error function.
+        activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"elu"``, ``"silu"``, ``"gelu"``,
+            ``"mish"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; elu with alpha 1, gelu by the error function.
         negative_slope: of ``"leaky_relu"``.
         recompute: keep only ``input`` for the backward, which computes the convolution again.
 
@@ -79,12 +79,13 @@ def conv_bn_relu(
 
     Note:
         Sums are float32 (float64 for float64). Statistics are taken of blocks, centred before they are squared, and
-        merged in a fixed order (Chan, Golub and LeVeque, 1983): a mean 10,000 standard deviations from 0 costs no
-        accuracy. Results do not depend on the number of threads. Time is that of the convolution; inference keeps
-        nothing beyond the result, training the convolution's result, or nothing with ``recompute``.
+        merged in a fixed order (Chan, Golub and LeVeque, 1983): a mean of 10,000 standard deviations costs no
+        more than the rounding of the mean itself to float32. Results do not depend on the number of
+        threads. Time is that of the convolution; inference keeps nothing beyond the result, training the convolution's
+        result, or nothing with ``recompute``.
 
         Inside a backward pass, where activation checkpointing runs a forward again, running statistics are left alone:
-        a training step updates them once. The bounded memory of vmap: a mapped dimension becomes groups.
+        a training step updates them once. Under vmap a mapped dimension becomes groups.
 
         Double backward and forward-mode differentiation run on :func:`ptkernels.reference.conv_bn_relu`, with a
         warning. ``ptkernels.explain(ptkernels.conv_bn_relu, ...)`` tells what a call will run on.
@@ -108,13 +109,13 @@ def conv_bn_relu(
     else:
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         out, _, mean, var = conv_op(*args, recorded and not recompute)
-    if training and running_mean is not None and mean is not None and not _replays_forward():
+    if training and running_mean is not None and mean is not None and not replays_forward():
         count = out.size(0) * math.prod(out.shape[2:])
         reference.update_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
 
 
-def _replays_forward() -> bool:
+def replays_forward() -> bool:
     """Whether a backward pass surrounds the call, as when checkpointing runs a forward a second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -1,6 +1,6 @@
-"""vmap rules of conv_bn_relu: the mapped dimension becomes groups of channels, so that one kernel call serves all of it.
+"""vmap rules of conv_bn_relu: the mapped dimension becomes groups of channels, and one kernel call serves all of it.
 
-Groups keep what every call of the mapped function has of its own: weights, vectors per channel, statistics of the batch.
+Groups keep what each call of the mapped function has of its own: weights, vectors per channel, statistics of the batch.
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda u, slope: u * torch.sigmoid(u),
     "gelu": lambda u, slope: u * _normal_cdf(u),
     "mish": lambda u, slope: u * torch.tanh(F.softplus(u)),
-    "hardswish": lambda u, slope: torch.where(
-        u > -3, torch.where(u < 3, u * (u + 3) / 6, u), torch.zeros_like(u)
-    ),
+    "hardswish": lambda u, slope: torch.where(u > -3, torch.where(u < 3, u * (u + 3) / 6, u), torch.zeros_like(u)),
     "sigmoid": lambda u, slope: torch.sigmoid(u),
     "tanh": lambda u, slope: torch.tanh(u),
 }
@@ -218,7 +216,8 @@ def gradients(
     """
     input, weight, bias, bn_weight, bn_bias, residual = tensors
     training, eps, stride, padding, dilation, groups, activation, slope = options
-    assert input is not None and weight is not None
+    assert input is not None
+    assert weight is not None
     dtype = compute_dtype(input.dtype)
     x, w = input.to(dtype), weight.to(dtype)
     z = CONVOLUTIONS[x.dim()](x, w, None if bias is None else bias.to(dtype), stride, padding, dilation, groups)

@@ -133,8 +133,8 @@ class _ConvBNReLUBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # The gradients are functions of grad_out and the operands alone: statistics of the batch and the convolution are
-        # intermediate results, and a derivative through them as well would count the same path twice.
+        # The gradients are functions of grad_out and the operands alone: statistics of the batch and the convolution
+        # are intermediate results, and a derivative through them as well would count the same path twice.
         given = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
             return (None,) * (1 + ctx.arguments)

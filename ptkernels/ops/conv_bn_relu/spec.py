@@ -1,4 +1,4 @@
-"""The entry of conv_bn_relu in the table of operators: sample calls, PyTorch's own version, bench shapes of real models."""
+"""The entry of conv_bn_relu in the table of operators: samples, PyTorch's own version, shapes of real models."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class _Case:
             shape = conv_shape(input, weight, options)
             kwargs["residual"] = _LAYOUTS[self.layout](given(draw(*shape)).detach()).requires_grad_(requires_grad)
             grad_inputs.append("residual")
-        return Sample(self.name, (input, weight.to(dtype).requires_grad_(requires_grad), bias), kwargs, tuple(grad_inputs))
+        return Sample(
+            self.name, (input, weight.to(dtype).requires_grad_(requires_grad), bias), kwargs, tuple(grad_inputs)
+        )
 
 
 def conv_shape(input: Tensor, weight: Tensor, options: dict[str, Any]) -> tuple[int, ...]:
@@ -108,9 +110,7 @@ _GRADCHECK = [
     replace(_SMALL, name="running", norm="running", activation="gelu", bias=False),
     replace(_SMALL, name="residual", residual=True, activation="mish", options=_options(padding=1, stride=2)),
     replace(_SMALL, name="depthwise", activation="sigmoid", options=_options(groups=2, padding=1)),
-    replace(
-        _SMALL, name="line", space=(6,), kernel=(2,), activation="elu", affine=False, options=_options(dilation=2)
-    ),
+    replace(_SMALL, name="line", space=(6,), kernel=(2,), activation="elu", affine=False, options=_options(dilation=2)),
     replace(_SMALL, name="volume", space=(2, 3, 2), kernel=(1, 2, 2), norm="none", activation="hardswish"),
     replace(_SMALL, name="channels-last", layout="channels_last", activation="tanh", options=_options(padding=1)),
     replace(_SMALL, name="recompute", activation="silu", options=_options(recompute=True)),
@@ -163,7 +163,9 @@ _QUICK = [
 _FULL = [
     *_QUICK,
     _Case("64x56x56", channels=(64, 64), space=(56, 56), options=_options(padding=1), bias=False),
-    _Case("512x7x7", channels=(512, 512), space=(7, 7), options=_options(padding=1), bias=False, layout="channels_last"),
+    _Case(
+        "512x7x7", channels=(512, 512), space=(7, 7), options=_options(padding=1), bias=False, layout="channels_last"
+    ),
     _Case("2048x1", channels=(2048, 130), space=(3, 3), kernel=(1, 1), bias=False, residual=True),
     _Case("resnext", channels=(128, 128), space=(14, 14), options=_options(padding=1, groups=32), bias=False),
     _Case("depthwise-144", channels=(144, 144), space=(28, 28), options=_options(padding=1, groups=144), bias=False),
@@ -204,7 +206,12 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
 
 
 _TORCH_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    **{name: (lambda u, slope, f=getattr(F, name): f(u)) for name in ("relu6", "elu", "silu", "gelu", "mish", "hardswish")},
+    "relu6": lambda u, slope: F.relu6(u),
+    "elu": lambda u, slope: F.elu(u),
+    "silu": lambda u, slope: F.silu(u),
+    "gelu": lambda u, slope: F.gelu(u),
+    "mish": lambda u, slope: F.mish(u),
+    "hardswish": lambda u, slope: F.hardswish(u),
     "none": lambda u, slope: u,
     "relu": lambda u, slope: torch.relu(u),
     "leaky_relu": F.leaky_relu,

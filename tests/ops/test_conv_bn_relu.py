@@ -1,0 +1,299 @@
+"""What conv_bn_relu alone must do: batch normalisation as torch's, every activation, layouts, modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ptkernels as ptk
+import ptkernels.nn
+from ptkernels.errors import FallbackError
+from ptkernels.ops.conv_bn_relu.reference import ACTIVATIONS
+
+ACTS = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(0.01),
+    "relu6": nn.ReLU6(),
+    "elu": nn.ELU(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+}
+
+
+def unfused(block: Any) -> nn.Sequential:
+    """torch's own modules with the same parameters."""
+    return nn.Sequential(*(copy.deepcopy(child) for child in (block.conv, block.bn, block.act)))
+
+
+def test_every_activation_is_tested() -> None:
+    assert set(ACTS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ACTS)
+def test_activation_over_its_whole_range(activation: str, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 1999), torch.tensor([-200.0, 0.0, 200.0])]).to(dtype)
+    x = x.view(1, 1, -1).requires_grad_()
+    y = ptk.conv_bn_relu(x, torch.ones(1, 1, 1, dtype=dtype), activation=activation)
+    wide = x.detach().double().requires_grad_()
+    expected = ACTS[activation](wide)
+    eps = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=eps, atol=eps)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=4 * eps, atol=4 * eps)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    """Value and gradients against float64 convolutions of torch, over sizes and options at random."""
+    draw = data.draw
+    dims = draw(st.integers(1, 3), "dimensions")
+    groups = draw(st.sampled_from([1, 1, 2, 3]), "groups")
+    ins, outs = (groups * draw(st.integers(1, 9), name) for name in ("in", "out"))
+    if draw(st.booleans(), "depthwise"):
+        outs = groups = ins
+    kernel = [draw(st.integers(1, 4)) for _ in range(dims)]
+    stride, dilation = ([draw(st.integers(1, 3)) for _ in range(dims)] for _ in range(2))
+    padding = [draw(st.integers(0, 3)) for _ in range(dims)]
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    space = [draw(st.integers(size, size + 6)) for size in least]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99), "seed"))
+    x = torch.randn(2, ins, *space, generator=generator, dtype=torch.float64)
+    weight = torch.randn(outs, ins // groups, *kernel, generator=generator, dtype=torch.float64)
+    if draw(st.booleans(), "channels last"):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    activation = draw(st.sampled_from(sorted(set(ACTS) - {"relu", "relu6", "leaky_relu", "hardswish"})))
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    training = draw(st.booleans(), "training")
+    convolved = ptk.conv_bn_relu(x, weight, activation="none", **options)
+    if convolved[:, 0].numel() < 2:
+        training = False
+    results = []
+    for function in (ptk.conv_bn_relu, ptk.reference.conv_bn_relu):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y = function(*inputs, training=training, activation=activation, **options)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_statistics_as_torch_keeps_them(momentum: float | None, affine: bool, tracks: bool) -> None:
+    block = ptkernels.nn.ConvBNReLU2d(
+        3, 5, 3, bias=True, momentum=momentum, affine=affine, track_running_stats=tracks
+    ).double()
+    peer = unfused(block)
+    for step in range(4):
+        x = torch.randn(4, 3, 6, 7, dtype=torch.float64) * (step + 1) + step
+        torch.testing.assert_close(block(x), peer(x))
+        for name, buffer in peer[1].named_buffers():
+            torch.testing.assert_close(getattr(block.bn, name), buffer)
+    block.eval()
+    peer.eval()
+    torch.testing.assert_close(block(x), peer(x))
+    block.bn.train()  # as in models that freeze some of their children
+    peer[1].train()
+    torch.testing.assert_close(block(x), peer(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_every_parameter_as_torch_has_them(training: bool) -> None:
+    block = ptkernels.nn.ConvBNReLU2d(4, 6, 3, padding=1, bias=True, activation="silu").double().train(training)
+    block.bn.running_mean.normal_()
+    peer = unfused(block)
+    x, residual = torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    block(x, residual).sin().sum().backward()
+    peer[2](peer[1](peer[0](x)) + residual).sin().sum().backward()
+    for (name, ours), expected in zip(block.named_parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    if training:
+        assert torch.equal(block.conv.bias.grad, torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_statistics_of_a_mean_of_ten_thousand_deviations(layout: str) -> None:
+    x = (torch.randn(8, 16, 20, 20, dtype=torch.float64) + 1e4).float()
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight = torch.eye(16).view(16, 16, 1, 1)  # what is normalised is what was given, to the bit
+    y = ptk.conv_bn_relu(x, weight, training=True, activation="none")
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    # What is left is the rounding of the mean to float32, which torch's result has too.
+    assert (y - expected).abs().max() <= 2 * (F.batch_norm(x, None, None, training=True) - expected).abs().max()
+    spread = y.var((0, 2, 3), correction=0)  # squares of numbers of that size would have lost the variance
+    torch.testing.assert_close(spread, torch.ones(16), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_updates_statistics_once(use_reentrant: bool) -> None:
+    block = ptkernels.nn.ConvBNReLU1d(2, 3, 3)
+    once = copy.deepcopy(block)
+    x = torch.randn(4, 2, 9, requires_grad=True)
+    once(x)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
+    assert block.bn.num_batches_tracked == 1
+    assert torch.equal(block.bn.running_mean, once.bn.running_mean)
+    assert torch.equal(block.bn.running_var, once.bn.running_var)
+
+
+def test_compiled_module_trains_as_the_eager_one() -> None:
+    torch._dynamo.reset()
+    block = ptkernels.nn.ConvBNReLU2d(3, 4, 3)
+    eager = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        ours, expected = compiled(x), eager(x)
+        assert torch.equal(ours, expected)
+        ours.sum().backward()
+        expected.sum().backward()
+    assert torch.equal(block.bn.running_var, eager.bn.running_var)
+    assert block.bn.num_batches_tracked == 2
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(block.parameters(), eager.parameters(), strict=True))
+
+
+def test_saved_for_backward_is_the_input_and_the_convolution() -> None:
+    x, weight = torch.randn(4, 8, 16, 16, requires_grad=True), torch.randn(8, 8, 1, 1, requires_grad=True)
+    for recompute, tensors in ((False, 2), (True, 1)):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            ptk.conv_bn_relu(x, weight, training=True, recompute=recompute)
+        large = {tensor.data_ptr() for tensor in saved if tensor.numel() == x.numel()}
+        assert len(large) == tensors
+
+
+def test_recompute_gives_the_same_bits() -> None:
+    x, weight = torch.randn(4, 8, 9, 9), torch.randn(8, 8, 3, 3)
+    grads = []
+    for recompute in (False, True):
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        y = ptk.conv_bn_relu(*inputs, training=True, recompute=recompute)
+        grads.append(torch.autograd.grad(y.sin().sum(), inputs))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_memory_format_goes_through(groups: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, 6, 7).to(dtype)
+    weight = torch.randn(4, 4 // groups, 3, 3).to(dtype)
+    last = x.to(memory_format=torch.channels_last)
+    y, y_last = (ptk.conv_bn_relu(t, weight, groups=groups, padding=1) for t in (x, last))
+    assert y.is_contiguous()
+    assert y_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, y_last)
+
+
+def test_weights_written_behind_autograds_back_are_noticed() -> None:
+    block = ptkernels.nn.ConvBNReLU2d(3, 4, 3).eval()
+    x = torch.randn(1, 3, 8, 8)
+    before = block(x)
+    block.conv.weight.data.mul_(2)
+    torch.testing.assert_close(block(x), unfused(block)(x))
+    assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [2, (1, 2), "same", "valid"])
+def test_padding(mode: str, padding: Any) -> None:
+    block = ptkernels.nn.ConvBNReLU2d(3, 4, (2, 3), padding=padding, padding_mode=mode, dilation=(1, 2)).double()
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(block(x), unfused(block)(x))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_state_of_the_unfused_modules_loads_strictly(dims: int) -> None:
+    module = getattr(ptkernels.nn, f"ConvBNReLU{dims}d")
+    block = module(3, 4, 2, bias=True)
+    other = module(3, 4, 2, bias=True)
+    block.load_unfused(unfused(other))
+    assert {name.split(".")[0] for name in block.state_dict()} == {"conv", "bn"}
+    assert all(torch.equal(block.state_dict()[name], value) for name, value in other.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing key.*conv\.bias"):
+        block.load_unfused(unfused(module(3, 4, 2)))
+
+
+def test_no_normalisation() -> None:
+    block = ptkernels.nn.ConvBNReLU2d(3, 4, 3, bias=True, norm=False, activation="leaky_relu", negative_slope=0.2)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(block(x), F.leaky_relu(block.conv(x), 0.2))
+
+
+def test_gradient_penalty() -> None:
+    """Double backward through a critic, as WGAN-GP trains it."""
+    critic = ptkernels.nn.ConvBNReLU2d(2, 3, 3, activation="leaky_relu", negative_slope=0.2).double()
+    peer = unfused(critic)
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    grads = []
+    for model in (critic, peer):
+        inputs = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+        ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.usefixtures("strict")
+def test_strict_refuses_the_reference() -> None:
+    x, weight = torch.randn(1, 2, 4), torch.randn(2, 2, 3)
+    with pytest.raises(FallbackError, match="forward-mode"):
+        torch.func.jvp(lambda t: ptk.conv_bn_relu(t, weight), (x,), (x,))
+
+
+def test_explain() -> None:
+    x = torch.randn(1, 8, 9, 9)
+    for weight, groups, kernel in (
+        (torch.randn(4, 8, 3, 3), 1, "implicit_gemm"),
+        (torch.randn(4, 8, 1, 1), 1, "pointwise"),
+        (torch.randn(8, 1, 3, 3), 8, "depthwise"),
+    ):
+        account = ptk.explain(ptk.conv_bn_relu, x, weight, groups=groups)
+        assert account.kernel.endswith(kernel)
+        assert any("channels_last" in hint for hint in account.faster)
+    with ptk.backend("reference"):
+        assert ptk.explain("conv_bn_relu", x, torch.randn(4, 8, 3, 3)).backend == "reference"
+
+
+def test_training_step_on_digits_follows_torch() -> None:
+    """Real images that ship in a package; the same curve, ours and torch's."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn")
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float64).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    block = ptkernels.nn.ConvBNReLU2d
+    ours = nn.Sequential(
+        block(1, 16, 3, padding=1), block(16, 16, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(256, 10)
+    ).double()
+    peer = nn.Sequential(unfused(ours[0]), unfused(ours[1]), nn.Flatten(), copy.deepcopy(ours[3]))
+    curves = []
+    for model in (ours, peer):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        losses = []
+        for step in range(20):
+            batch = slice(step * 64, (step + 1) * 64)
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
