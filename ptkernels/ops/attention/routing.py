@@ -174,7 +174,11 @@ def kernels() -> list[KernelInfo]:
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
         KernelInfo(
-            "Triton", "triton", dtypes[1:], why_no_triton is None, why_no_triton or f"{_triton.NOT_YET_RUN}; from sm_80 on"
+            "Triton",
+            "triton",
+            dtypes[1:],
+            why_no_triton is None,
+            why_no_triton or f"{_triton.NOT_YET_RUN}; from sm_80 on",
         ),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

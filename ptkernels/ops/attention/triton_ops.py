@@ -69,9 +69,7 @@ def backward_op(
     call = launch.Call(
         is_causal, scale, alibi_slopes, sinks, dropout_seed, window_left, window_right, bottom_right, softcap, dropout_p
     )
-    grads = launch.backward(
-        grad_out, grad_lse, query, key, value, out, lse, attn_mask, call, tuple(output_mask), _wrap
-    )
+    grads = launch.backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, call, tuple(output_mask), _wrap)
     return [grad for grad in grads if grad is not None]
 
 
