@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the CUDA tests, compute-sanitizer on a small case, a short benchmark.
+# Everything that needs a GPU, in one command: the CUDA and Triton tests, compute-sanitizer on a small case, a short benchmark.
 #   PYTHON=python3 bench/gpu_check.sh [results.json]
 # PYTHON must have a torch built with CUDA, and pytest. The libraries are built first where they are missing.
 set -uo pipefail
@@ -24,6 +24,11 @@ test -f ptkernels/lib/libptkernels_cuda.so || step build "$PYTHON" setup.py -q b
 
 step env "$PYTHON" -m ptkernels env
 step tests "$PYTHON" -m pytest -q -m cuda $(grep -rlE 'mark\.cuda' tests --include='test_*.py')
+if "$PYTHON" -c 'from ptkernels import _triton; reason = _triton.unavailable(); reason and exit(reason)'; then
+  step triton "$PYTHON" -m pytest -q tests/triton
+else
+  echo "== Triton kernels are left out"
+fi
 step binary "$PYTHON" -m pytest -q tests/test_cuda_binary.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do

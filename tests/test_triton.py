@@ -132,6 +132,73 @@ def test_attention_compiles(arch: int, dim: int, dim_v: int, dtype: torch.dtype,
         assert not problems(binary, arch, sixteen_bit_dots=dots, spill_allowed=allowed), launch.name
 
 
+def linear_launches(rows: int, code: str, quantize_input: bool, arch: int) -> list[Any]:
+    from ptkernels._triton.compiling import Recorder
+    from ptkernels.ops.quantized_matmul import triton as quantized
+
+    n, k, group = 4096, 4096, -1 if quantize_input else 128
+    codes = meta(n, k // 2, dtype=torch.uint8) if code == "u4" else meta(n, k, dtype=torch.int8)
+    weight = quantized.Weight(codes, meta(n, 1 if group == -1 else k // group, dtype=torch.float32), k, code, group)
+    recorder = Recorder()
+    quantized.linear(meta(rows, k), weight, meta(n), activation="silu", quantize_input=quantize_input, wrap=recorder)
+    if not quantize_input and rows > 16:
+        quantized.linear_dx(meta(rows, n), weight, recorder)
+    return recorder.launches
+
+
+def conv_launches(filters: int, arch: int) -> list[Any]:
+    from ptkernels._triton.compiling import Recorder
+    from ptkernels.ops.conv_bn_relu import triton as conv
+
+    recorder = Recorder()
+    x, weight = (meta(*size).to(memory_format=torch.channels_last) for size in ((8, 64, 56, 56), (filters, 64, 3, 3)))
+    scale = meta(filters, dtype=torch.float32)
+    residual = meta(8, filters, 56, 56).to(memory_format=torch.channels_last)
+    conv.conv_bn_act(x, weight, scale, scale, residual=residual, padding=(1, 1), wrap=recorder)
+    return recorder.launches
+
+
+def decode_launches(dim: int, arch: int) -> list[Any]:
+    from ptkernels._triton.compiling import Recorder
+    from ptkernels.ops.attention.triton_decode import decode
+
+    recorder = Recorder()
+    cache, ints = meta(1024, 64, 8, dim).transpose(1, 2), meta(8, 128, dtype=torch.int32)
+    decode(meta(8, 32, 1, dim), cache, cache, ints[:, 0], ints, wrap=recorder)
+    return recorder.launches
+
+
+def wide_enough(launch: Any) -> bool:
+    return launch.name.startswith(("linear", "conv")) and launch.constants["BLOCK_M"] >= 64
+
+
+OTHERS = {
+    "int8-dynamic": lambda arch: linear_launches(4096, "s8", True, arch),
+    "int4": lambda arch: linear_launches(4096, "u4", False, arch),
+    "int4-few-rows": lambda arch: linear_launches(8, "u4", False, arch),
+    "int8-groups": lambda arch: linear_launches(64, "s8", False, arch),
+    "conv": lambda arch: conv_launches(64, arch),
+    "conv-wide": lambda arch: conv_launches(256, arch),
+    "decode": lambda arch: decode_launches(128, arch),
+}
+
+
+@installed
+@pytest.mark.skipif(_triton.interpreted(), reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels_compile(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptkernels._triton.compiling import check, problems
+
+    monkeypatch.setattr(_triton, "arch_of", lambda tensor: arch)
+    for launch, binary in check(OTHERS[name](arch), arch, CACHE):
+        # Products of 8 bits have instructions of their own, which not every generation's warp groups have.
+        sixteen_bit_dots = wide_enough(launch) and "INTEGER" not in str(launch.constants).replace(
+            "'INTEGER': False", ""
+        )
+        assert not problems(binary, arch, sixteen_bit_dots=sixteen_bit_dots), launch.name
+
+
 @installed
 @pytest.mark.skipif(_triton.interpreted(), reason="tracing sees kernels, not what interprets them")
 def test_tracing_sees_the_kernels() -> None:

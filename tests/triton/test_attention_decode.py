@@ -40,7 +40,9 @@ def check(page_size: int | None, splits: int, len_q: int, options: dict[str, Any
         per = math.ceil(room / page_size)
         order = torch.randperm(batch * per)
         table = order.view(batch, per).int()
-        padded = [torch.nn.functional.pad(t, (0, 0, 0, per * page_size - room), value=math.nan) for t in (k_cache, v_cache)]
+        padded = [
+            torch.nn.functional.pad(t, (0, 0, 0, per * page_size - room), value=math.nan) for t in (k_cache, v_cache)
+        ]
         pages = [t.unflatten(2, (per, page_size)).transpose(1, 2).flatten(0, 1) for t in padded]
         k_cache, v_cache = (torch.empty_like(t).index_copy_(0, order, t) for t in pages)
     on_device = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in options.items()}

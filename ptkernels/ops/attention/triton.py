@@ -255,7 +255,6 @@ def backward(
     wrap: Launcher = _identity,
 ) -> Gradients:
     """Gradients of ``ptkernels::attention`` with respect to query, key, value, attn_mask, alibi_slopes and sinks."""
-    batch, heads, length, _ = query.shape
     dq = _heads_inside(query, *query.shape)
     dk = _heads_inside(key, *key.shape)
     dv = _heads_inside(value, *value.shape)
@@ -297,14 +296,13 @@ def _backward(
     want_mask = want_mask and mask is not None and mask.is_floating_point()
     want_slopes = want_slopes and call.alibi_slopes is not None
     want_sinks = want_sinks and call.sinks is not None
-    dq, dk, dv = grads
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
-        zeros = [grad.zero_() for grad in grads]
+        empty = [grad.zero_() if wanted else None for grad, wanted in zip(grads, needed, strict=False)]
         dmask = torch.zeros_like(mask) if want_mask and mask is not None else None
         dslopes = torch.zeros_like(call.alibi_slopes) if want_slopes and call.alibi_slopes is not None else None
         delta = -grad_lse if grad_lse is not None else torch.zeros_like(lse)
         dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
-        return Gradients(*(g if w else None for g, w in zip(zeros, needed, strict=False)), dmask, dslopes, dsinks)
+        return Gradients(empty[0], empty[1], empty[2], dmask, dslopes, dsinks)
 
     a = _Arguments(query, key, value, mask, call)
     delta = _delta(grad_out, grad_lse, out, lse, a, wrap)
@@ -313,6 +311,7 @@ def _backward(
     inputs = (query, key, value, a.mask, a.slopes, a.seed)
     statistics = (lse, delta, _factor(query, key, lse, a, wrap))
     common = {**a.dims, **a.switches, **a.packed}
+    dq, dk, dv = grads
 
     dslope_rows = torch.empty_like(lse) if want_slopes else lse
     if want_dq or want_slopes:

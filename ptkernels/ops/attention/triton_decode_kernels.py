@@ -1,12 +1,12 @@
 """Device code of decoding in Triton: few queries against a long cache, contiguous or in pages.
 
-    out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j   over   i + length - len_q - left <= j <= i + length - len_q
+    out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j,  i + length - len_q - left <= j <= i + length - len_q
 
-Layout: queries [batch, heads, len_q, dim]; caches [batch, kv heads, room, dim], or [pages, kv heads, page size, dim] with
-block_table[b, j // page size] naming the page of key j. Only the first lengths[b] keys of a sequence exist.
+Layout: queries [batch, heads, len_q, dim]; caches [batch, kv heads, room, dim], or [pages, kv heads, page size, dim]
+with block_table[b, j // page size] naming the page of key j. Only the first lengths[b] keys of a sequence exist.
 
-Tiling: the len_q * group queries that share a key head are the rows of one product, so that a key is read once for all of
-them. The keys of a sequence are cut into splits, which run at the same time: each leaves a normalised output and a
+Tiling: the len_q * group queries that share a key head are the rows of one product, so that a key is read once for all
+of them. The keys of a sequence are cut into splits, which run at the same time: each leaves a normalised output and a
 log-sum-exp, and `combine` adds them up in a fixed order, so every run gives the same bits.
 """
 

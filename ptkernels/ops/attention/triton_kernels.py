@@ -1,8 +1,8 @@
 """Device code of attention in Triton: forward, backward, and the gradient of a bias.
 
-    S[i, j] = cap(scale * q_i . k_j) - slope * |i + diagonal - j| + mask[i, j]        cap(x) = softcap * tanh(x / softcap)
-    hidden unless  -left <= j - (i + diagonal) <= right                               a bound that is absent hides nothing
-    P = exp(S - lse),  out_i = sum_j M_ij P_ij v_j                                    M: dropout's 0 or 1 / keep
+    S[i, j] = cap(scale * q_i . k_j) - slope * |i + diagonal - j| + mask[i, j],  cap(x) = softcap * tanh(x / softcap)
+    hidden unless  -left <= j - (i + diagonal) <= right; a bound that is absent hides nothing
+    P = exp(S - lse),  out_i = sum_j M_ij P_ij v_j,  M_ij = dropout's 0 or 1 / keep
     dS = P * (M dO V^T - delta),  delta_i = dO_i . out_i - dlse_i
     dX = scale * dS * cap',  dQ = dX K,  dK = dX^T Q,  dV = (M P)^T dO,  dmask = dS
 
@@ -276,8 +276,8 @@ def backward_factor(
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_ab, stride_ah, stride_sb, stride_sh, stride_lb, stride_lh,
     heads, group, len_q, len_k, diagonal, left, right, scale, softcap,
-    D: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What makes the weights of a row sum to 1 again where a bias has driven lse far from 0.
 
@@ -426,7 +426,7 @@ def backward_dkdv(
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys. Scores are kept transposed, so that the products of dK and dV take them as they are."""
+    """dK and dV of BLOCK_N keys. Scores are kept transposed, as the products of dK and dV take them."""
     b, kv = tl.program_id(1) // heads_kv, tl.program_id(1) % heads_kv
     begin_q, begin_k, len_q, len_k = _sequence(CU_Q, CU_K, b, len_q, len_k, VARLEN)
     if VARLEN and BOTTOM_RIGHT:

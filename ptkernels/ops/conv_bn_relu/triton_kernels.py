@@ -5,9 +5,9 @@
 
 Layout: images through their strides, fastest in channels_last, where a tile of pixels by channels is rows of memory.
 
-Tiling: an implicit matrix product. Rows are the output's pixels over the whole batch, columns its channels in one group,
-the sum runs over the taps of the filter and, within each, over blocks of the input's channels. Nothing is unfolded: the
-input's tile of a tap is read where it lies, with zeros where the tap falls on padding.
+Tiling: an implicit matrix product. Rows are the output's pixels over the whole batch, columns its channels in one
+group, the sum runs over the taps of the filter and, within each, over blocks of the input's channels. Nothing is
+unfolded: the input's tile of a tap is read where it lies, with zeros where the tap falls on padding.
 """
 
 from __future__ import annotations

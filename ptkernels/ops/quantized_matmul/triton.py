@@ -2,8 +2,8 @@
 
 The device code, with its equation, layout and tiling, is in ``triton_kernels``. Weights come as they are stored: int8
 codes ``[N, K]``, or 4-bit codes packed two in a byte, low one first, ``[N, ceil(K / 2)]``; scales and zeros float32
-``[N, groups]`` (or ``[N]`` for one scale a row). Where the input is quantized too, a kernel of its own reads it once and
-writes a half or a quarter of it: the product then reads that as often as it has columns of tiles.
+``[N, groups]`` (or ``[N]`` for one scale a row). Where the input is quantized too, a kernel of its own reads it once
+and writes a half or a quarter of it: the product then reads that as often as it has columns of tiles.
 """
 
 from __future__ import annotations
@@ -63,17 +63,18 @@ def tiles(dtype: torch.dtype, rows: int, group: int) -> list[Tile]:
     elif rows <= 64:
         candidates = [Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 3)]
     else:
-        candidates = [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)]
+        candidates = [Tile(128, 128 if dtype == torch.int8 else 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)]
     # A step of K that stays in one group needs one scale.
     return [tile._replace(k=max(min(tile.k, group & -group), 16 if dtype != torch.int8 else 32)) for tile in candidates]
 
 
 def _scaling(weight: Weight, tile: Tile) -> int:
+    scaling = kernels.SCALE_PER_CODE
     if weight.group >= weight.in_features and weight.zeros is None:
-        return kernels.SCALE_AT_END.value
-    if weight.group % tile.k == 0 or weight.group >= weight.in_features:
-        return kernels.SCALE_PER_STEP.value
-    return kernels.SCALE_PER_CODE.value
+        scaling = kernels.SCALE_AT_END
+    elif weight.group % tile.k == 0 or weight.group >= weight.in_features:
+        scaling = kernels.SCALE_PER_STEP
+    return int(scaling.value)
 
 
 def _identity(kernel: Any) -> Any:

@@ -1,13 +1,14 @@
 """Device code of quantized linear layers in Triton: the product, its gradient of the input, and rounding of the input.
 
-    out = act(x W^T + bias + residual),  dx = g W,  W[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
+    out = act(x W^T + bias + residual),  dx = g W
+    W[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
 
 Layout: codes [N, bytes of a row] as they are stored, two 4-bit codes in a byte with the low one first; scales and zeros
 float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4), or a look-up (BOOK4, BOOK8).
 
-Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits, so where a step of K stays
-inside one group the product is taken of the codes and the scale multiplies what it adds in float32; with one scale a
-row it multiplies once, at the end, and 8-bit products add up in int32.
+Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits, so where a step of K
+stays inside one group the product is taken of the codes and the scale multiplies what it adds in float32; with one
+scale a row it multiplies once, at the end, and 8-bit products add up in int32.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ BOOK8 = tl.constexpr(3)
 SCALE_AT_END = tl.constexpr(0)
 SCALE_PER_STEP = tl.constexpr(1)
 SCALE_PER_CODE = tl.constexpr(2)
+
 
 @triton.jit
 def _spread_down(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
