@@ -11,7 +11,7 @@ from ptkernels.ops.conv_bn_relu import conv_bn_relu, replays_forward
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -60,8 +60,8 @@ class _ConvBNReLU(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            expected = ", ".join(_ACTIVATIONS)
+        if activation not in ACTIVATIONS:
+            expected = ", ".join(ACTIVATIONS)
             raise ValueError(f"{type(self).__name__}: activation: got {activation!r}, expected one of {expected}")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv: Any = self._conv(
@@ -70,7 +70,7 @@ class _ConvBNReLU(nn.Module):
         self.bn: Any = (
             self._bn(out_channels, eps, momentum, affine, track_running_stats, **where) if norm else nn.Identity()
         )
-        self.act: Any = nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _ACTIVATIONS[activation]()
+        self.act: Any = nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else ACTIVATIONS[activation]()
         self.activation = activation
         self.recompute = recompute
 
@@ -93,44 +93,39 @@ class _ConvBNReLU(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``."""
-        conv, bn = self.conv, self.bn
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
-        options: dict[str, Any] = {
-            "residual": residual,
-            "stride": conv.stride,
-            "padding": padding,
-            "dilation": conv.dilation,
-            "groups": conv.groups,
-            "activation": self.activation,
-            "recompute": self.recompute,
-        }
-        if self.activation == "leaky_relu":
-            options["negative_slope"] = self.act.negative_slope
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            return conv_bn_relu(x, conv.weight, conv.bias, **options)
-        training = bn.training or bn.running_mean is None
-        momentum = 0.0 if bn.momentum is None else bn.momentum
-        tracked = bn.training and bn.track_running_stats
-        if tracked and bn.num_batches_tracked is not None and not replays_forward():
-            bn.num_batches_tracked.add_(1)
-            if bn.momentum is None:
-                momentum = 1.0 / float(bn.num_batches_tracked)
-        running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
-        return conv_bn_relu(
-            x,
-            conv.weight,
-            conv.bias,
-            bn.weight,
-            bn.bias,
-            *running,
-            training=training,
-            momentum=momentum,
-            eps=bn.eps,
-            **options,
-        )
+        return fused(self.conv, self.bn, self.act, x, residual, recompute=self.recompute)
+
+
+def fused(
+    conv: Any, bn: nn.Module | None, act: nn.Module | None, x: Tensor, residual: Tensor | None = None, **options: Any
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` with the parameters, buffers and options of torch's modules, as they are now."""
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    options.update(
+        residual=residual,
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        activation=next((name for name, kind in ACTIVATIONS.items() if isinstance(act, kind)), "none"),
+    )
+    if isinstance(act, nn.LeakyReLU):
+        options["negative_slope"] = act.negative_slope
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        return conv_bn_relu(x, conv.weight, conv.bias, **options)
+    training = bn.training or bn.running_mean is None
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    tracked = bn.training and bn.track_running_stats
+    if tracked and bn.num_batches_tracked is not None and not replays_forward():
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
+    options.update(training=training, momentum=momentum, eps=bn.eps)
+    return conv_bn_relu(x, conv.weight, conv.bias, bn.weight, bn.bias, *running, **options)
 
 
 _ARGUMENTS = """

@@ -80,7 +80,7 @@ def test_quick_takes_the_smallest_case_of_every_model() -> None:
 def test_means_are_per_dtype_and_direction() -> None:
     from ptkernels.cli.bench.report import mean_lines
 
-    names = {name: None for name in results.ROW_KEYS}
+    names = dict.fromkeys(results.ROW_KEYS)
     rows = [
         results.Row(**{**names, "dtype": dtype, "direction": "forward", "ratio": ratio})
         for dtype, ratio in (("float32", 1.0), ("float32", 4.0), ("bfloat16", 0.5), ("bfloat16", None))

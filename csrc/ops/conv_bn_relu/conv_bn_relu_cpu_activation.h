@@ -24,20 +24,6 @@ PTK_INLINE Vec<A> exp_negative(Vec<A> x) {
   return exp2(x * static_cast<A>(kLog2E));
 }
 
-template <class A>
-PTK_INLINE Vec<A> sigmoid(Vec<A> u) {
-  const Vec<A> e = exp_negative<A>(-absolute<A>(u));
-  const Vec<A> smaller = e / (A(1) + e);
-  return u < A(0) ? smaller : A(1) - smaller;
-}
-
-template <class A>
-PTK_INLINE Vec<A> hyperbolic_tangent(Vec<A> u) {
-  const Vec<A> e = exp_negative<A>(absolute<A>(u) * A(-2));
-  const Vec<A> t = (A(1) - e) / (A(1) + e);
-  return u < A(0) ? -t : t;
-}
-
 // tanh(log(1 + e^u)), a rational function of e^u or e^-u.
 template <class A>
 PTK_INLINE Vec<A> tanh_softplus(Vec<A> u) {
@@ -94,7 +80,7 @@ static __attribute__((noinline)) Vec<A> activate_any(Activation kind, Vec<A> u, 
   case Activation::sigmoid:
     return sigmoid<A>(u);
   case Activation::tanh:
-    return hyperbolic_tangent<A>(u);
+    return tanh<A>(u);
   }
   __builtin_unreachable();
 }
@@ -137,7 +123,7 @@ static __attribute__((noinline)) Vec<A> derivative_any(Activation kind, Vec<A> u
     return s * (A(1) - s);
   }
   case Activation::tanh: {
-    const Vec<A> t = hyperbolic_tangent<A>(u);
+    const Vec<A> t = tanh<A>(u);
     return A(1) - t * t;
   }
   }

@@ -24,11 +24,11 @@ CodeFormat parse_code_format(std::string_view name) {
 
 namespace {
 
-Activation parse_activation(std::string_view name) {
+LinearActivation parse_activation(std::string_view name) {
   constexpr const char* names[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "swiglu"};
   for (size_t i = 0; i < std::size(names); ++i) {
     if (name == names[i]) {
-      return static_cast<Activation>(i);
+      return static_cast<LinearActivation>(i);
     }
   }
   fail("quantized_linear: activation: got '", name, "', expected none, relu, gelu, gelu_tanh, silu or swiglu");
@@ -128,7 +128,7 @@ Tensor quantized_linear(Tensor input, Tensor codes, Tensor scales, std::optional
     p.input_scale = static_cast<const float*>(input_scale->const_data_ptr());
   }
   p.activation = parse_activation(activation);
-  const bool gated = p.activation == Activation::swiglu;
+  const bool gated = p.activation == LinearActivation::swiglu;
   PTK_CHECK(!gated || p.weight.n % 2 == 0, "quantized_linear: activation: got swiglu with ", p.weight.n,
             " output features, expected an even number");
   if (bias) {

@@ -33,7 +33,7 @@ constexpr const char* code_format_name(CodeFormat format) {
   return names[static_cast<int>(format)];
 }
 
-enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu, swiglu };
+enum class LinearActivation : uint8_t { none, relu, gelu, gelu_tanh, silu, swiglu };
 
 // codes [n, row_bytes], scales and zeros [n, groups], contiguous.
 struct QuantizedWeightView {
@@ -64,7 +64,7 @@ struct QuantizedForward {
   const void* bias = nullptr;          // [n]
   DType bias_dtype = DType::f32;
   ConstMatrix residual;  // [m, n]; data may be null
-  Activation activation = Activation::none;
+  LinearActivation activation = LinearActivation::none;
   void* out = nullptr;  // [m, n] contiguous, n / 2 columns with swiglu: silu(first half) * second half
   DType out_dtype = DType::f32;
 };

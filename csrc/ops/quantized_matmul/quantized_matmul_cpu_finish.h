@@ -53,15 +53,15 @@ PTK_INLINE Vec<double> gelu_tanh(Vec<double> x) {
 }
 
 template <class V>
-PTK_INLINE V activate(Activation activation, V x) {
+PTK_INLINE V activate(LinearActivation activation, V x) {
   switch (activation) {
-  case Activation::relu:
+  case LinearActivation::relu:
     return max(V{}, x);
-  case Activation::gelu:
+  case LinearActivation::gelu:
     return gelu(x);
-  case Activation::gelu_tanh:
+  case LinearActivation::gelu_tanh:
     return gelu_tanh(x);
-  case Activation::silu:
+  case LinearActivation::silu:
     return x * sigmoid(x);
   default:
     return x;
@@ -133,8 +133,8 @@ struct RowBlocks {
 
   // `limit`: rows of the weight to a block.
   RowBlocks(const QuantizedForward& p, int64_t limit)
-      : columns(p.activation == Activation::swiglu ? p.weight.n / 2 : p.weight.n),
-        partner(p.activation == Activation::swiglu ? columns : 0), size(partner ? limit / 2 : limit) {}
+      : columns(p.activation == LinearActivation::swiglu ? p.weight.n / 2 : p.weight.n),
+        partner(p.activation == LinearActivation::swiglu ? columns : 0), size(partner ? limit / 2 : limit) {}
   int64_t count() const { return (columns + size - 1) / size; }
   RowBlock operator[](int64_t i) const { return {i * size, least(size, columns - i * size), partner}; }
 };
@@ -164,7 +164,7 @@ private:
       const int64_t m = m0 + j + r, column = block_.first + i;
       Vec<F> v = complete(value[r], m, column, valid);
       if (block_.partner) {
-        v = activate(Activation::silu, v) * complete(partner[r], m, column + block_.partner, valid);
+        v = activate(LinearActivation::silu, v) * complete(partner[r], m, column + block_.partner, valid);
       } else {
         v = activate(p_.activation, v);
       }
