@@ -131,7 +131,7 @@ HeadValues head_values(const char* name, const Tensor& tensor, const Tensor& que
 inline void set_dropout(Problem& p, Options& options) {
   PTK_CHECK(0 <= options.dropout_p && options.dropout_p <= 1, "attention: dropout_p: got ", options.dropout_p,
             ", expected a probability from 0 to 1");
-  p.keep_below = static_cast<uint32_t>(std::lround((1 - options.dropout_p) * Problem::kKeepAll));
+  p.keep_below = static_cast<uint32_t>(std::nearbyint((1 - options.dropout_p) * Problem::kKeepAll));
   if (p.keep_below == Problem::kKeepAll) {
     return;
   }
