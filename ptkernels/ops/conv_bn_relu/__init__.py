@@ -109,7 +109,7 @@ def conv_bn_relu(
     else:
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         out, _, mean, var = conv_op(*args, recorded and not recompute)
-    if training and running_mean is not None and mean is not None and not replays_forward():
+    if training and running_mean is not None and mean is not None and var is not None and not replays_forward():
         count = out.size(0) * math.prod(out.shape[2:])
         reference.update_statistics(running_mean, running_var, mean, var, count, momentum)
     return out

@@ -115,6 +115,7 @@ class _ConvBNReLU(Function):
         needs = ctx.needs_input_grad[2:]
         needed = [needs[index] for index in _DIFFERENTIATED]
         args = (grad_out, *ctx.saved_tensors, ctx.training, *ctx.options, needed)
+        grads: Gradients
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
@@ -137,7 +138,7 @@ class _ConvBNReLUBackward(Function):
         # are intermediate results, and a derivative through them as well would count the same path twice.
         given = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
-            return (None,) * (1 + ctx.arguments)
+            return tuple(None for _ in range(1 + ctx.arguments))
         _backend.fallback(OP, "double backward has no kernel")
         grad_out, *operands, mean, var, residual = ctx.saved_tensors
         tensors = (*operands, residual)
