@@ -139,7 +139,7 @@ def linear(
         elif HAS_ZEROS:
             w = w.to(tl.float32) - tl.load(ZEROS + row + first // group, mask=n < N, other=0.0)[None, :]
         if INTEGER and SCALING == SCALE_AT_END:
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         elif SCALING == SCALE_PER_STEP:
             scale = tl.load(SCALES + row + first // group, mask=n < N, other=0.0)
             acc += tl.dot(x, _operand(w, x, INTEGER), input_precision=PRECISION).to(tl.float32) * scale[None, :]
