@@ -90,7 +90,7 @@ def _traced(model: nn.Module) -> list[Chain] | None:
         module = modules[node.target]
         if not isinstance(module, tuple(_CONVOLUTIONS)) or runs[id(module)] > 1:
             continue
-        chain = [(str(node.target), module)]
+        chain: Chain = [(str(node.target), module)]
         reader: Any = node
         while len(reader.users) == 1:
             reader = next(iter(reader.users))

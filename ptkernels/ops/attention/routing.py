@@ -33,7 +33,8 @@ def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
     """The Triton operator, which takes what ``ptkernels::attention`` takes."""
     from ptkernels.ops.attention import triton_ops
 
-    return triton_ops.attention_op
+    op: Callable[..., tuple[Tensor, Tensor]] = triton_ops.attention_op
+    return op
 
 
 def fallback_reason(

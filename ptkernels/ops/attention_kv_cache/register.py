@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ptkernels._autograd import below_autograd, has_tangent
-from ptkernels.ops.attention.reference import compute_dtype
+from ptkernels.ops.attention.options import compute_dtype
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs
 from ptkernels.ops.attention_kv_cache.library import append_op, attend_op
 
