@@ -80,7 +80,7 @@ def _traced(model: nn.Module) -> list[Chain] | None:
         graph = _Tracer().trace(model)
     except Exception:  # whatever the model's own forward raises on symbolic input
         return None
-    modules = dict(model.named_modules())
+    modules: dict[Any, nn.Module] = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     runs: dict[int, int] = {}
     for node in calls:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptkernels.ops.attention.reference import compute_dtype, default_scale
+from ptkernels.ops.attention.options import compute_dtype
+from ptkernels.ops.attention.reference import default_scale
 
 INT8_MAX, E4M3_MAX = 127.0, 448.0
 
