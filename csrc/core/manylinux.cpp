@@ -1,6 +1,7 @@
 // Keeps libptkernels.so loadable on manylinux_2_28 (glibc 2.28, GLIBCXX_3.4.25) when a newer GCC builds it, by defining
 // here the few newer symbols that standard headers refer to. The export map keeps the definitions inside the library.
 // Linking libstdc++ statically would not do: the copy that comes with a newer GCC needs a newer glibc itself.
+#include <new>
 #include <sstream>
 
 #if defined(__GLIBC__) && defined(__GLIBCXX__)
@@ -8,6 +9,13 @@
 // The default constructors (3.4.26) and the C++20 overloads of str() (3.4.29) that torch's headers use.
 template class std::basic_stringbuf<char>;
 template class std::basic_stringstream<char>;
+
+// What containers raise for sizes beyond memory (3.4.29).
+namespace std {
+void __throw_bad_array_new_length() {
+  throw bad_array_new_length();
+}
+}  // namespace std
 template class std::basic_ostringstream<char>;
 
 // std::shared_ptr reads this flag of glibc 2.32 to drop atomic operations in programs without threads: never here.
