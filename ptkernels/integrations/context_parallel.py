@@ -177,7 +177,7 @@ class _Ring(torch.autograd.Function):
             k, v = (tensor[:, :, columns] for tensor in travelling.tensors)
             weighted = (grad_out[:, :, rows] * _factor(partial_lse[step], lse[:, :, rows])).to(query.dtype)
             args = (weighted, None, query[:, :, rows], k, v, out[:, :, rows], partial_lse[step], None, causal, scale)
-            grad_q, *grad_kv = backward_op(*args, (True, True, True))
+            grad_q, *grad_kv = backward_op(*args, (True, True, True))[:3]
             grad_query[:, :, rows] += grad_q
             for total, grad in zip(sums.tensors, grad_kv, strict=True):
                 total[:, :, columns] += grad

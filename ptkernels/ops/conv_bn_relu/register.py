@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from ptkernels import _backend
-from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
 from ptkernels.ops.conv_bn_relu import batching, reference
 from ptkernels.ops.conv_bn_relu.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.conv_bn_relu.library import backward_op, conv_op

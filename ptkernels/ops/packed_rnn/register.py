@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from ptkernels import _backend
-from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
 from ptkernels.ops.packed_rnn import batching, reference
 from ptkernels.ops.packed_rnn.checks import OP, check_backward, check_layer
 from ptkernels.ops.packed_rnn.library import backward_op, rnn_op

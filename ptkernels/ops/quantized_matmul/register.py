@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from ptkernels import _backend
-from ptkernels._autograd import apply, below_autograd, forward_of_function, has_tangent
+from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent
 from ptkernels.ops.quantized_matmul import reference
 from ptkernels.ops.quantized_matmul.checks import check_op_inputs
 from ptkernels.ops.quantized_matmul.formats import dequantize
