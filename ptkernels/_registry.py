@@ -141,6 +141,8 @@ class OpSpec:
     enlarged: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     """Changes that make the first gradcheck sample a call so many times larger. Default: the differentiable arguments
     are repeated along their first dimension."""
+    host_inputs: tuple[str, ...] = ()
+    """Names of the arguments whose values decide shapes: they are read on the host, wherever the others are."""
     one_call_under_vmap: tuple[str, ...] | None = None
     """Arguments that ``torch.vmap`` maps within one call of the operator; others take one each. Default: all."""
 

@@ -101,11 +101,11 @@ def test_unavailable_backend_from_the_environment() -> None:
 
 
 def test_fallback_warns_once_and_raises_where_strict() -> None:
-    call = CALL + "for _ in range(3): ptk.attention(x, x, x, dropout_p=0.5)"
+    call = CALL + "for _ in range(3): torch.func.jvp(lambda t: ptk.attention(t, x, x), (x,), (x,))"
     result = python(call)
-    assert result.stderr.count("FallbackWarning: attention: runs on the reference: dropout_p > 0") == 1
+    assert result.stderr.count("FallbackWarning: attention: runs on the reference: forward-mode") == 1
     result = python(call, PTKERNELS_STRICT="1")
-    assert "FallbackError: attention: no kernel for this call: dropout_p > 0" in result.stderr
+    assert "FallbackError: attention: no kernel for this call: forward-mode" in result.stderr
 
 
 def test_backend_nests_and_is_restored() -> None:

@@ -141,8 +141,9 @@ class SpeakerEncoder(nn.Module):
     Example:
         >>> import torch
         >>> model = SpeakerEncoder(channels=4, hidden_size=8, num_layers=1)
-        >>> model([torch.rand(20, 4), torch.rand(9, 4)]).norm(dim=1)
-        tensor([1., 1.], grad_fn=<LinalgVectorNormBackward0>)
+        >>> embeddings = model([torch.rand(20, 4), torch.rand(9, 4)])
+        >>> torch.allclose(embeddings.norm(dim=1), torch.ones(2))
+        True
     """
 
     def __init__(self, channels: int = 40, hidden_size: int = 256, num_layers: int = 3, lstm: Stack = LSTM) -> None:

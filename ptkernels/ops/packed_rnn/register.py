@@ -193,10 +193,11 @@ def _autograd_rnn(
     input: Tensor,
     sizes: Tensor | None,
     sorted_indices: Tensor | None,
-    state: list[Tensor],
+    state: list[Tensor] | None,
     params: list[Tensor],
     *options: Any,
 ) -> Results:
+    state = [] if state is None else state  # which AOTInductor makes of an empty list
     options = (*options, *(False, False)[len(options) - 3 :])
     tensors = (input, *state, *params)
     if has_tangent(*tensors):

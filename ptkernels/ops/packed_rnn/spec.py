@@ -302,6 +302,7 @@ SPEC = register(
         # Gradients of packed layouts: sums over tokens in another order than torch's.
         tolerances=Tolerances(gradient=3.0),
         enlarged=enlarged,
+        host_inputs=("sizes", "sorted_indices"),
         one_call_under_vmap=("input", "hx", "cx"),
     )
 )
