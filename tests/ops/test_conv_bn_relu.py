@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -297,3 +298,36 @@ def test_training_step_on_digits_follows_torch() -> None:
         curves.append(losses)
     assert curves[0][-1] < 0.5 * curves[0][0]
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def composed(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(F.conv2d(x, weight, padding=1), None, None, gamma, beta, training=True))
+
+
+def fused(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return ptk.conv_bn_relu(x, weight, None, gamma, beta, training=True, padding=1)
+
+
+def corner_gradients(function: Function, operands: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    *tensors, grad = (tensor.to(dtype) for tensor in operands)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    return list(torch.autograd.grad(function(*leaves), leaves, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_through_the_corner_of_relu(dtype: torch.dtype) -> None:
+    """A sum that rounding moves across 0 turns a whole gradient on or off, for torch as for us: compare many draws."""
+    errors = {fused: 0.0, composed: 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, weight, beta = torch.randn(2, 16, 10, 10), 0.1 * torch.randn(24, 16, 3, 3), 0.1 * torch.randn(24)
+        drawn = [x, weight, torch.rand(24) + 0.5, beta, torch.randn(2, 24, 10, 10)]
+        operands = [tensor.to(dtype) for tensor in drawn]
+        exact = corner_gradients(composed, operands, torch.float64)
+        for function in errors:
+            for got, expected in zip(corner_gradients(function, operands, dtype), exact, strict=True):
+                errors[function] += float((got.double() - expected).norm() / expected.norm())
+    assert errors[fused] <= 2.0 * errors[composed]
