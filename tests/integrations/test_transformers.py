@@ -56,6 +56,21 @@ def build(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         "mistral-window": lambda: (
             t.MistralForCausalLM(t.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)), text(),
         ),
+        "gemma2-softcap": lambda: (
+            t.Gemma2ForCausalLM(
+                t.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0)
+            ),
+            text(),
+        ),
+        "gpt-oss-sinks": lambda: (
+            t.GptOssForCausalLM(
+                t.GptOssConfig(
+                    **{**SMALL, "intermediate_size": 32}, num_key_value_heads=2, head_dim=8, sliding_window=4,
+                    num_local_experts=4,
+                )
+            ),
+            text(),
+        ),
         "vit": lambda: (
             t.ViTModel(t.ViTConfig(**vit, image_size=32, patch_size=8)), {"pixel_values": torch.randn(2, 3, 32, 32)},
         ),
@@ -69,7 +84,9 @@ def build(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return model.eval(), inputs
 
 
-MODELS = ("bert", "gpt2", "llama", "mistral-window", "vit", "t5", "whisper")
+MODELS = (
+    "bert", "gpt2", "llama", "mistral-window", "gemma2-softcap", "vit", "t5", "whisper",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,3 +130,19 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
         apart = torch.cat([model(first).logits, model(second).logits], 1)
     torch.testing.assert_close(packed, apart)
+
+
+def test_learnable_sinks_of_gpt_oss() -> None:
+    """Not verified like the others: its experts have no float64."""
+    integration.register()
+    model, inputs = build("gpt-oss-sinks")
+    results = []
+    for implementation in ("eager", integration.NAME):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(**inputs).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), *(layer.self_attn.sinks.grad.clone() for layer in model.model.layers)))
+    assert float(results[0][1].abs().max()) > 0
+    for ours, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
