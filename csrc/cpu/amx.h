@@ -1,8 +1,7 @@
 // The eight AMX tile registers, each 16 rows of 64 bytes.
 //
-// Tile numbers are part of the instruction, so the operations are macros over
-// literals. With PTK_EMULATE the same macros work on eight arrays in memory:
-// the tile kernels' logic then runs, and is tested, on machines without AMX.
+// Tile numbers are part of the instruction, so the operations are macros over literals. With PTK_EMULATE the same
+// macros work on eight arrays in memory: the tile kernels' logic then runs, and is tested, on machines without AMX.
 #pragma once
 
 #include "simd.h"
@@ -23,8 +22,7 @@
 
 namespace ptk::PTK_ISA {
 
-// Tiles stay configured for one scope: a configured thread pays for 8 KiB of
-// state at every context switch.
+// Tiles stay configured for one scope: a configured thread pays for 8 KiB of state at every context switch.
 class TileScope {
 public:
   TileScope() {

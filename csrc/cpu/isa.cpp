@@ -42,9 +42,8 @@ constexpr bool bit(uint64_t word, int index) {
   return (word >> index) & 1;
 }
 
-// Register state that the operating system saves on a context switch. Without
-// it an instruction that CPUID announces faults or silently loses its
-// registers.
+// Register state that the operating system saves on a context switch. Without it an instruction that CPUID announces
+// faults or silently loses its registers.
 uint64_t os_saved_state() {
   if (!bit(cpuid(1, 0).ecx, 27)) {
     return 0;
@@ -55,9 +54,8 @@ uint64_t os_saved_state() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux hands out the 8 KiB of tile state only to processes that ask
-// (since 5.16); older kernels refuse and a tile instruction would then raise
-// SIGILL.
+// Linux hands out the 8 KiB of tile state only to processes that ask (since 5.16); older kernels refuse and a tile
+// instruction would then raise SIGILL.
 [[maybe_unused]] bool request_amx() {
 #if defined(__linux__)
   constexpr long arch_req_xcomp_perm = 0x1023;
@@ -87,8 +85,7 @@ Cpu detect() {
     }
     return present;
   };
-  // Every feature is looked at, not only those up to the first that is missing:
-  // the list is for bug reports.
+  // Every feature is looked at, not only those up to the first that is missing: the list is for bug reports.
   const bool sse42 = has("sse4_2", bit(basic.ecx, 20)) & has("popcnt", bit(basic.ecx, 23));
   const bool avx2 = has("avx", ymm && bit(basic.ecx, 28)) & has("avx2", ymm && bit(extended.ebx, 5)) &
                     has("fma", ymm && bit(basic.ecx, 12)) & has("f16c", ymm && bit(basic.ecx, 29));

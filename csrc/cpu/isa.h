@@ -1,5 +1,4 @@
-// Instruction-set levels of the CPU kernels and the choice between them.
-// Torch-free.
+// Instruction-set levels of the CPU kernels and the choice between them. Torch-free.
 #pragma once
 
 #include <array>
@@ -11,8 +10,7 @@
 #define PTK_X86 0
 #endif
 
-// The few symbols of libptkernels.so that the introspection module uses;
-// everything else is hidden.
+// The few symbols of libptkernels.so that the introspection module uses; everything else is hidden.
 #define PTK_EXPORT __attribute__((visibility("default")))
 
 namespace ptk {
@@ -24,29 +22,24 @@ inline constexpr int kIsaCount = 6;
 // Highest level that both this CPU and its operating system support.
 PTK_EXPORT Isa detected_isa();
 
-// Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for
-// the process by the first call.
+// Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for the process by the first call.
 PTK_EXPORT Isa active_isa();
 
 PTK_EXPORT const char* isa_name(Isa isa);
 
-// Caps active_isa(). Throws std::runtime_error on an unknown name, or when the
-// level was fixed already and differs.
+// Caps active_isa(). Throws std::runtime_error on an unknown name, or when the level was fixed already and differs.
 void set_max_isa(std::string_view name);
 
-// True in builds where every level above avx2 runs in portable C++ on 256-bit
-// vectors (PTKERNELS_EMULATE_ISA).
+// True in builds where every level above avx2 runs in portable C++ on 256-bit vectors (PTKERNELS_EMULATE_ISA).
 PTK_EXPORT bool emulated_isa();
 
-// CPU features that the levels rest on, space separated, as found by CPUID and
-// the operating system.
+// CPU features that the levels rest on, space separated, as found by CPUID and the operating system.
 PTK_EXPORT const char* cpu_features();
 
 }  // namespace ptk
 
-// Declares `const Table& function();`, which the kernel source defines in the
-// namespace of its level, for all levels. PTK_DISPATCH(function) then returns
-// the active level's table. Both are used inside namespace ptk.
+// Declares `const Table& function();`, which the kernel source defines in the namespace of its level, for all levels.
+// PTK_DISPATCH(function) then returns the active level's table. Both are used inside namespace ptk.
 #define PTK_DECLARE_LEVEL(level, Table, function)                                                                      \
   namespace level {                                                                                                    \
   const Table& function();                                                                                             \

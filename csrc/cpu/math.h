@@ -1,5 +1,4 @@
-// Vector elementary functions with stated error bounds (ULP against the exact
-// value, over the whole stated domain).
+// Vector elementary functions with stated error bounds (ULP against the exact value, over the whole stated domain).
 #pragma once
 
 #include "simd.h"
@@ -47,16 +46,13 @@ PTK_INLINE Vec<double> exp_slope(Vec<double> t) {
 
 }  // namespace detail
 
-// 2^x for x <= 127 (1023 for double); exactly 0 for x <= -127 (-1023), where
-// results would be subnormal; NaN stays NaN.
+// 2^x for x <= 127 (1023 for double); exactly 0 for x <= -127 (-1023), where results would be subnormal; NaN stays NaN.
 //
-// Write x = n + r with n the nearest integer: 2^x = 2^n * p(r), |r| <= 1/2, p a
-// minimax polynomial with p(0) = 1 exactly. Adding 1.5 * 2^23 + 127 rounds x to
-// an integer *and* leaves n + 127 in the low mantissa bits, so that a shift by
-// 23 yields the float 2^n (and 0 at n = -127).
+// Write x = n + r with n the nearest integer: 2^x = 2^n * p(r), |r| <= 1/2, p a minimax polynomial with p(0) = 1
+// exactly. Adding 1.5 * 2^23 + 127 rounds x to an integer *and* leaves n + 127 in the low mantissa bits, so that a
+// shift by 23 yields the float 2^n (and 0 at n = -127).
 //
-// Degree 6: < 1.1 ULP. Degree 4: relative error 2.9e-6, enough where the result
-// is rounded to 16 bits.
+// Degree 6: < 1.1 ULP. Degree 4: relative error 2.9e-6, enough where the result is rounded to 16 bits.
 template <int Degree = 6>
 PTK_INLINE Vec<float> exp2(Vec<float> x) {
   constexpr float kMagic = 0x1.8p23f + 127.0f;
@@ -66,8 +62,7 @@ PTK_INLINE Vec<float> exp2(Vec<float> x) {
   return (detail::exp2_slope<Degree>(r) * r + 1.0f) * bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(shifted) << 23);
 }
 
-// Taylor of exp(r ln 2) to degree 13: truncation below 2^-57, < 1.5 ULP with
-// rounding.
+// Taylor of exp(r ln 2) to degree 13: truncation below 2^-57, < 1.5 ULP with rounding.
 template <int Degree = 13>
 PTK_INLINE Vec<double> exp2(Vec<double> x) {
   constexpr double kMagic = 0x1.8p52 + 1023.0;

@@ -1,14 +1,12 @@
-// Working memory of CPU kernels: one growing block per thread, kept between
-// calls so that its pages stay mapped.
+// Working memory of CPU kernels: one growing block per thread, kept between calls so that its pages stay mapped.
 #pragma once
 
 #include <cstddef>
 
 namespace ptk {
 
-// At least `bytes`, aligned to 64, uninitialised; null when memory ran out.
-// Valid until the thread's next call. A block above 64 MiB is given back by
-// release_large_scratch() instead of being kept.
+// At least `bytes`, aligned to 64, uninitialised; null when memory ran out. Valid until the thread's next call. A block
+// above 64 MiB is given back by release_large_scratch() instead of being kept.
 void* thread_scratch(size_t bytes) noexcept;
 void release_large_scratch() noexcept;
 

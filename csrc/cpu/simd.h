@@ -1,15 +1,12 @@
 // Vectors of the ISA level that the including file is compiled for.
 //
-// GCC/Clang vector extensions carry the arithmetic, so one source serves SSE2,
-// AVX2, AVX-512 and NEON; intrinsics appear only where the extensions have no
-// word for an instruction. A vector is as wide as the level's registers: 16
-// bytes (baseline), 32 (avx2), 64 (avx512 and above). With PTK_EMULATE the wide
-// levels are compiled for AVX2: same widths, same order of operations, no
-// instruction that the machine lacks.
+// GCC/Clang vector extensions carry the arithmetic, so one source serves SSE2, AVX2, AVX-512 and NEON; intrinsics
+// appear only where the extensions have no word for an instruction. A vector is as wide as the level's registers: 16
+// bytes (baseline), 32 (avx2), 64 (avx512 and above). With PTK_EMULATE the wide levels are compiled for AVX2: same
+// widths, same order of operations, no instruction that the machine lacks.
 //
-// Everything here is `static inline` inside the level's namespace: a function
-// shared between levels could be merged by the linker into the copy compiled
-// for the newest one.
+// Everything here is `static inline` inside the level's namespace: a function shared between levels could be merged by
+// the linker into the copy compiled for the newest one.
 #pragma once
 
 #include <cstdint>
@@ -89,8 +86,7 @@ PTK_INLINE Vec<T> iota() {
   return v;
 }
 
-// The first n lanes of memory, zeros behind them; nothing past p[n - 1] is
-// touched.
+// The first n lanes of memory, zeros behind them; nothing past p[n - 1] is touched.
 template <class T>
 PTK_INLINE Vec<T> load_partial(const T* p, int64_t n) {
   if (n >= kLanes<T>) return load(p);
@@ -126,8 +122,8 @@ PTK_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
 // ---- lane arithmetic
 // ----------------------------------------------------------------------------------------------
 
-// Returns b where the comparison is false, so a NaN in b survives. (GCC finds
-// the instruction behind the conditional at 16 and 32 bytes, not at 64.)
+// Returns b where the comparison is false, so a NaN in b survives. (GCC finds the instruction behind the conditional at
+// 16 and 32 bytes, not at 64.)
 template <class V>
 PTK_INLINE V max(V a, V b) {
 #if PTK_X86_AVX512
@@ -179,8 +175,7 @@ PTK_INLINE bf16 to_bf16(float x) {
   return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
 
-// binary16 by integer arithmetic: multiplying by 2^112 lifts subnormals into
-// place, infinities are patched.
+// binary16 by integer arithmetic: multiplying by 2^112 lifts subnormals into place, infinities are patched.
 PTK_INLINE float to_float(f16 x) {
   uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   float f = bit_cast<float>(magnitude) * 0x1p112f;
@@ -195,8 +190,7 @@ PTK_INLINE f16 to_f16(float x) {
   if (u > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
   if (u >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
   if (u < 0x38800000) {
-    // Adding 0.5 leaves the subnormal's bits, rounded to nearest even by the
-    // FPU, in the low mantissa.
+    // Adding 0.5 leaves the subnormal's bits, rounded to nearest even by the FPU, in the low mantissa.
     float shifted = bit_cast<float>(u) + 0.5f;
     return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
   }
@@ -321,8 +315,7 @@ PTK_INLINE T round_to(Acc<T> x) {
 
 namespace detail {
 
-// Stage `Step` of the butterfly swaps, between rows i and i + Step, the lanes
-// whose index has that bit.
+// Stage `Step` of the butterfly swaps, between rows i and i + Step, the lanes whose index has that bit.
 template <int Step, int N>
 constexpr int swap_low(int lane) {
   return lane & Step ? lane - Step + N : lane;

@@ -1,17 +1,14 @@
 // The one matrix-product engine of all CPU kernels.
 //
-//   C[m, n] = sum over blocks i, over k:  A_i[m, k] * B_i[k, n],     handed to
-//   an epilogue a vector at a time
+//   C[m, n] = sum over blocks i, over k:  A_i[m, k] * B_i[k, n],     handed to an epilogue a vector at a time
 //
-// `gemm` walks an m x n tile of C panel by panel: a panel of B stays in L1
-// while every strip of A's rows meets it. The caller chooses m, n, k so that
-// the operands stay in L2, and gives the fused work as an epilogue:
+// `gemm` walks an m x n tile of C panel by panel: a panel of B stays in L1 while every strip of A's rows meets it. The
+// caller chooses m, n, k so that the operands stay in L2, and gives the fused work as an epilogue:
 //
-//   epilogue(int64_t row, int64_t column, Vec<Sum> sums, int64_t valid) `valid`
-//   lanes count, the others are padding
+//   epilogue(int64_t row, int64_t column, Vec<Sum> sums, int64_t valid)     `valid` lanes count, the others are padding
 //
-// On AMX an epilogue that only stores may offer `tile_target(row, column) ->
-// {data, ld}` and gets whole tiles written there.
+// On AMX an epilogue that only stores may offer `tile_target(row, column) -> {data, ld}` and gets whole tiles written
+// there.
 #pragma once
 
 #include "kernel_amx.h"
@@ -129,9 +126,8 @@ static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blo
 
 }  // namespace detail
 
-// C[0:m, 0:n] over `count` <= kMaxGemmBlocks blocks of depth k; panel p of
-// block i lies at blocks[i].b + p * panel_stride. For tiled types the caller
-// holds a TileScope.
+// C[0:m, 0:n] over `count` <= kMaxGemmBlocks blocks of depth k; panel p of block i lies at blocks[i].b + p *
+// panel_stride. For tiled types the caller holds a TileScope.
 template <class T, class Epilogue>
 PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
                      int64_t panel_stride, const Epilogue& epilogue) {

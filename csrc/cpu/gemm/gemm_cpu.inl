@@ -1,12 +1,10 @@
-// C = A B for whole matrices: B packed once, then tiles of C computed
-// independently.
+// C = A B for whole matrices: B packed once, then tiles of C computed independently.
 //
-//   tiling   items of kM x kN of C; per item, depth in steps of kDepth: A's
-//   part is packed (kM x kDepth, in L2), the sums of
-//            later steps are added to those of earlier ones in a buffer, the
-//            last step's epilogue adds bias and converts.
-//   threads  items are dealt out by a counter; each is computed by one thread
-//   in a fixed order, so the result does not
+//   tiling   items of kM x kN of C; per item, depth in steps of kDepth: A's part is packed (kM x kDepth, in L2), the sums
+//            of later steps are added to those of earlier ones in a buffer, the last step's epilogue adds bias and
+//            converts.
+//
+//   threads  items are dealt out by a counter; each is computed by one thread in a fixed order, so the result does not
 //            depend on their number.
 #include "csrc/cpu/gemm/gemm_driver.h"
 
@@ -127,8 +125,8 @@ double now() {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Repeats body, which performs `work` operations, for about `seconds`; the best
-// of ten slices, since what else runs on the machine can only slow one down.
+// Repeats body, which performs `work` operations, for about `seconds`; the best of ten slices, since what else runs on
+// the machine can only slow one down.
 template <class Body>
 double rate(double work, double seconds, const Body& body) {
   body();
@@ -163,8 +161,7 @@ double warm_rate(int64_t m, int64_t n, int64_t k, double seconds) {
   return rate(2.0 * m * n * k, seconds, [&] { gemm<T>(m, n, k, a, lda, b, panel, StoreSums<Sum<T>>{c, n}); });
 }
 
-// Each of `chains` registers is both input and output: independent of each
-// other, none ever leaves the register file.
+// Each of `chains` registers is both input and output: independent of each other, none ever leaves the register file.
 template <class T>
 double peak_rate(double seconds) {
   constexpr int chains = PTK_ISA_LEVEL >= 2 ? 24 : 12;
@@ -210,8 +207,7 @@ double peak_rate(double seconds) {
     }
 #endif
   };
-  // A lane's operations: kPack products, two where the narrow levels multiply
-  // 16-bit pairs.
+  // A lane's operations: kPack products, two where the narrow levels multiply 16-bit pairs.
   constexpr int products = multiply == Multiply::fma ? 1 : PTK_ISA_LEVEL < 3 ? 2 : GemmTraits<T>::kPack;
   return rate(2.0 * chains * kLanes<S> * products * repeats, seconds, [&] {
     Vec<S> sum[chains] = {};
@@ -225,8 +221,7 @@ double peak_rate(double seconds) {
   });
 }
 
-// A level compiles the types whose products it does anew; the rest is inherited
-// from the level below.
+// A level compiles the types whose products it does anew; the rest is inherited from the level below.
 #if PTK_ISA_LEVEL == 3
 constexpr bool is_own(GemmType type) {
   return type == GemmType::s8 || type == GemmType::u8;

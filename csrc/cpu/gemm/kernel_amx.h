@@ -1,10 +1,8 @@
-// Tile micro-kernel: 32 x 32 sums in four tiles, two tiles of A, two of B, one
-// step of k = 64 bytes of A's rows.
+// Tile micro-kernel: 32 x 32 sums in four tiles, two tiles of A, two of B, one step of k = 64 bytes of A's rows.
 //
-// Four multiplications per four loads: every operand tile is used twice, and
-// four independent sums cover the latency of the multiplier. A short last row
-// block uses the upper two sum tiles only. Sums leave through a 4 KiB buffer in
-// L1, or straight to memory where the epilogue is a plain store.
+// Four multiplications per four loads: every operand tile is used twice, and four independent sums cover the latency of
+// the multiplier. A short last row block uses the upper two sum tiles only. Sums leave through a 4 KiB buffer in L1, or
+// straight to memory where the epilogue is a plain store.
 #pragma once
 
 #include "kernel_vector.h"
@@ -61,8 +59,7 @@ PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k
     const Element<T>* a = blocks[block].a + row * lda;
     const ElementB<T>* b = blocks[block].b;
     for (int64_t i = 0; i < k; i += step) {
-      // A panel row holds the 32 columns' units of one k group: 128 bytes, half
-      // of them to each B tile.
+      // A panel row holds the 32 columns' units of one k group: 128 bytes, half of them to each B tile.
       PTK_TILE_LOAD(6, b, 128);
       PTK_TILE_LOAD(7, reinterpret_cast<const char*>(b) + 64, 128);
       PTK_TILE_LOAD(4, a, a_stride);

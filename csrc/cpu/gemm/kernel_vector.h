@@ -1,9 +1,7 @@
-// Micro-kernels whose accumulators live in vector registers: M rows x 2 vectors
-// of columns.
+// Micro-kernels whose accumulators live in vector registers: M rows x 2 vectors of columns.
 //
-// Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14
-// with 32 registers (28 sums, 2 B, 1-2 A), M = 6 with 16 (12 sums, 2 B, 1-2 A);
-// smaller M serve the last rows.
+// Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14 with 32 registers (28 sums, 2 B, 1-2 A),
+// M = 6 with 16 (12 sums, 2 B, 1-2 A); smaller M serve the last rows.
 #pragma once
 
 #include "layout.h"
@@ -21,8 +19,7 @@ using GemmBlock = BlockPair<Element<T>, ElementB<T>>;
 
 namespace detail {
 
-// Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86
-// addressing modes, 14 rows need 5 pointers.
+// Rows of A, three to a base pointer: with base + {0, 1, 2} * ld as x86 addressing modes, 14 rows need 5 pointers.
 template <class E, int M>
 struct RowPointers {
   static constexpr int kBases = (M + 2) / 3;
@@ -34,8 +31,7 @@ struct RowPointers {
     rows.ld_bytes = ld * static_cast<int64_t>(sizeof(E));
     for (int i = 0; i < kBases; ++i) {
       rows.base[i] = reinterpret_cast<const char*>(a) + 3 * i * rows.ld_bytes;
-      // Keeps the compiler from folding the bases back into one pointer and 14
-      // offsets.
+      // Keeps the compiler from folding the bases back into one pointer and 14 offsets.
       asm("" : "+r"(rows.base[i]));
     }
     return rows;
@@ -51,9 +47,8 @@ struct RowPointers {
   }
 };
 
-// An epilogue that marks itself `kLarge` is called from one place in a loop
-// instead of once per register: the sums take a turn through the stack, the
-// code stays small.
+// An epilogue that marks itself `kLarge` is called from one place in a loop instead of once per register: the sums take
+// a turn through the stack, the code stays small.
 template <class Epilogue>
 concept LargeEpilogue = requires { Epilogue::kLarge; };
 
@@ -161,9 +156,8 @@ PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 #endif
 }
 
-// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit
-// flipped) and 128 * colsum(B) taken off again; the column sums cost one more
-// dot product with ones per vector of B.
+// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit flipped) and 128 * colsum(B) taken off
+// again; the column sums cost one more dot product with ones per vector of B.
 template <class T, int M, class Epilogue>
 PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
                                 int64_t column, int64_t columns, Epilogue& epilogue) {

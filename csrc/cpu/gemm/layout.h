@@ -1,20 +1,15 @@
-// How operands lie in memory for the micro-kernels, per element type and ISA
-// level.
+// How operands lie in memory for the micro-kernels, per element type and ISA level.
 //
 //   C[m, n] = sum over blocks i, over k:  A_i[m, k] * B_i[k, n]
 //
-// A is read in place: row-major, any row stride, k contiguous.
-// B is packed into panels of kNr columns; within a panel, k runs outermost in
-// groups of kPack consecutive values, so that one vector load feeds one
-// multiply-add (kPack = 1) or one dot-product instruction (kPack = 2 for bf16,
-// 4 for 8-bit; 2 for 8-bit where only 16-bit pairs can be multiplied):
+// A is read in place: row-major, any row stride, k contiguous. B is packed into panels of kNr columns; within a panel,
+// k runs outermost in groups of kPack consecutive values, so that one vector load feeds one multiply-add (kPack = 1) or
+// one dot-product instruction (kPack = 2 for bf16, 4 for 8-bit; 2 for 8-bit where only 16-bit pairs can be multiplied):
 //
-//   packed[panel][k / kPack][column in panel][k % kPack]         k padded with
-//   zeros to a multiple of kKStep
+//   packed[panel][k / kPack][column in panel][k % kPack]     k padded with zeros to a multiple of kKStep
 //
-// A's rows must be readable, and zero, up to the same multiple of kKStep, and
-// come in groups of kRowPad readable rows (tile loads have no partial form).
-// Contents of the extra rows do not matter.
+// A's rows must be readable, and zero, up to the same multiple of kKStep, and come in groups of kRowPad readable rows
+// (tile loads have no partial form). Contents of the extra rows do not matter.
 #pragma once
 
 #include "../amx.h"
@@ -23,8 +18,7 @@ namespace ptk::PTK_ISA {
 
 enum class Multiply { fma, dot_bf16, madd_s16, dot_u4, dot_s8, dot_u8 };
 
-// Micro-kernel shape for operands of storage type T. `Element` is the type both
-// operands are packed to.
+// Micro-kernel shape for operands of storage type T. `Element` is the type both operands are packed to.
 template <class T>
 struct GemmTraits {
   static constexpr Multiply kMultiply = Multiply::fma;
@@ -47,8 +41,7 @@ struct GemmTraits<bf16> {
 };
 #endif
 
-// 8-bit: A is T (signed or unsigned), B always signed; exact 32-bit sums at
-// every level.
+// 8-bit: A is T (signed or unsigned), B always signed; exact 32-bit sums at every level.
 #if PTK_ISA_LEVEL < 3
 // A is widened at packing, once; B on its way into the registers, once for kMr rows.
 template <class T>

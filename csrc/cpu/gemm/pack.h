@@ -1,13 +1,11 @@
-// Packing: from strided user memory into the layouts of layout.h, converting
-// and zero-padding on the way.
+// Packing: from strided user memory into the layouts of layout.h, converting and zero-padding on the way.
 #pragma once
 
 #include "layout.h"
 
 namespace ptk::PTK_ISA {
 
-// One value of storage type T as the element type that the micro-kernel
-// multiplies.
+// One value of storage type T as the element type that the micro-kernel multiplies.
 template <class T, class To>
 PTK_INLINE To convert_element(T x) {
   if constexpr (std::is_same_v<T, To>) {
@@ -28,8 +26,7 @@ PTK_INLINE void copy_row(const T* src, int64_t stride, int64_t n, T* dst) {
   }
 }
 
-// dst[i] = src[i * stride] for i < n, in the element type, zeros up to
-// n_padded.
+// dst[i] = src[i * stride] for i < n, in the element type, zeros up to n_padded.
 template <class T, class To>
 static inline void pack_row(const T* src, int64_t stride, int64_t n, int64_t n_padded, To* dst) {
   if constexpr (std::is_same_v<T, To>) {
@@ -70,8 +67,7 @@ static inline int64_t pack_a_transposed(const T* src, int64_t stride_k, int64_t 
 
 }  // namespace detail
 
-// A operand: m rows of k, row stride `ld` (in elements) in dst, padded as the
-// micro-kernel wants it.
+// A operand: m rows of k, row stride `ld` (in elements) in dst, padded as the micro-kernel wants it.
 template <class T>
 static inline void pack_a(const T* src, int64_t stride_m, int64_t stride_k, int64_t m, int64_t k, Element<T>* dst,
                           int64_t ld) {
@@ -85,13 +81,11 @@ static inline void pack_a(const T* src, int64_t stride_m, int64_t stride_k, int6
 
 namespace detail {
 
-// A unit is what one lane holds: kPack elements that meet in one multiply
-// instruction.
+// A unit is what one lane holds: kPack elements that meet in one multiply instruction.
 template <class E>
 using UnitOf = std::conditional_t<sizeof(E) == 8, double, float>;
 
-// Panel from rows that are contiguous in k (B given by its transpose): a
-// transposition of units.
+// Panel from rows that are contiguous in k (B given by its transpose): a transposition of units.
 template <class T, class E>
 static inline void pack_panel_k_contiguous(const T* src, int64_t stride_n, int64_t k, int64_t k_padded, int64_t columns,
                                            E* dst) {
@@ -134,8 +128,7 @@ static inline void pack_panel_any(const T* src, int64_t stride_k, int64_t stride
 
 }  // namespace detail
 
-// One panel: up to kNr columns of B[k, n] with the given strides, zeros from k
-// to k_padded (a multiple of kKStep).
+// One panel: up to kNr columns of B[k, n] with the given strides, zeros from k to k_padded (a multiple of kKStep).
 template <class T, class Source = T>
 static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t stride_n, int64_t k, int64_t columns,
                                 ElementB<T>* dst, int64_t k_padded) {
@@ -152,8 +145,7 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
       if (k_padded > k) std::memset(dst + k * Traits::kNr, 0, (k_padded - k) * Traits::kNr * sizeof(E));
       return;
     } else if constexpr (std::is_same_v<E, bf16>) {
-      // Two rows interleave into one: the even row is the low half of every
-      // 32-bit lane, the odd row the high half.
+      // Two rows interleave into one: the even row is the low half of every 32-bit lane, the odd row the high half.
       for (int64_t kk = 0; kk < k_padded; kk += 2) {
         for (int n = 0; n < Traits::kNr; n += kLanes<uint32_t>) {
           auto half = [&](int64_t row) {
@@ -170,8 +162,7 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
   detail::pack_panel_any(src, stride_k, stride_n, k, k_padded, columns, Traits::kPack, Traits::kNr, dst);
 }
 
-// All of B[k, n], in dense panels of k_padded rows: panel p starts at dst + p *
-// k_padded * kNr.
+// All of B[k, n], in dense panels of k_padded rows: panel p starts at dst + p * k_padded * kNr.
 template <class T, class Source = T>
 static inline void pack_b(const Source* src, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n, ElementB<T>* dst,
                           int64_t k_padded) {

@@ -1,14 +1,12 @@
-// Attention on the CPU, one ISA level: which kernel answers which problem. The
-// kernels are in attention_cpu_forward.h (tiled), attention_cpu_direct.h (few
-// queries) and attention_cpu_backward.h.
+// Attention on the CPU, one ISA level: which kernel answers which problem. The kernels are in attention_cpu_forward.h
+// (tiled), attention_cpu_direct.h (few queries) and attention_cpu_backward.h.
 #include "csrc/ops/attention/attention_cpu_backward.h"
 #include "csrc/ops/attention/attention_cpu_direct.h"
 
 namespace ptk::PTK_ISA {
 namespace {
 
-// Above avx512 the levels differ in bfloat16 products only: everything else
-// runs the avx512 kernels, compiled once.
+// Above avx512 the levels differ in bfloat16 products only: everything else runs the avx512 kernels, compiled once.
 #if PTK_ISA_LEVEL >= 3
 const AttentionKernels& inherited() {
   return avx512::attention_kernels();

@@ -394,8 +394,7 @@ private:
     write(b_.grad_value, dv, p_.dim_v, A(1));
   }
 
-  // From panels [dim][kNr queries] to rows of queries, a register transpose at
-  // a time.
+  // From panels [dim][kNr queries] to rows of queries, a register transpose at a time.
   void write_queries(const Sequence& seq, int64_t head, const A* dq) const {
     constexpr int lanes = kLanes<A>;
     const auto to = head_of<T>(b_.grad_query, seq.batch, head, seq.first_q);

@@ -1,15 +1,12 @@
-// Forward on the CPU for few queries (decoding): keys and values are read once,
-// in place, never packed.
+// Forward on the CPU for few queries (decoding): keys and values are read once, in place, never packed.
 //
-//   layout     key and value rows contiguous in dim; the few query rows of a
-//   group of heads in the thread's own memory tiling     chunks of kChunk keys:
-//   scores of the chunk (a vector of keys at a time, transposed in registers),
-//   softmax,
+//   layout     key and value rows contiguous in dim; the few query rows of a group of heads in the thread's own memory
+//
+//   tiling     chunks of kChunk keys: scores of the chunk (a vector of keys at a time, transposed in registers), softmax,
 //              then P V with a slice of the output row in registers
-//   threads    every (batch, kv head, chunk) is an item of its own; partial
-//   results of the chunks are merged afterwards in
-//              the order of the keys, so results do not depend on the number of
-//              threads
+//
+//   threads    every (batch, kv head, chunk) is an item of its own; partial results of the chunks are merged afterwards
+//              in the order of the keys, so results do not depend on the number of threads
 #pragma once
 
 #include "attention_cpu_forward.h"
@@ -136,8 +133,7 @@ private:
     for (int64_t d = p_.dim_qk; d < dim_q(); ++d) q[d] = 0;
   }
 
-  // A vector's worth of keys at a time: lane sums of every key's products,
-  // transposed and added once.
+  // A vector's worth of keys at a time: lane sums of every key's products, transposed and added once.
   void score_keys(const A* q, int64_t rows, const T* k, int64_t stride, int64_t keys, A* scores) const {
     constexpr int lanes = kLanes<A>;
     const int64_t dim_full = p_.dim_qk / lanes * lanes, rest = p_.dim_qk - dim_full;

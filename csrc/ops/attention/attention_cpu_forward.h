@@ -17,8 +17,7 @@
 
 namespace ptk::PTK_ISA {
 
-// O = O * factor + sums, the rescaling of the online softmax fused into the
-// product.
+// O = O * factor + sums, the rescaling of the online softmax fused into the product.
 template <class A>
 struct RescaleAndAdd {
   A* out;
@@ -69,8 +68,7 @@ PTK_INLINE A exp2_row(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A 
     store_as(p + j, p0);
     store_as(p + j + kLanes<A>, p1);
   }
-  // Rows are padded to whole vectors, so the rest is computed in full and the
-  // lanes past n are cleared.
+  // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared.
   const Vec<A> lane = iota<A>();
   for (; j < n_padded; j += kLanes<A>) {
     Vec<A> v = softmax_exp2<P>((load(s + j) - shift) * scale);
@@ -235,8 +233,7 @@ private:
     const int64_t rows = least(queries_, seq.len_q - q0), ldo = padded_n<T>(p_.dim_v);
     const auto query = head_of<T>(f_.query, seq.batch, head, seq.first_q);
     pack_a<T>(query.row(q0), query.stride_row, query.stride_dim, rows, p_.dim_qk, s.q, ldq());
-    // Softmax takes maxima before it multiplies by the scale; the sign must be
-    // in the scores by then.
+    // Softmax takes maxima before it multiplies by the scale; the sign must be in the scores by then.
     if (p_.scale < 0) negate(s.q, rows * ldq());
     if (p_.scale == 0) std::memset(s.q, 0, rows * ldq() * sizeof(E));
     for (int64_t i = 0; i < rows; ++i) {
