@@ -1,8 +1,8 @@
 // C = A B for whole matrices: B packed once, then tiles of C computed independently.
 //
-//   tiling   items of kM x kN of C; per item, depth in steps of kDepth: A's part is packed (kM x kDepth, in L2), the sums
-//            of later steps are added to those of earlier ones in a buffer, the last step's epilogue adds bias and
-//            converts.
+//   tiling   items of kM x kN of C; per item, depth in steps of kDepth: A's part is packed (kM x kDepth, in L2),
+//            the sums of later steps are added to those of earlier ones in a buffer, the last step's epilogue adds
+//            bias and converts.
 //
 //   threads  items are dealt out by a counter; each is computed by one thread in a fixed order, so the result does not
 //            depend on their number.

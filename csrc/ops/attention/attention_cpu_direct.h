@@ -2,8 +2,8 @@
 //
 //   layout     key and value rows contiguous in dim; the few query rows of a group of heads in the thread's own memory
 //
-//   tiling     chunks of kChunk keys: scores of the chunk (a vector of keys at a time, transposed in registers), softmax,
-//              then P V with a slice of the output row in registers
+//   tiling     chunks of kChunk keys: scores of the chunk (a vector of keys at a time, transposed in registers),
+//              softmax, then P V with a slice of the output row in registers
 //
 //   threads    every (batch, kv head, chunk) is an item of its own; partial results of the chunks are merged afterwards
 //              in the order of the keys, so results do not depend on the number of threads
