@@ -87,7 +87,8 @@ def _weights(s, shift, MASK: tl.constexpr):
     """exp(s - shift). A bias may be so large that s * log2(e) overflows: then the difference is taken first."""
     if MASK == FLOAT_MASK:
         return tl.exp2((s - shift) * LOG2E)
-    return tl.exp2(s * LOG2E - shift * LOG2E)
+    else:
+        return tl.exp2(s * LOG2E - shift * LOG2E)
 
 
 @triton.jit
@@ -451,7 +452,7 @@ def backward_dkdv(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     lo, hi = _seeing_rows(col0, BLOCK_N, len_q, diagonal, left, right, BLOCK_M, LEFT, RIGHT)
-    for member in range(group):
+    for member in range(0, group):
         h = kv * group + member
         q_head = _rows_of(Q, b, h, begin_q, stride_qb, stride_qh, stride_qm)
         grad_head = _rows_of(DO, b, h, begin_q, stride_gb, stride_gh, stride_gm)
@@ -531,7 +532,7 @@ def backward_dbias(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     shared = batch_sum * heads_sum if (col0 >= lo) & (col0 < hi) else 0
-    for index in range(shared):
+    for index in range(0, shared):
         b = b_out + index // heads_sum
         h = h_out + index % heads_sum
         q = load_tile(

@@ -40,9 +40,10 @@ def _values(BOOK, codes, CODE: tl.constexpr):
     """Codes as float32 numbers, or as int8 where they are integers."""
     if CODE == S8:
         return codes
-    if CODE == U4:
+    elif CODE == U4:
         return codes.to(tl.int8) - 8
-    return tl.load(BOOK + codes.to(tl.int32))
+    else:
+        return tl.load(BOOK + codes.to(tl.int32))
 
 
 @triton.jit
