@@ -244,7 +244,9 @@ def test_missing_peers_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_interrupting_leaves_valid_partial_results(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     command = [sys.executable, str(SCRIPT), "bench", "--peers", "none", "--case", "tiny", "--json", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=tiny.environment())
+    # Long enough that the signal arrives before the last case, however busy the machine is.
+    environment = tiny.environment(**{tiny.PAUSE: "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     try:
         while not path.exists():
             assert process.poll() is None, process.communicate()[1].decode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,12 +23,14 @@ from ptkernels._registry import BenchCase, Direction
 from ptkernels.cli import bench, main
 from ptkernels.cli.bench import limits
 
+PAUSE = "PTK_TEST_SECONDS_PER_CASE"
 HEADS, KV_HEADS, LENGTH, DIM = 4, 2, 24, 16
 
 
 def _make(
     dtype: torch.dtype, direction: Direction, causal: bool, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    time.sleep(float(os.environ.get(PAUSE, 0)))
     operands = tuple(
         torch.randn(2, heads, LENGTH, DIM, generator=generator).to(dtype).requires_grad_(direction != "forward")
         for heads in (HEADS, KV_HEADS, KV_HEADS)
