@@ -187,6 +187,67 @@ def test_recurrent_layers_and_cells() -> None:
     assert type(model.lstm) is nn.LSTM
 
 
+class Net(nn.Module):
+    """A convolution that two read, an activation that runs twice, and a chain that is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        z = self.conv2(y)
+        return self.relu(self.bn2(z) + x) + z
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(3, 4, 3), nn.LeakyReLU(0.2), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_convolutions_and_what_follows_them(training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Net().train(training), torch.randn(2, 3, 6, 5)
+    plain = copy.deepcopy(model)
+    report = ptk.replace(model, "conv_bn_relu", verify=True, example_inputs=x)
+    assert [item.path for item in report.replaced] == ["stem.0", "stem.1", "stem.2", "conv1", "bn1"]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+    for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(x), model(x))
+    report.undo()
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_untraceable_models_are_read_by_their_sequentials() -> None:
+    torch.manual_seed(0)
+    model, x = Untraceable(), torch.randn(2, 3, 6)
+    report = ptk.replace(model, "conv_bn_relu", verify=True, example_inputs=x)
+    assert [item.path for item in report.replaced] == ["body.0", "body.1"]
+
+
+def test_hooked_convolutions_are_left_and_said() -> None:
+    model = Net()
+    seen: list[Tensor] = []
+    model.stem[2].register_forward_hook(lambda *given: seen.append(given[2]))
+    report = ptk.replace(model, "conv_bn_relu")
+    assert ("stem.0", "a hook looks at one of them") in [(item.path, item.reason) for item in report.kept]
+    model(torch.randn(2, 3, 6, 5))
+    assert len(seen) == 1
+
+
 def test_quantization_only_when_asked_for() -> None:
     torch.manual_seed(0)
     model, words = Tagger(), torch.randint(0, 20, (3, 7))

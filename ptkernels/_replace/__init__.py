@@ -11,19 +11,23 @@ from torch import nn
 from ptkernels._replace import verify as _verify
 from ptkernels._replace.attention import AttentionRule
 from ptkernels._replace.change import Rule
+from ptkernels._replace.conv_bn_relu import ConvBnReluRule
 from ptkernels._replace.packed_rnn import PackedRnnRule
 from ptkernels._replace.quantized_matmul import QuantizedMatmulRule
 from ptkernels._replace.report import Kept, Replaced, Report
 
 __all__ = ["Kept", "Replaced", "Report", "replace"]
 
-_RULES: dict[str, Rule] = {rule.op: rule for rule in (AttentionRule(), PackedRnnRule(), QuantizedMatmulRule())}
-_SAME_RESULTS = tuple(op for op in _RULES if op != QuantizedMatmulRule.op)
+_RULES: dict[str, Rule] = {
+    rule.op: rule for rule in (AttentionRule(), ConvBnReluRule(), PackedRnnRule(), QuantizedMatmulRule())
+}
+# Quantization changes results; convolutions are slower than torch's in float32 (bench/results).
+_DEFAULT = tuple(op for op in _RULES if op not in (QuantizedMatmulRule.op, ConvBnReluRule.op))
 
 
 def replace(
     model: nn.Module,
-    ops: str | Collection[str] = _SAME_RESULTS,
+    ops: str | Collection[str] = _DEFAULT,
     dry_run: bool = False,
     *,
     verify: bool = False,
@@ -38,9 +42,11 @@ def replace(
         model: any module; changed in place unless ``dry_run``.
         ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``,
             models of Hugging Face transformers, and modules whose ``forward`` calls ``F.scaled_dot_product_attention``;
+            ``"conv_bn_relu"`` finds convolutions whose result only a batch norm or an activation reads;
             ``"packed_rnn"`` finds ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells; ``"quantized_matmul"`` quantizes
             every ``nn.Linear`` (int8_dynamic), which changes results and ``state_dict``, and therefore has to be asked
-            for. Default: all that keep results.
+            for. Default: attention and packed_rnn; convolutions have to be asked for as long as they are slower than
+            torch's in float32.
         dry_run: only report.
         verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
             and gradients with the original in float64: errors may be at most three times the original's. Takes three
