@@ -67,9 +67,14 @@ def attention_forward(
         s_aux: one logit per head that joins the softmax, as in GPT-OSS.
         **kwargs: whatever else models pass; attention needs none of it, masks hold it already.
 
+    Raises:
+        ValueError: the call comes from continuous batching, whose paged cache is not read here.
+
     Returns:
         ``[batch, length, heads, dim_v]``, and None where eager attention has its weights.
     """
+    if kwargs.get("cache") is not None:
+        raise ValueError(f"{NAME}: cache: got the paged cache of continuous batching, expected none; use generate()")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.size(2) > 1 and attention_mask is None and causal
     mask = attention_mask

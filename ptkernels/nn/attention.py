@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptkernels import _backend
 from ptkernels.ops.attention import attention
 
 
@@ -30,6 +31,14 @@ def _merged(attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype
     return _added(masks[0], dtype) + _added(masks[1], dtype)
 
 
+def _beyond_the_kernels(query: Tensor, need_weights: bool, dropout_p: float) -> str | None:
+    if query.is_nested:
+        return "nested input runs on torch's own module"
+    if need_weights and dropout_p > 0.0:
+        return "weights after dropout are torch's own composition: pass need_weights=False"
+    return None
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` over the fused operator: same constructor, parameters, arguments and results.
 
@@ -41,7 +50,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     where torch gives NaN; ``is_causal=True`` needs no ``attn_mask``, and with one it is taken at its word;
     ``need_weights=True`` computes the output with the fused kernel all the same, and the weights beside it in
     ``O(L * S)`` time and memory. With dropout in training, where the weights returned are those after dropout, torch's
-    own composition computes both.
+    own composition computes both, with a warning (an error with ``PTKERNELS_STRICT=1``), as it does nested input.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -69,7 +78,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As in :meth:`torch.nn.MultiheadAttention.forward`."""
         dropout_p = self.dropout if self.training else 0.0
-        if query.is_nested or (need_weights and dropout_p > 0.0):
+        reason = _beyond_the_kernels(query, need_weights, dropout_p)
+        if reason is not None:
+            _backend.fallback("MultiheadAttention", reason)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

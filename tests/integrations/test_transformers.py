@@ -146,3 +146,9 @@ def test_learnable_sinks_of_gpt_oss() -> None:
     assert float(results[0][1].abs().max()) > 0
     for ours, eager in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_the_paged_cache_of_continuous_batching_is_refused() -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="ptkernels: cache: got the paged cache"):
+        integration.attention_forward(torch.nn.Identity(), x, x, x, None, cache=object())

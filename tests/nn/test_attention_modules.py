@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ptkernels as ptk
+from ptkernels.errors import FallbackError
 
 BATCH, LENGTH, KEYS = 2, 3, 5
 
@@ -110,6 +111,15 @@ def test_nested_input_takes_torchs_own_path() -> None:
         expected, _ = theirs.eval()(x, x, x, need_weights=False)
         out, _ = ours.eval()(x, x, x, need_weights=False)
     torch.testing.assert_close(out.to_padded_tensor(0.0), expected.to_padded_tensor(0.0))
+
+
+def test_torchs_composition_is_announced(strict: None) -> None:
+    _, ours = pair(batch_first=True, dropout=0.1)
+    x = torch.randn(BATCH, LENGTH, 8, dtype=torch.float64)
+    with pytest.raises(FallbackError, match="weights after dropout"):
+        ours(x, x, x)
+    ours(x, x, x, need_weights=False)
+    ours.eval()(x, x, x)
 
 
 @pytest.mark.parametrize("training", [False, True])

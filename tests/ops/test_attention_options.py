@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from typing import Any
 
 import pytest
@@ -97,24 +96,6 @@ def test_nothing_outside_a_window_is_read(dtype: torch.dtype) -> None:
     assert torch.equal(out[:, :, 512:], clean[:, :, 512:])
     grads = torch.autograd.grad(out[:, :, 512:].sum(), (query, key, value))
     assert grads[0][:, :, 512:].isfinite().all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backward", [False, True])
-def test_time_of_a_window_is_that_of_its_band(backward: bool) -> None:
-    """A band of 1/64 of the pairs in well under a quarter of the time of all of them."""
-    torch.set_num_threads(1)
-    inputs = [torch.randn(1, 1, 8192, 32, requires_grad=backward) for _ in range(3)]
-
-    def seconds(window: tuple[int, int] | None) -> float:
-        start = time.process_time()
-        out = ptk.attention(*inputs, window=window)
-        if backward:
-            out.sum().backward()
-        return time.process_time() - start
-
-    seconds((64, 64))
-    assert min(seconds((64, 64)) for _ in range(3)) < seconds(None) / 4
 
 
 # Softcap, ALiBi, sinks
