@@ -14,17 +14,13 @@ from ptkernels._registry import Explanation, get
 from ptkernels._replace import replace
 from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
-from ptkernels.ops.attention import attention, spec  # noqa: F401 - importing a spec registers its operator
+from ptkernels.ops import specs  # noqa: F401 - importing the specifications registers the operators
+from ptkernels.ops.attention import attention
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
-from ptkernels.ops.attention_kv_cache import spec as _kv_cache_spec  # noqa: F401
 from ptkernels.ops.attention_varlen import attention_varlen
-from ptkernels.ops.attention_varlen import spec as _varlen_spec  # noqa: F401
 from ptkernels.ops.conv_bn_relu import conv_bn_relu
-from ptkernels.ops.conv_bn_relu import spec as _conv_spec  # noqa: F401
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
-from ptkernels.ops.packed_rnn import spec as _packed_rnn_spec  # noqa: F401
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
-from ptkernels.ops.quantized_matmul import spec as _quantized_matmul_spec  # noqa: F401 - likewise
 
 __all__ = [
     "Explanation",
