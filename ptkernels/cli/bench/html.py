@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .plots import comparison, figures
-from .report import FIRST_NUMBER, HEADER, cells, machine_lines, milliseconds, model_lines, note_lines
+from .report import FIRST_NUMBER, HEADER, cells, machine_lines, mean_lines, milliseconds, model_lines, note_lines
 from .results import Results, Row
 
 _STYLE = """
@@ -15,7 +15,7 @@ body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem }
 h2 { font-size: 1.2rem; margin-top: 2.5rem }
 table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
 th { border-bottom: 2px solid #888 }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 .fast { color: #1b7a43; font-weight: 600 }
@@ -45,7 +45,8 @@ def report_page(results: Results) -> str:
         sections.insert(0, ("Partial results", "<p>The run did not finish; what it had measured is shown.</p>"))
     sections += figures(results)
     for op in dict.fromkeys(row.op for row in results.rows):
-        sections.append((op, _table([row for row in results.rows if row.op == op])))
+        rows = [row for row in results.rows if row.op == op]
+        sections.append((op, _lines(mean_lines(rows)) + _table(rows)))
     if results.model is not None:
         sections.append(("Pretrained model on real sentences", _lines(model_lines(results.model))))
     if results.notes:
