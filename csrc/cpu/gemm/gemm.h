@@ -91,35 +91,51 @@ using KernelType =
                        std::conditional_t<kMultiply == Multiply::madd_s16, int8_t,
                                           std::conditional_t<kMultiply == Multiply::dot_u8, uint8_t, T>>>;
 
+// Rows [row, end) against one panel of B.
 template <class T, class Epilogue>
-static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
+PTK_INLINE void gemm_strips(int64_t row, int64_t end, const GemmBlock<T>* panel, int64_t count, int64_t k, int64_t lda,
+                            int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int mr = GemmTraits<T>::kMr;
+#if PTK_ISA_LEVEL >= 5
+  if constexpr (kUsesTiles<T>) {
+    for (; row < end; row += mr)
+      tile_kernel<T>(panel, count, k, lda, row, end - row < mr ? end - row : mr, column, columns, epilogue);
+    return;
+  }
+#endif
+  if constexpr (!kUsesTiles<T>) {
+    if constexpr (kEvenTail<T>) {
+      for (int64_t left = end - row; left > 0; left = end - row) {
+        const int64_t rows = left >= 2 * mr || left <= mr ? least(left, mr) : (left + 1) / 2;
+        exact_rows<T, mr>(panel, count, k, lda, row, rows, column, columns, epilogue);
+        row += rows;
+      }
+    } else {
+      for (; row + mr <= end; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, column, columns, epilogue);
+      if (row < end) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, end - row, column, columns, epilogue);
+    }
+  }
+}
+
+// A's rows come in runs of `length`; row 0 of run r lies starts[r] elements behind blocks[i].a. Without `starts` they
+// are one run.
+struct Runs {
+  int64_t count, length;
+  const int64_t* starts;
+};
+
+template <class T, class Epilogue>
+static void gemm_panels(Runs runs, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
                         int64_t panel_stride, Epilogue epilogue) {
-  constexpr int mr = GemmTraits<T>::kMr, nr = GemmTraits<T>::kNr;
+  constexpr int nr = GemmTraits<T>::kNr;
   GemmBlock<T> panel[kMaxGemmBlocks];
   k = padded_k<T>(k);
   for (int64_t n0 = 0; n0 < n; n0 += nr) {
-    const int64_t offset = n0 / nr * panel_stride;
-    for (int64_t i = 0; i < count; ++i) panel[i] = {blocks[i].a, blocks[i].b + offset};
-    const int64_t columns = n - n0 < nr ? n - n0 : nr;
-    int64_t row = 0;
-#if PTK_ISA_LEVEL >= 5
-    if constexpr (kUsesTiles<T>) {
-      for (; row < m; row += mr)
-        tile_kernel<T>(panel, count, k, lda, row, m - row < mr ? m - row : mr, n0, columns, epilogue);
-      continue;
-    }
-#endif
-    if constexpr (!kUsesTiles<T>) {
-      if constexpr (kEvenTail<T>) {
-        for (int64_t left = m; left > 0; left = m - row) {
-          const int64_t rows = left >= 2 * mr || left <= mr ? least(left, mr) : (left + 1) / 2;
-          exact_rows<T, mr>(panel, count, k, lda, row, rows, n0, columns, epilogue);
-          row += rows;
-        }
-      } else {
-        for (; row + mr <= m; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, n0, columns, epilogue);
-        if (row < m) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, m - row, n0, columns, epilogue);
-      }
+    const int64_t offset = n0 / nr * panel_stride, columns = least(nr, n - n0);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const int64_t row = run * runs.length, start = runs.starts ? runs.starts[run] - row * lda : 0;
+      for (int64_t i = 0; i < count; ++i) panel[i] = {blocks[i].a + start, blocks[i].b + offset};
+      gemm_strips<T>(row, row + runs.length, panel, count, k, lda, n0, columns, epilogue);
     }
   }
 }
@@ -131,7 +147,15 @@ static void gemm_panels(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blo
 template <class T, class Epilogue>
 PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const GemmBlock<T>* blocks, int64_t count, int64_t lda,
                      int64_t panel_stride, const Epilogue& epilogue) {
-  detail::gemm_panels<detail::KernelType<T>>(m, n, k, blocks, count, lda, panel_stride, epilogue);
+  detail::gemm_panels<detail::KernelType<T>>({1, m, nullptr}, n, k, blocks, count, lda, panel_stride, epilogue);
+}
+
+// A of runs: `runs` times `length` rows, one after the other in C; run r of block i begins at blocks[i].a + starts[r].
+template <class T, class Epilogue>
+PTK_INLINE void gemm_runs(int64_t runs, int64_t length, const int64_t* starts, int64_t n, int64_t k,
+                          const GemmBlock<T>* blocks, int64_t count, int64_t lda, int64_t panel_stride,
+                          const Epilogue& epilogue) {
+  detail::gemm_panels<detail::KernelType<T>>({runs, length, starts}, n, k, blocks, count, lda, panel_stride, epilogue);
 }
 
 // One block.

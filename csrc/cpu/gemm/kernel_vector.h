@@ -52,6 +52,11 @@ struct RowPointers {
 template <class Epilogue>
 concept LargeEpilogue = requires { Epilogue::kLarge; };
 
+// One that marks itself `kStrip` takes all rows of a kernel at once, so that what belongs to a column is loaded once:
+//   epilogue.strip(rows, row, column, columns, sums[rows][2][lanes])
+template <class Epilogue>
+concept StripEpilogue = requires { Epilogue::kStrip; };
+
 template <int M, class S, class Epilogue>
 PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int lanes = kLanes<S>;
@@ -70,6 +75,10 @@ PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t
   for (int i = 0; i < M; ++i) {
     store(buffer[i][0], sum[i][0]);
     store(buffer[i][1], sum[i][1]);
+  }
+  if constexpr (StripEpilogue<Epilogue>) {
+    epilogue.strip(M, row, column, columns, &buffer[0][0][0]);
+    return;
   }
 #pragma GCC unroll 1
   for (int i = 0; i < M; ++i) {

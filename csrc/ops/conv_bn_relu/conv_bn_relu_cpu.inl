@@ -78,20 +78,20 @@ bool convolve_as(const ConvParams& params) {
   result.slope = static_cast<A>(p.slope);
   const T* input = channels_last_input<T>(p, params.input, buffer);
   const T* weight = static_cast<const T*>(params.weight);
-  const auto run = [&](const auto& kernel, int64_t block_rows) {
-    const int64_t blocks = (gather.positions() + block_rows - 1) / block_rows;
-    const SharedBuffer statistics(params.batch_mean ? blocks * 2 * p.out_channels * static_cast<int64_t>(sizeof(A))
-                                                    : 0);
+  const auto run = [&](const auto& kernel) {
+    const Blocks blocks = kernel.blocks();
+    const int64_t bytes = blocks.count() * 2 * p.out_channels * static_cast<int64_t>(sizeof(A));
+    const SharedBuffer statistics(params.batch_mean ? bytes : 0);
     if (!statistics) return false;
     if (params.batch_mean) result.statistics = statistics.as<A>();
     if (!kernel.run()) return false;
     if (params.batch_mean)
-      merge_statistics(statistics.as<A>(), p.out_channels, block_rows, gather.positions(),
+      merge_statistics(statistics.as<A>(), p.out_channels, blocks.rows, blocks.width, blocks.positions,
                        static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
     return true;
   };
-  if (is_depthwise(p)) return run(DepthwiseConv<T>(gather, input, weight, result), gather.axis[2].count);
-  return run(ImplicitConv<T>(p, gather, input, weight, result), ImplicitConv<T>::kRows);
+  if (is_depthwise(p)) return run(DepthwiseConv<T>(gather, input, weight, result));
+  return run(ImplicitConv<T>(p, gather, input, weight, result));
 }
 
 template <class T>

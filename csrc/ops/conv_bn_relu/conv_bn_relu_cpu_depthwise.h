@@ -34,7 +34,7 @@ public:
   }
 
   int64_t lines() const { return g_.batch * g_.axis[0].count * g_.axis[1].count; }
-  int64_t line_length() const { return w_.count; }
+  Blocks blocks() const { return {w_.count, most(1, g_.positions()), g_.positions()}; }
 
   // False when memory ran out.
   bool run() const {

@@ -5,8 +5,8 @@
 // coordinate modulo the stride: of a residue's taps, every one meets a source element, so no product with a stride's
 // zeros is ever computed.
 //
-// Depth (k) runs over taps, then channels. It is divided into steps of at most kDepth, so that a block of rows of one
-// step stays in L2 and a panel of weights in L1: whole rows of taps where they fit, else part of the channels of a tap.
+// Depth (k) runs over taps, then channels. It is divided into steps of about kDepth, so that a block of rows of one step
+// stays in L2 and a panel of weights in L1: whole rows of taps where they fit, of all channels or of a part of them.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_layout.h"
@@ -68,6 +68,13 @@ static inline Axis input_gradient_axis(const ConvProblem& p, int d, int64_t phas
     }
     ++a.taps;
   }
+  // Ascending in the source, as in the forward convolution: neighbouring taps then lie side by side in memory.
+  if (a.taps > 1) {
+    a.base += (a.taps - 1) * a.delta;
+    a.delta = -a.delta;
+    a.first_tap += (a.taps - 1) * a.tap_step;
+    a.tap_step = -a.tap_step;
+  }
   return a;
 }
 
@@ -94,43 +101,50 @@ static inline int64_t tap_offset(const Gather& g, int64_t td, int64_t th, int64_
          w->first_tap + tw * w->tap_step;
 }
 
-// A range of depth: `rows` rows of taps with all their channels, or one tap and a range of its channels.
+// A range of depth: rows of taps, taps of each, and channels.
 struct DepthStep {
   int64_t row, rows, tap, taps, channel, channels;
   int64_t depth() const { return rows * taps * channels; }
 };
 
+// Channels are divided first: a block of lines then holds one part of them for all taps.
 class DepthSteps {
 public:
-  explicit DepthSteps(const Gather& g, int64_t limit)
+  DepthSteps(const Gather& g, int64_t limit)
       : rows_(g.axis[0].taps * g.axis[1].taps), taps_(g.axis[2].taps), channels_(g.group_source()) {
-    const int64_t width = taps_ * channels_;
-    if (width <= limit) {
-      rows_per_step_ = width ? most(1, least(rows_, limit / width)) : 1;
-      count_ = width ? (rows_ + rows_per_step_ - 1) / rows_per_step_ : 0;
-    } else {
-      const int64_t parts = (channels_ + limit - 1) / limit;
-      part_ = least(channels_, round_up((channels_ + parts - 1) / parts, 16));
-      parts_ = (channels_ + part_ - 1) / part_;
-      count_ = rows_ * taps_ * parts_;
-    }
+    if (rows_ * taps_ * channels_ == 0) return;
+    const int64_t least_channels = least(channels_, 16);
+    tap_part_ = most(1, least(taps_, limit / least_channels));
+    const int64_t parts = (tap_part_ * channels_ + limit - 1) / limit;
+    part_ = least(channels_, round_up((channels_ + parts - 1) / parts, 16));
+    row_part_ = tap_part_ < taps_ ? 1 : most(1, least(least(rows_, kMaxRows), limit / (tap_part_ * part_)));
+    parts_ = (channels_ + part_ - 1) / part_;
+    row_steps_ = (rows_ + row_part_ - 1) / row_part_;
+    tap_steps_ = (taps_ + tap_part_ - 1) / tap_part_;
   }
   // A convolution whose window no tap reaches still has a result, zero.
-  int64_t count() const { return most(1, count_); }
+  int64_t count() const { return most(1, parts_ * row_steps_ * tap_steps_); }
   DepthStep at(int64_t i) const {
-    if (count_ == 0) return {0, 0, 0, 0, 0, 0};
-    if (parts_ == 0) {
-      const int64_t row = i * rows_per_step_;
-      return {row, least(rows_per_step_, rows_ - row), 0, taps_, 0, channels_};
-    }
-    const int64_t tap = i / parts_, channel = i % parts_ * part_;
-    return {tap / taps_, 1, tap % taps_, 1, channel, least(part_, channels_ - channel)};
+    if (parts_ == 0) return {0, 0, 0, 0, 0, 0};
+    const int64_t tap = i % tap_steps_ * tap_part_, row = i / tap_steps_ % row_steps_ * row_part_;
+    const int64_t channel = i / (tap_steps_ * row_steps_) * part_;
+    return {row,
+            least(row_part_, rows_ - row),
+            tap,
+            least(tap_part_, taps_ - tap),
+            channel,
+            least(part_, channels_ - channel)};
   }
-  int64_t largest() const { return at(0).depth(); }
+  // The step of an element of depth, and the step's first.
+  int64_t find(int64_t row, int64_t tap, int64_t channel) const {
+    return (channel / part_ * row_steps_ + row / row_part_) * tap_steps_ + tap / tap_part_;
+  }
+  DepthStep largest() const { return at(0); }
 
 private:
+  static constexpr int64_t kMaxRows = 16;
   int64_t rows_, taps_, channels_;
-  int64_t rows_per_step_ = 1, parts_ = 0, part_ = 0, count_ = 0;
+  int64_t row_part_ = 1, tap_part_ = 1, part_ = 1, parts_ = 0, row_steps_ = 1, tap_steps_ = 1;
 };
 
 // The source coordinates at tap 0 of consecutive positions.

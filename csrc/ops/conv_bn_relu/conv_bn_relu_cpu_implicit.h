@@ -1,17 +1,17 @@
 // Convolution as a matrix product of the engine: rows are positions, columns result channels, depth taps and channels.
 //
-//   layout   source and result are channels last; weights are packed into the engine's panels once per call. A block of
-//            positions is gathered, one step of depth at a time, into rows in L2; a pointwise convolution reads its
-//            source in place. A channels-first result leaves through a block of rows and a transposition.
+//   layout   source and result are channels last; weights are packed into the engine's panels once per call. The source
+//            of a block of positions is read as lines (conv_bn_relu_cpu_lines.h), or, where lines are too short to be
+//            rows of a kernel, gathered one step of depth at a time. A channels-first result leaves through a block of
+//            rows and a transposition.
 //
-//   tiling   kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer in L2,
-//   the
-//            last step's epilogue scales, shifts, adds the residual, activates and stores.
+//   tiling   about kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer in
+//            L2, the last step's epilogue scales, shifts, adds the residual, activates and stores.
 //
 //   threads  items are dealt out by a counter. The order of a sum depends on neither the items' width nor the threads.
 #pragma once
 
-#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_gather.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_lines.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_normalize.h"
 
 namespace ptk::PTK_ISA {
@@ -52,7 +52,7 @@ struct ConvResult {
 template <class T>
 struct ConvEpilogue {
   using A = Acc<T>;
-  static constexpr bool kLarge = true;
+  static constexpr bool kLarge = true, kStrip = true;
   const A* partial;
   int64_t ld_partial;
   const ConvResult<T>& result;
@@ -66,7 +66,49 @@ struct ConvEpilogue {
     const int64_t at = offsets[row] + column;
     result.finish(sums, channel + column, residual ? residual + at : nullptr, out + at, valid);
   }
+
+  // Most results are a normalised channel or a plain sum: with their vectors in registers and no partial store.
+  void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
+    constexpr int lanes = kLanes<A>;
+    const bool usual =
+        !residual && (result.activation == Activation::relu || result.activation == Activation::none);
+    for (int half = 0; half < 2 && half * lanes < columns; ++half, column += lanes, sums += lanes) {
+      const int64_t valid = least(lanes, columns - half * lanes), c = channel + column;
+      if (usual && valid == lanes) {
+        const Vec<A> floor = broadcast(result.activation == Activation::relu ? A(0) : -A(__builtin_inf()));
+        const Vec<A> bias = result.bias ? load(result.bias + c) : Vec<A>{};
+        if (result.mean) {
+          const Vec<A> mean = load(result.mean + c), scale = load(result.scale + c), shift = load(result.shift + c);
+          for (int i = 0; i < rows; ++i) {
+            Vec<A> v = load(sums + i * 2 * lanes);
+            if (partial) v += load(partial + (row + i) * ld_partial + column);
+            v = (rounded<T>(v + bias) - mean) * scale + shift;
+            store_as(out + offsets[row + i] + column, max(floor, v));
+          }
+        } else {
+          for (int i = 0; i < rows; ++i) {
+            Vec<A> v = load(sums + i * 2 * lanes);
+            if (partial) v += load(partial + (row + i) * ld_partial + column);
+            store_as(out + offsets[row + i] + column, max(floor, v + bias));
+          }
+        }
+      } else {
+#pragma GCC unroll 1
+        for (int i = 0; i < rows; ++i) (*this)(row + i, column, load(sums + i * 2 * lanes), valid);
+      }
+    }
+  }
 };
+
+// The same convolution over one long line, where it is a plain matrix product.
+static inline Gather flattened(Gather g) {
+  if (!g.is_pointwise()) return g;
+  const int64_t positions = g.positions();
+  g.batch = 1;
+  for (Axis& a : g.axis) a = {1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1};
+  g.axis[2].count = g.axis[2].source = g.axis[2].out_size = positions;
+  return g;
+}
 
 template <class T>
 class ImplicitConv {
@@ -74,17 +116,18 @@ class ImplicitConv {
   using A = Acc<T>;
   using Traits = GemmTraits<T>;
   static constexpr int64_t kDepth = 384, kColumns = 512;
-
-public:
   static constexpr int64_t kRows = detail::kUsesTiles<T> ? 128 : Traits::kMr > 8 ? 8 * Traits::kMr : 16 * Traits::kMr;
 
+public:
   ImplicitConv(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
                const ConvResult<T>& result)
-      : p_(problem), g_(gather), source_(source), weight_(weight), r_(result), steps_(gather, kDepth) {
+      : p_(problem), g_(flattened(gather)), source_(source), weight_(weight), r_(result), steps_(g_, kDepth),
+        lines_(g_, steps_, line_blocks(g_)), blocks_(lines_.is_used() ? line_blocks(g_) : even_blocks(g_)),
+        space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
     const int64_t wanted = 2 * num_threads(), columns = padded_n<T>(g_.group_result());
-    const int64_t parts =
-        most((columns + kColumns - 1) / kColumns,
-             least(columns / Traits::kNr, (wanted + row_blocks() * g_.groups - 1) / most(1, row_blocks() * g_.groups)));
+    const int64_t items = most(1, blocks_.count() * g_.groups);
+    const int64_t parts = most((columns + kColumns - 1) / kColumns,
+                               least(columns / Traits::kNr, (wanted + items - 1) / items));
     columns_ = round_up((columns + parts - 1) / parts, Traits::kNr);
     column_blocks_ = (columns + columns_ - 1) / columns_;
   }
@@ -94,9 +137,15 @@ public:
     const SharedBuffer packed(g_.groups * group_stride() * static_cast<int64_t>(sizeof(E)));
     if (!packed) return false;
     const int64_t panels = padded_n<T>(g_.group_result()) / Traits::kNr;
-    parallel_items(g_.groups * panels, [&](int64_t i) { pack_panel(packed.as<E>(), i / panels, i % panels); });
+    const int64_t chunks = most(1, (g_.group_source() + kPackedChannels - 1) / kPackedChannels);
+    if (pads_depth()) std::memset(packed.as<E>(), 0, g_.groups * group_stride() * sizeof(E));
     bool ok = true;
-    parallel_items(row_blocks() * column_blocks_ * g_.groups, [&](int64_t i) {
+    parallel_items(g_.groups * panels * chunks, [&](int64_t i) {
+      if (!pack(packed.as<E>(), i / (panels * chunks), i / chunks % panels, i % chunks * kPackedChannels))
+        __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    });
+    if (!ok) return false;
+    parallel_items(blocks_.count() * column_blocks_ * g_.groups, [&](int64_t i) {
       const int64_t column = i % column_blocks_ * columns_, rest = i / column_blocks_;
       if (!item(packed.as<E>(), rest % g_.groups, rest / g_.groups, column))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
@@ -104,59 +153,129 @@ public:
     return ok;
   }
 
-  int64_t row_blocks() const { return (g_.positions() + kRows - 1) / kRows; }
+  const Blocks& blocks() const { return blocks_; }
 
 private:
-  int64_t step_stride() const { return padded_k<T>(steps_.largest()) * padded_n<T>(g_.group_result()); }
-  int64_t panel_stride() const { return padded_k<T>(steps_.largest()) * Traits::kNr; }
+  // A multiple of kKStep and of a cache line.
+  static constexpr int64_t kPackedChannels = 32;
+
+  static Blocks even_blocks(const Gather& g) { return {kRows, most(1, g.positions()), g.positions()}; }
+  // Whole lines, or equal parts of a long one.
+  static Blocks line_blocks(const Gather& g) {
+    const int64_t width = most(1, g.axis[2].count);
+    if (width <= kRows) return {kRows / width * width, most(1, g.positions()), g.positions()};
+    const int64_t parts = (width + kRows - 1) / kRows;
+    return {round_up((width + parts - 1) / parts, Traits::kMr), width, g.positions()};
+  }
+
+  // Elements of depth that a tap of the step takes.
+  int64_t pitch(const DepthStep& step) const {
+    return lines_.is_used() ? Lines<T>::pitch(step.channels) : step.channels;
+  }
+  int64_t padded_depth(const DepthStep& step) const { return padded_k<T>(step.rows * step.taps * pitch(step)); }
+  int64_t panel_stride() const { return padded_depth(steps_.largest()) * Traits::kNr; }
+  int64_t step_stride() const { return panel_stride() * (padded_n<T>(g_.group_result()) / Traits::kNr); }
   int64_t group_stride() const { return most(64, step_stride() * steps_.count()); }
 
-  void pack_panel(E* packed, int64_t group, int64_t panel) const {
-    constexpr int pack = Traits::kPack, nr = Traits::kNr;
-    const int64_t n0 = panel * nr, columns = least(nr, g_.group_result() - n0);
-    const T* weight = weight_ + weight_offset(p_, group) + n0 * g_.weight_result;
-    for (int64_t i = 0; i < steps_.count(); ++i) {
-      const DepthStep step = steps_.at(i);
-      E* to = packed + group * group_stride() + i * step_stride() + panel * panel_stride();
-      int64_t k = 0;
-      const auto row = [&](const T* from) {
-        E* units = to + k / pack * nr * pack + k % pack;
-        for (int64_t n = 0; n < columns; ++n) units[n * pack] = convert_element<T, E>(from[n * g_.weight_result]);
-        for (int64_t n = columns; n < nr; ++n) units[n * pack] = E{};
-        ++k;
-      };
-      for (int64_t r = step.row; r < step.row + step.rows; ++r)
-        for (int64_t t = step.tap; t < step.tap + step.taps; ++t) {
-          const T* tap = weight + tap_offset(g_, r / g_.axis[1].taps, r % g_.axis[1].taps, t);
-          for (int64_t c = step.channel; c < step.channel + step.channels; ++c) row(tap + c * g_.weight_source);
+  bool pads_depth() const {
+    for (int64_t i = 0; i < steps_.count(); ++i)
+      if (const DepthStep step = steps_.at(i); padded_depth(step) != step.depth()) return true;
+    return false;
+  }
+
+  // Channels [first, first + kPackedChannels) of one panel. They are read in the order in which they lie in memory into
+  // loose[channel][tap][column], in cache, and go from there to their steps.
+  bool pack(E* packed, int64_t group, int64_t index, int64_t first) const {
+    constexpr int64_t nr = Traits::kNr, unit = Traits::kPack;
+    const int64_t n0 = index * nr, columns = least(nr, g_.group_result() - n0), taps = volume(g_.kernel);
+    const int64_t end = least(g_.group_source(), first + kPackedChannels);
+    A* loose = static_cast<A*>(thread_scratch(kPackedChannels * taps * nr * sizeof(A)));
+    if (!loose) return false;
+    load_weights(weight_ + weight_offset(p_, group) + n0 * g_.weight_result + first * g_.weight_source, columns,
+                 end - first, loose);
+    E* panel = packed + group * group_stride() + index * panel_stride();
+    for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
+      for (int64_t tap = 0; tap < g_.axis[2].taps; ++tap) {
+        const A* from = loose + tap_offset(g_, row / g_.axis[1].taps, row % g_.axis[1].taps, tap) * nr;
+        for (int64_t c = first; c < end;) {
+          const int64_t i = steps_.find(row, tap, c);
+          const DepthStep step = steps_.at(i);
+          const int64_t stop = least(end, step.channel + step.channels);
+          int64_t k = ((row - step.row) * step.taps + tap - step.tap) * pitch(step) + c - step.channel;
+          E* to = panel + i * step_stride();
+          while (c < stop) {
+            const A* one = from + (c - first) * taps * nr;
+            if (unit == 2 && k % 2 == 0 && c + 1 < stop) {
+              pack_pairs(one, one + taps * nr, to + k * nr);
+              c += 2, k += 2;
+            } else {
+              E* units = to + k / unit * nr * unit + k % unit;
+              for (int64_t n = 0; n < nr; ++n) units[n * unit] = round_to<E>(one[n]);
+              ++c, ++k;
+            }
+          }
         }
-      for (const int64_t end = padded_k<T>(k); k < end; ++k)
-        for (int64_t n = 0; n < nr; ++n) to[k / pack * nr * pack + k % pack + n * pack] = E{};
+      }
+    release_large_scratch();
+    return true;
+  }
+
+  static void pack_pairs([[maybe_unused]] const A* even, [[maybe_unused]] const A* odd, [[maybe_unused]] E* to) {
+    if constexpr (std::is_same_v<E, bf16>) {
+      for (int64_t n = 0; n < Traits::kNr; n += kLanes<float>) {
+        const Vec<uint32_t> low = bit_cast<Vec<uint32_t>>(load(even + n)), high = bit_cast<Vec<uint32_t>>(load(odd + n));
+        store(reinterpret_cast<uint32_t*>(to) + n, (low >> 16) | high);
+      }
     }
   }
 
+  void load_weights(const T* weight, int64_t columns, int64_t channels, A* loose) const {
+    constexpr int64_t nr = Traits::kNr, lanes = kLanes<A>;
+    const int64_t taps = volume(g_.kernel), depth = channels * taps;
+    int64_t n = 0, done = 0;
+    if (g_.weight_source == taps) {
+      // Channels and taps of a column are neighbours.
+      done = depth / lanes * lanes;
+      for (; n + lanes <= columns; n += lanes)
+        for (int64_t k = 0; k < done; k += lanes) {
+          Vec<A> rows[lanes];
+          for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(weight + (n + i) * g_.weight_result + k);
+          transpose<A>(rows);
+          for (int64_t i = 0; i < lanes; ++i) store(loose + (k + i) * nr + n, rows[i]);
+        }
+    }
+    const int64_t full = n;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const T* from = weight + c * g_.weight_source + tap;
+        A* to = loose + (c * taps + tap) * nr;
+        for (int64_t i = c * taps + tap < done ? full : 0; i < columns; ++i)
+          to[i] = load_scalar(from + i * g_.weight_result);
+        for (int64_t i = columns; i < nr; ++i) to[i] = A(0);
+      }
+  }
+
   struct Scratch {
-    E* rows;
+    E* rows;  // gathered rows, or copied lines
     A* partial;
     T *out, *residual;
     Position* positions;
     int64_t* offsets;
   };
-  int64_t ld_rows() const { return padded_k<T>(steps_.largest()) + 64 / static_cast<int64_t>(sizeof(E)); }
-  bool is_in_place() const { return std::is_same_v<E, T> && Traits::kKStep == 1 && g_.is_pointwise(); }
+  int64_t ld_rows() const { return padded_depth(steps_.largest()) + 64 / static_cast<int64_t>(sizeof(E)); }
   bool is_transposed() const {
-    const int64_t space = g_.axis[0].out_size * g_.axis[1].out_size * g_.axis[2].out_size;
-    return r_.layout == Layout::channels_first && space > 1 && g_.result_channels > 1;
+    return r_.layout == Layout::channels_first && space_ > 1 && g_.result_channels > 1;
   }
 
   Scratch carve(Carver& carver) const {
     Scratch s;
-    s.rows = carver.take<E>(is_in_place() ? 0 : round_up(kRows, 32) * ld_rows());
-    s.partial = carver.take<A>(kRows * columns_);
-    s.out = carver.take<T>(is_transposed() ? kRows * columns_ : 0);
-    s.residual = carver.take<T>(is_transposed() && r_.residual ? kRows * columns_ : 0);
-    s.positions = carver.take<Position>(kRows);
-    s.offsets = carver.take<int64_t>(kRows);
+    const int64_t lines = lines_.bytes() / static_cast<int64_t>(sizeof(E));
+    s.rows = carver.take<E>(lines_.is_used() ? lines : round_up(kRows, 32) * ld_rows());
+    s.partial = carver.take<A>(blocks_.rows * columns_);
+    s.out = carver.take<T>(is_transposed() ? blocks_.rows * columns_ : 0);
+    s.residual = carver.take<T>(is_transposed() && r_.residual ? blocks_.rows * columns_ : 0);
+    s.positions = carver.take<Position>(blocks_.rows);
+    s.offsets = carver.take<int64_t>(blocks_.rows);
     return s;
   }
 
@@ -167,16 +286,15 @@ private:
     if (!carver.next) return false;
     const Scratch s = carve(carver);
     TileScope tiles;
-    const int64_t begin = block * kRows, rows = least(kRows, g_.positions() - begin);
+    const int64_t begin = blocks_.begin(block), rows = blocks_.size(block);
     const int64_t channel = group * g_.group_result() + column, columns = least(columns_, g_.group_result() - column);
-    const int64_t space = g_.axis[0].out_size * g_.axis[1].out_size * g_.axis[2].out_size;
     const bool transposed = is_transposed();
     locate(g_, begin, rows, s.positions);
     for (int64_t r = 0; r < rows; ++r)
       s.offsets[r] = transposed ? r * columns_ : s.positions[r].out * g_.result_channels + channel;
     const T* residual = r_.residual;
     if (transposed && residual) {
-      rows_from_planes(residual, g_.result_channels, space, begin, begin + rows, channel, columns, s.residual,
+      rows_from_planes(residual, g_.result_channels, space_, begin, begin + rows, channel, columns, s.residual,
                        columns_);
       residual = s.residual;
     }
@@ -186,7 +304,7 @@ private:
     multiply(s, packed + group * group_stride() + column / Traits::kNr * panel_stride(), group, begin, rows, columns,
              epilogue);
     if (transposed)
-      planes_from_rows(s.out, columns_, r_.out, g_.result_channels, space, begin, begin + rows, channel, columns);
+      planes_from_rows(s.out, columns_, r_.out, g_.result_channels, space_, begin, begin + rows, channel, columns);
     if (r_.statistics) {
       A* to = r_.statistics + block * 2 * g_.result_channels + channel;
       block_statistics(r_.out + begin * g_.result_channels + channel, g_.result_channels, rows, columns, to,
@@ -198,33 +316,45 @@ private:
 
   void multiply(const Scratch& s, const E* packed, int64_t group, int64_t begin, int64_t rows, int64_t columns,
                 const ConvEpilogue<T>& epilogue) const {
-    for (int64_t i = 0; i < steps_.count(); ++i) {
+    typename Lines<T>::Block lines{};
+    for (int64_t i = 0, part = -1; i < steps_.count(); ++i) {
       const DepthStep step = steps_.at(i);
-      const E* a = s.rows;
-      int64_t lda = ld_rows();
-      if (is_in_place()) {
-        if constexpr (std::is_same_v<E, T>)
-          a = source_ + begin * g_.source_channels + group * g_.group_source() + step.channel;
-        lda = g_.source_channels;
+      const E* weights = packed + i * step_stride();
+      GemmBlock<T> pairs[kMaxGemmBlocks];
+      int64_t count = 1, depth = step.depth(), lda = ld_rows();
+      if (lines_.is_used()) {
+        if (step.channel != part)
+          lines_.take(source_, group * g_.group_source() + step.channel, step.channels, begin, rows, s.rows, lines);
+        part = step.channel;
+        count = lines_.operands(step, lines, weights, pairs);
+        depth = lines_.depth(step);
+        lda = lines_.row_stride(step);
       } else {
-        gather_rows(g_, source_, group, step, s.positions, rows, s.rows, lda, padded_k<T>(step.depth()));
+        gather_rows(g_, source_, group, step, s.positions, rows, s.rows, lda, padded_k<T>(depth));
+        lines = {1, rows, {0}, s.rows};
+        pairs[0] = {s.rows, weights};
       }
-      const E* b = packed + i * step_stride();
+      const auto run = [&](const auto& e) {
+        gemm_runs<T>(lines.runs, lines.length, lines.starts, columns, depth, pairs, count, lda, panel_stride(), e);
+      };
       if (i + 1 == steps_.count()) {
-        gemm<T>(rows, columns, step.depth(), a, lda, b, panel_stride(), epilogue);
+        run(epilogue);
       } else if (i == 0) {
-        gemm<T>(rows, columns, step.depth(), a, lda, b, panel_stride(), StoreSums<A>{s.partial, columns_});
+        run(StoreSums<A>{s.partial, columns_});
       } else {
-        gemm<T>(rows, columns, step.depth(), a, lda, b, panel_stride(), AddSums<A>{s.partial, columns_});
+        run(AddSums<A>{s.partial, columns_});
       }
     }
   }
 
   const ConvProblem& p_;
-  const Gather& g_;
+  const Gather g_;
   const T *source_, *weight_;
   const ConvResult<T>& r_;
   const DepthSteps steps_;
+  const Lines<T> lines_;
+  const Blocks blocks_;
+  const int64_t space_;
   int64_t columns_ = 0, column_blocks_ = 0;
 };
 

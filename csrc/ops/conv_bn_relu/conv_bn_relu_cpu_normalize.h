@@ -32,22 +32,27 @@ static void block_statistics(const T* x, int64_t ld, int64_t rows, int64_t chann
   }
 }
 
-// blocks[b] = {mean, m2} of block b; every block has `rows` rows but the last, which has what is left of `count`.
+// blocks[b] = {mean, m2} of block b of `count` positions. Every `width` positions are divided into blocks of `rows`, the
+// last of which is what is left.
 template <class A>
-static void merge_statistics(const A* blocks, int64_t channels, int64_t rows, int64_t count, A* mean, A* variance) {
-  const int64_t n = (count + rows - 1) / rows;
-  for (int64_t c = 0; c < channels; ++c) {
-    double centre = 0, m2 = 0, seen = 0;
-    for (int64_t b = 0; b < n; ++b) {
-      const double here = static_cast<double>(least(rows, count - b * rows)), all = seen + here;
-      const double delta = static_cast<double>(blocks[b * 2 * channels + c]) - centre;
-      centre += delta * (here / all);
-      m2 += static_cast<double>(blocks[(b * 2 + 1) * channels + c]) + delta * delta * (seen * here / all);
-      seen = all;
+static void merge_statistics(const A* blocks, int64_t channels, int64_t rows, int64_t width, int64_t count, A* mean,
+                             A* variance) {
+  parallel_items((channels + kChannelPadding - 1) / kChannelPadding, [&](int64_t part) {
+    for (int64_t c = part * kChannelPadding; c < least(channels, (part + 1) * kChannelPadding); ++c) {
+      double centre = 0, m2 = 0, seen = 0;
+      const A* block = blocks + c;
+      for (int64_t line = 0; line < count; line += width)
+        for (int64_t begin = 0, end = least(width, count - line); begin < end; begin += rows, block += 2 * channels) {
+          const double here = static_cast<double>(least(rows, end - begin)), all = seen + here;
+          const double delta = static_cast<double>(block[0]) - centre;
+          centre += delta * (here / all);
+          m2 += static_cast<double>(block[channels]) + delta * delta * (seen * here / all);
+          seen = all;
+        }
+      mean[c] = static_cast<A>(centre);
+      variance[c] = static_cast<A>(m2 / seen);
     }
-    mean[c] = static_cast<A>(centre);
-    variance[c] = static_cast<A>(m2 / seen);
-  }
+  });
 }
 
 template <class T>

@@ -47,7 +47,7 @@ private:
   static constexpr int64_t kItems = 64;
 
   int64_t outputs() const { return g_.group_result(); }
-  int64_t ld_sums() const { return padded_n<T>(steps_.largest()); }
+  int64_t ld_sums() const { return padded_n<T>(steps_.largest().depth()); }
   int64_t sums_size() const { return outputs() * ld_sums(); }
   static constexpr int64_t kLdRows = kRows + 64 / static_cast<int64_t>(sizeof(E));
 
@@ -58,7 +58,7 @@ private:
   };
   Scratch carve(Carver& carver) const {
     Scratch s;
-    s.rows = carver.take<T>(kRows * steps_.largest());
+    s.rows = carver.take<T>(kRows * steps_.largest().depth());
     s.panels = carver.take<E>(padded_k<T>(kRows) * ld_sums());
     s.transposed = carver.take<T>(std::is_same_v<E, T> ? 0 : outputs() * kRows);
     s.grad = carver.take<E>(round_up(outputs(), 32) * kLdRows);
