@@ -5,8 +5,9 @@
 // coordinate modulo the stride: of a residue's taps, every one meets a source element, so no product with a stride's
 // zeros is ever computed.
 //
-// Depth (k) runs over taps, then channels. It is divided into steps of about kDepth, so that a block of rows of one step
-// stays in L2 and a panel of weights in L1: whole rows of taps where they fit, of all channels or of a part of them.
+// Depth (k) runs over taps, then channels. It is divided into steps of about kDepth, so that a block of rows of one
+// step stays in L2 and a panel of weights in L1: whole rows of taps where they fit, of all channels or of a part of
+// them.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_layout.h"
@@ -128,12 +129,8 @@ public:
     if (parts_ == 0) return {0, 0, 0, 0, 0, 0};
     const int64_t tap = i % tap_steps_ * tap_part_, row = i / tap_steps_ % row_steps_ * row_part_;
     const int64_t channel = i / (tap_steps_ * row_steps_) * part_;
-    return {row,
-            least(row_part_, rows_ - row),
-            tap,
-            least(tap_part_, taps_ - tap),
-            channel,
-            least(part_, channels_ - channel)};
+    return {row,     least(row_part_, rows_ - row),    tap, least(tap_part_, taps_ - tap),
+            channel, least(part_, channels_ - channel)};
   }
   // The step of an element of depth, and the step's first.
   int64_t find(int64_t row, int64_t tap, int64_t channel) const {

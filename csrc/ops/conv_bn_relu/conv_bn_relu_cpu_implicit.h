@@ -5,7 +5,8 @@
 //            rows of a kernel, gathered one step of depth at a time. A channels-first result leaves through a block of
 //            rows and a transposition.
 //
-//   tiling   about kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer in
+//   tiling   about kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer
+//   in
 //            L2, the last step's epilogue scales, shifts, adds the residual, activates and stores.
 //
 //   threads  items are dealt out by a counter. The order of a sum depends on neither the items' width nor the threads.
@@ -70,8 +71,7 @@ struct ConvEpilogue {
   // Most results are a normalised channel or a plain sum: with their vectors in registers and no partial store.
   void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
     constexpr int lanes = kLanes<A>;
-    const bool usual =
-        !residual && (result.activation == Activation::relu || result.activation == Activation::none);
+    const bool usual = !residual && (result.activation == Activation::relu || result.activation == Activation::none);
     for (int half = 0; half < 2 && half * lanes < columns; ++half, column += lanes, sums += lanes) {
       const int64_t valid = least(lanes, columns - half * lanes), c = channel + column;
       if (usual && valid == lanes) {
@@ -126,8 +126,8 @@ public:
         space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
     const int64_t wanted = 2 * num_threads(), columns = padded_n<T>(g_.group_result());
     const int64_t items = most(1, blocks_.count() * g_.groups);
-    const int64_t parts = most((columns + kColumns - 1) / kColumns,
-                               least(columns / Traits::kNr, (wanted + items - 1) / items));
+    const int64_t parts =
+        most((columns + kColumns - 1) / kColumns, least(columns / Traits::kNr, (wanted + items - 1) / items));
     columns_ = round_up((columns + parts - 1) / parts, Traits::kNr);
     column_blocks_ = (columns + columns_ - 1) / columns_;
   }
@@ -223,7 +223,8 @@ private:
   static void pack_pairs([[maybe_unused]] const A* even, [[maybe_unused]] const A* odd, [[maybe_unused]] E* to) {
     if constexpr (std::is_same_v<E, bf16>) {
       for (int64_t n = 0; n < Traits::kNr; n += kLanes<float>) {
-        const Vec<uint32_t> low = bit_cast<Vec<uint32_t>>(load(even + n)), high = bit_cast<Vec<uint32_t>>(load(odd + n));
+        const Vec<uint32_t> low = bit_cast<Vec<uint32_t>>(load(even + n)),
+                            high = bit_cast<Vec<uint32_t>>(load(odd + n));
         store(reinterpret_cast<uint32_t*>(to) + n, (low >> 16) | high);
       }
     }
@@ -263,9 +264,7 @@ private:
     int64_t* offsets;
   };
   int64_t ld_rows() const { return padded_depth(steps_.largest()) + 64 / static_cast<int64_t>(sizeof(E)); }
-  bool is_transposed() const {
-    return r_.layout == Layout::channels_first && space_ > 1 && g_.result_channels > 1;
-  }
+  bool is_transposed() const { return r_.layout == Layout::channels_first && space_ > 1 && g_.result_channels > 1; }
 
   Scratch carve(Carver& carver) const {
     Scratch s;

@@ -32,8 +32,8 @@ static void block_statistics(const T* x, int64_t ld, int64_t rows, int64_t chann
   }
 }
 
-// blocks[b] = {mean, m2} of block b of `count` positions. Every `width` positions are divided into blocks of `rows`, the
-// last of which is what is left.
+// blocks[b] = {mean, m2} of block b of `count` positions. Every `width` positions are divided into blocks of `rows`,
+// the last of which is what is left.
 template <class A>
 static void merge_statistics(const A* blocks, int64_t channels, int64_t rows, int64_t width, int64_t count, A* mean,
                              A* variance) {
