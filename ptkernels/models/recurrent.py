@@ -140,6 +140,7 @@ class SpeakerEncoder(nn.Module):
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> model = SpeakerEncoder(channels=4, hidden_size=8, num_layers=1)
         >>> embeddings = model([torch.rand(20, 4), torch.rand(9, 4)])
         >>> torch.allclose(embeddings.norm(dim=1), torch.ones(2))
