@@ -5,6 +5,7 @@
 ``PTKERNELS_STRICT``         ``1``: a call that the fused kernels cannot take raises instead of running the reference
 ``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
+``PTKERNELS_PACKED_MB``      MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
 ``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
 ===========================  ==================================================================================
 """
@@ -27,6 +28,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     max_isa: str | None = None
+    packed_mb: int | None = None
     library: Path | None = None
 
 
@@ -39,6 +41,13 @@ def _choice(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:
     return _choice(environ, name, ("0", "1")) == "1"
+
+
+def _count(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "")
+    if value and not value.isdecimal():
+        raise ValueError(f"{name}: got {value!r}, expected a number of 0 or more")
+    return int(value) if value else None
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -58,6 +67,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         backend=_choice(environ, "PTKERNELS_BACKEND", BACKENDS),
         strict=_flag(environ, "PTKERNELS_STRICT"),
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
+        packed_mb=_count(environ, "PTKERNELS_PACKED_MB"),
         library=Path(library) if library else None,
     )
 

@@ -9,20 +9,9 @@ namespace ptk::PTK_ISA {
 
 namespace detail {
 
-// 64-bit products of every other lane, the even ones, with m.
-PTK_INLINE Vec<uint64_t> multiply_even(Vec<uint64_t> a, uint32_t m) {
-#if PTK_X86_AVX512
-  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(static_cast<int>(m)));
-#elif PTK_ISA_LEVEL == 1
-  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(static_cast<int>(m)));
-#else
-  return (a & 0xffffffffu) * m;
-#endif
-}
-
 PTK_INLINE Vec<uint32_t> multiply_high(Vec<uint32_t> a, uint32_t m) {
-  const Vec<uint64_t> pairs = bit_cast<Vec<uint64_t>>(a);
-  const Vec<uint64_t> even = multiply_even(pairs, m), odd = multiply_even(pairs >> 32, m);
+  const Vec<uint64_t> pairs = bit_cast<Vec<uint64_t>>(a), factor = broadcast(uint64_t{m});
+  const Vec<uint64_t> even = multiply_even(pairs, factor), odd = multiply_even(pairs >> 32, factor);
   return bit_cast<Vec<uint32_t>>(even >> 32 | (odd & 0xffffffff00000000u));
 }
 

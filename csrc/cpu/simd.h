@@ -133,6 +133,17 @@ PTK_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// 64-bit products of the lower halves.
+PTK_INLINE Vec<uint64_t> multiply_even(Vec<uint64_t> a, Vec<uint64_t> b) {
+#if PTK_X86_AVX512
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif PTK_ISA_LEVEL == 1
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 template <class To, class V>
 PTK_INLINE To bit_cast(V v) {
   static_assert(sizeof(To) == sizeof(V));
