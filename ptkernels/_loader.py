@@ -94,3 +94,17 @@ def introspection() -> ModuleType | None:
         return importlib.import_module("ptkernels._introspect")
     except ImportError:
         return None
+
+
+def isa_hints(dtype: torch.dtype) -> list[str]:
+    """What ``explain`` says of the ISA level of CPU kernels that multiply ``dtype``: what would make them faster."""
+    module = introspection()
+    if module is None:
+        return []
+    active, preferred = module.active_isa(), module.preferred_isa()
+    hints = []
+    if active != preferred:
+        hints.append(f"PTKERNELS_MAX_ISA asks for {active}; this machine's kernels are fastest at {preferred}")
+    if dtype == torch.float32 and active == "amx":
+        hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    return hints

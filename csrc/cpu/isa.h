@@ -22,7 +22,11 @@ inline constexpr int kIsaCount = 6;
 // Highest level that both this CPU and its operating system support.
 PTK_EXPORT Isa detected_isa();
 
-// Level that kernels run at: detected_isa() capped by set_max_isa(). Fixed for the process by the first call.
+// The level that is fastest here: detected_isa(), but for a CPU whose newest instructions are slower than those before.
+PTK_EXPORT Isa preferred_isa();
+
+// Level that kernels run at: preferred_isa(), or what set_max_isa() names if that is not above detected_isa(). Fixed
+// for the process by the first call.
 PTK_EXPORT Isa active_isa();
 
 PTK_EXPORT const char* isa_name(Isa isa);

@@ -135,6 +135,9 @@ PYBIND11_MODULE(_introspect, module) {
       "detected_isa", [] { return std::string(ptk::isa_name(ptk::detected_isa())); },
       "Highest ISA level that this CPU and its operating system support.");
   module.def(
+      "preferred_isa", [] { return std::string(ptk::isa_name(ptk::preferred_isa())); },
+      "ISA level that kernels run at unless capped: the fastest here.");
+  module.def(
       "active_isa", [] { return std::string(ptk::isa_name(ptk::active_isa())); },
       "ISA level of the CPU kernels. Fixes it for the process.");
   module.def("compiled_isas", &compiled_isas, "ISA levels that the library holds, lowest first.");

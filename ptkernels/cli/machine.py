@@ -32,13 +32,21 @@ def cores() -> int:
 
 
 def isa() -> dict[str, Any]:
-    """Instruction-set levels: detected, active, the cap asked for, those compiled in, and whether they are emulated."""
+    """Instruction-set levels: detected, fastest, active, asked for, compiled in, and whether they are emulated."""
     module = _loader.introspection()
     if module is None:
         unknown = "unknown (ptkernels._introspect is not built for this Python)"
-        return {"detected": unknown, "active": unknown, "cap": _env.settings.max_isa, "compiled": [], "emulated": None}
+        return {
+            "detected": unknown,
+            "preferred": unknown,
+            "active": unknown,
+            "cap": _env.settings.max_isa,
+            "compiled": [],
+            "emulated": None,
+        }
     return {
         "detected": module.detected_isa(),
+        "preferred": module.preferred_isa(),
         "active": module.active_isa(),
         "cap": _env.settings.max_isa,
         "compiled": module.compiled_isas(),

@@ -1,14 +1,15 @@
-// C = A B for whole matrices: B packed once, then tiles of C computed independently.
+// C = A B for whole matrices, in strips of C computed independently.
 //
-//   tiling   items of kM x kN of C; per item, depth in steps of kDepth: A's part is packed (kM x kDepth, in L2),
-//            the sums of later steps are added to those of earlier ones in a buffer, the last step's epilogue adds
-//            bias and converts.
+//   tiling   items of up to kRows x kN of C. Per item, depth in steps of kDepth: B's part is packed (kDepth x kN, in
+//            L2) and meets kM rows of A at a time, packed too. Sums of later steps are added to those of earlier ones,
+//            in C itself where it has their type; the last step's epilogue adds bias and converts.
 //
 //   threads  items are dealt out by a counter; each is computed by one thread in a fixed order, so the result does not
 //            depend on their number.
 #include "csrc/cpu/gemm/gemm_driver.h"
 
 #include "csrc/core/parallel.h"
+#include "csrc/cpu/carver.h"
 #include "csrc/cpu/gemm/gemm.h"
 #include "csrc/cpu/scratch.h"
 
@@ -17,7 +18,7 @@
 namespace ptk::PTK_ISA {
 namespace {
 
-constexpr int64_t kM = 192, kN = 512, kDepth = 256;
+constexpr int64_t kN = 512, kDepth = 256;
 
 template <class T>
 using OutOf = std::conditional_t<sizeof(T) == 1, int32_t, T>;
@@ -50,72 +51,89 @@ struct Finish {
 
 template <class T>
 struct Product {
+  static constexpr int64_t kM = round_up(192, GemmTraits<T>::kMr), kRows = 8 * kM;
+  static constexpr int64_t kLda = kDepth + 64 / sizeof(Element<T>);
+  static constexpr bool kSumsInC = std::is_same_v<OutOf<T>, Sum<T>>;
   const GemmProblem& p;
   const int64_t depth_steps = (p.k + kDepth - 1) / kDepth;
-  const int64_t panel_stride = padded_k<T>(p.k < kDepth ? p.k : kDepth) * GemmTraits<T>::kNr;
-  const int64_t step_stride = panel_stride * (padded_n<T>(p.n) / GemmTraits<T>::kNr);
-  ElementB<T>* packed_b = nullptr;
+  const int64_t panel_stride = padded_k<T>(least(p.k, kDepth)) * GemmTraits<T>::kNr;
 
-  int64_t packed_b_elements() const { return step_stride * depth_steps * p.reduce; }
-
-  void pack_panel(int64_t r, int64_t step, int64_t panel) const {
-    const auto* b = static_cast<const SourceB<T>*>(p.b) + r * p.stride_b[0];
-    const int64_t k0 = step * kDepth, n0 = panel * GemmTraits<T>::kNr;
-    const int64_t k = least(kDepth, p.k - k0);
-    pack_b_panel<T>(b + k0 * p.stride_b[1] + n0 * p.stride_b[2], p.stride_b[1], p.stride_b[2], k,
-                    least(GemmTraits<T>::kNr, p.n - n0),
-                    packed_b + (r * depth_steps + step) * step_stride + panel * panel_stride, padded_k<T>(k));
+  struct Pieces {
+    Element<T>* a;
+    ElementB<T>* b;
+    Sum<T>* sums;
+    int64_t ld;
+  };
+  Pieces lay_out(Carver& carver, int64_t m0, int64_t n0) const {
+    Pieces piece{carver.take<Element<T>>(kM * kLda),
+                 carver.take<ElementB<T>>(panel_stride * (padded_n<T>(kN) / GemmTraits<T>::kNr)), nullptr, 0};
+    if constexpr (kSumsInC) {
+      piece.sums = static_cast<Sum<T>*>(p.c) + m0 * p.n + n0;
+      piece.ld = p.n;
+    } else {
+      piece.sums = carver.take<Sum<T>>(kRows * kN);
+      piece.ld = kN;
+    }
+    return piece;
   }
 
-  static constexpr int64_t kLda = kDepth + 64 / sizeof(Element<T>);
-  static constexpr size_t kScratch = kM * kLda * sizeof(Element<T>) + kM * kN * sizeof(Sum<T>) + 64;
-
-  void item(int64_t m0, int64_t n0, void* scratch) const {
-    auto* partial = static_cast<Sum<T>*>(scratch);
-    auto* packed_a = reinterpret_cast<Element<T>*>(partial + kM * kN);
-    const int64_t m = least(kM, p.m - m0), n = least(kN, p.n - n0);
+  // False when memory ran out.
+  bool item(int64_t m0, int64_t rows, int64_t n0) const {
+    Carver carver;
+    lay_out(carver, m0, n0);
+    carver.next = static_cast<char*>(thread_scratch(carver.bytes()));
+    if (!carver.next) return false;
+    const Pieces piece = lay_out(carver, m0, n0);
     TileScope tiles;
-    const int64_t steps = p.reduce * depth_steps;
-    for (int64_t i = 0; i < steps; ++i) {
-      const int64_t r = i / depth_steps, k0 = i % depth_steps * kDepth, k = least(kDepth, p.k - k0);
-      const auto* a = static_cast<const T*>(p.a) + r * p.stride_a[0] + m0 * p.stride_a[1] + k0 * p.stride_a[2];
-      pack_a<T>(a, p.stride_a[1], p.stride_a[2], m, k, packed_a, kLda);
-      const ElementB<T>* b = packed_b + i * step_stride + n0 / GemmTraits<T>::kNr * panel_stride;
-      if (i + 1 == steps) {
-        const auto* bias = static_cast<const Sum<T>*>(p.bias);
-        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride,
-                Finish<T>{i ? partial : nullptr, kN, bias ? bias + n0 : nullptr, p.relu,
-                          static_cast<OutOf<T>*>(p.c) + m0 * p.n + n0, p.n});
-      } else if (i == 0) {
-        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride, StoreSums<Sum<T>>{partial, kN});
-      } else {
-        gemm<T>(m, n, k, packed_a, kLda, b, panel_stride, AddSums<Sum<T>>{partial, kN});
-      }
+    for (int64_t i = 0; i < p.reduce * depth_steps; ++i) {
+      const int64_t r = i / depth_steps, k0 = i % depth_steps * kDepth;
+      const auto* b = static_cast<const SourceB<T>*>(p.b) + r * p.stride_b[0] + k0 * p.stride_b[1] + n0 * p.stride_b[2];
+      pack_panels(b, least(kDepth, p.k - k0), least(kN, p.n - n0), piece.b);
+      for (int64_t m = 0; m < rows; m += kM) step(i, m0 + m, least(kM, rows - m), n0, piece, m);
+    }
+    return true;
+  }
+
+  void pack_panels(const SourceB<T>* b, int64_t k, int64_t n, ElementB<T>* dst) const {
+    constexpr int64_t nr = GemmTraits<T>::kNr;
+    for (int64_t n0 = 0; n0 < n; n0 += nr, dst += panel_stride)
+      pack_b_panel<T>(b + n0 * p.stride_b[2], p.stride_b[1], p.stride_b[2], k, least(nr, n - n0), dst, padded_k<T>(k));
+  }
+
+  void step(int64_t i, int64_t m0, int64_t m, int64_t n0, const Pieces& piece, int64_t row) const {
+    const int64_t r = i / depth_steps, k0 = i % depth_steps * kDepth, k = least(kDepth, p.k - k0);
+    const int64_t n = least(kN, p.n - n0);
+    const auto* a = static_cast<const T*>(p.a) + r * p.stride_a[0] + m0 * p.stride_a[1] + k0 * p.stride_a[2];
+    pack_a<T>(a, p.stride_a[1], p.stride_a[2], m, k, piece.a, kLda);
+    Sum<T>* sums = piece.sums + row * piece.ld;
+    if (i + 1 == p.reduce * depth_steps) {
+      const auto* bias = static_cast<const Sum<T>*>(p.bias);
+      gemm<T>(m, n, k, piece.a, kLda, piece.b, panel_stride,
+              Finish<T>{i ? sums : nullptr, piece.ld, bias ? bias + n0 : nullptr, p.relu,
+                        static_cast<OutOf<T>*>(p.c) + m0 * p.n + n0, p.n});
+    } else if (i == 0) {
+      gemm<T>(m, n, k, piece.a, kLda, piece.b, panel_stride, StoreSums<Sum<T>>{sums, piece.ld});
+    } else {
+      gemm<T>(m, n, k, piece.a, kLda, piece.b, panel_stride, AddSums<Sum<T>>{sums, piece.ld});
     }
   }
 };
 
+// Rows are divided only as far as threads need items, since every item packs its part of B again.
 template <class T>
 bool multiply(const GemmProblem& problem) {
-  Product<T> product{problem};
-  void* packed = __builtin_malloc(product.packed_b_elements() * sizeof(ElementB<T>) + 64);
-  if (!packed) return false;
-  product.packed_b = reinterpret_cast<ElementB<T>*>(round_up(reinterpret_cast<intptr_t>(packed), 64));
-  const int64_t panels = padded_n<T>(problem.n) / GemmTraits<T>::kNr;
-  parallel_items(problem.reduce * product.depth_steps * panels, [&](int64_t i) {
-    const int64_t step = i / panels;
-    product.pack_panel(step / product.depth_steps, step % product.depth_steps, i % panels);
-  });
-  const int64_t columns = (problem.n + kN - 1) / kN, rows = (problem.m + kM - 1) / kM;
+  const Product<T> product{problem};
+  const int64_t strips = (problem.n + kN - 1) / kN, wanted = (4 * num_threads() + strips - 1) / strips;
+  const int64_t least_parts = (problem.m + product.kRows - 1) / product.kRows,
+                most_parts = (problem.m + product.kM - 1) / product.kM;
+  const int64_t parts = least(most(wanted, least_parts), most_parts);
+  const int64_t rows = round_up((problem.m + parts - 1) / parts, product.kM);
+  const int64_t down = (problem.m + rows - 1) / rows;
   bool ok = true;
-  parallel_items(rows * columns, [&](int64_t i) {
-    if (void* scratch = thread_scratch(Product<T>::kScratch)) {
-      product.item(i / columns * kM, i % columns * kN, scratch);
-    } else {
-      __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-    }
+  parallel_items(strips * down, [&](int64_t i) {
+    const int64_t m0 = i / strips * rows;
+    if (!product.item(m0, least(rows, problem.m - m0), i % strips * kN)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
   });
-  __builtin_free(packed);
   return ok;
 }
 

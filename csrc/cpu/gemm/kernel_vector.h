@@ -165,12 +165,10 @@ PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 #endif
 }
 
-// The instruction takes unsigned A. Signed A is shifted up by 128 (its sign bit flipped) and 128 * colsum(B) taken off
-// again; the column sums cost one more dot product with ones per vector of B.
+// The column sums that undo the shift of signed A (GemmTraits::kShiftA) cost one dot product with ones per vector of B.
 template <class T, int M, class Epilogue>
 PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
                                 int64_t column, int64_t columns, Epilogue& epilogue) {
-  constexpr bool is_signed = std::is_same_v<T, int8_t>;
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
   for (int64_t block = 0; block < count; ++block) {
@@ -179,13 +177,13 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 4) {
       Vec<int32_t> b0 = load(b), b1 = load(b + nr / 2);
-      if constexpr (is_signed) {
+      if constexpr (kShiftedA<T>) {
         column_sum[0] = dot_u8s8(column_sum[0], 0x01010101u, b0);
         column_sum[1] = dot_u8s8(column_sum[1], 0x01010101u, b1);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        uint32_t x = a.template at<uint32_t>(m) ^ (is_signed ? 0x80808080u : 0u);
+        const uint32_t x = a.template at<uint32_t>(m);
         sum[m][0] = dot_u8s8(sum[m][0], x, b0);
         sum[m][1] = dot_u8s8(sum[m][1], x, b1);
       }
@@ -193,7 +191,7 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
       b += nr;
     }
   }
-  if constexpr (is_signed) {
+  if constexpr (kShiftedA<T>) {
     for (int m = 0; m < M; ++m) {
       sum[m][0] -= column_sum[0] << 7;
       sum[m][1] -= column_sum[1] << 7;

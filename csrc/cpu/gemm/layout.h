@@ -60,6 +60,8 @@ struct Gemm8Traits {
   using Element = T;
   using Sum = int32_t;
   static constexpr bool kTiles = PTK_ISA_LEVEL >= 5;
+  // vpdpbusd takes unsigned A: packing adds 128 to signed numbers, the kernel takes 128 column sums of B off again.
+  static constexpr bool kShiftA = !kTiles && std::is_same_v<T, int8_t>;
   static constexpr int kPack = 4, kKStep = kTiles ? 64 : 4, kRowPad = kTiles ? 16 : 1;
   static constexpr int kNr = 2 * kLanes<int32_t>;
   static constexpr int kMr = kTiles ? 32 : 12;
@@ -107,6 +109,10 @@ PTK_INLINE constexpr int64_t most(int64_t a, int64_t b) {
 PTK_INLINE constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
+
+// Whether A's bytes are packed with their sign bit flipped.
+template <class T>
+inline constexpr bool kShiftedA = requires { requires GemmTraits<T>::kShiftA; };
 
 template <class T>
 PTK_INLINE constexpr int64_t padded_k(int64_t k) {

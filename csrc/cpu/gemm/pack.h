@@ -75,8 +75,11 @@ static inline void pack_a(const T* src, int64_t stride_m, int64_t stride_k, int6
   if constexpr (sizeof(T) > 1) {
     if (stride_m == 1 && stride_k != 1) done = detail::pack_a_transposed(src, stride_k, m, k, dst, ld);
   }
-  for (int64_t i = 0; i < m; ++i)
+  for (int64_t i = 0; i < m; ++i) {
     pack_row(src + i * stride_m + done * stride_k, stride_k, k - done, padded_k<T>(k) - done, dst + i * ld + done);
+    if constexpr (kShiftedA<T>)
+      for (int64_t kk = 0; kk < k; ++kk) dst[i * ld + kk] ^= -128;
+  }
 }
 
 namespace detail {

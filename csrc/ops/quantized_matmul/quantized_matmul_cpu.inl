@@ -1,7 +1,7 @@
 // Products with a quantized weight on the CPU, one ISA level: which kernel answers which problem. The kernels are in
-// quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (at most four rows of input) and
+// quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (few rows of input) and
 // quantized_matmul_cpu_backward.h.
-#if PTK_ISA_LEVEL < 3
+#if PTK_ISA_LEVEL <= 3
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_direct.h"
 #endif
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_backward.h"
@@ -12,7 +12,9 @@ namespace {
 #if PTK_ISA_LEVEL != 4
 template <class F>
 bool tiled_integers(const QuantizedForward& p) {
-  return p.weight.format == CodeFormat::u4 ? TiledForward<u4, F>(p).run() : TiledForward<int8_t, F>(p).run();
+  // vpdpbusd wants an unsigned operand: shifted here, what it adds comes off with the sums of the input's codes.
+  using Bytes = std::conditional_t<PTK_ISA_LEVEL == 3, uint8_t, int8_t>;
+  return p.weight.format == CodeFormat::u4 ? TiledForward<u4, F>(p).run() : TiledForward<Bytes, F>(p).run();
 }
 #endif
 
@@ -33,7 +35,8 @@ const QuantizedMatmulKernels& below() {
 }
 #endif
 
-constexpr int64_t kDirectRows = 4;
+// Rows of input that the direct kernels of the levels below answer better: tiles overtake them early.
+constexpr int64_t kDirectRows = PTK_ISA_LEVEL == 5 ? 4 : PTK_ISA_LEVEL == 4 ? 16 : 0;
 
 bool is_own(const QuantizedForward& p) {
   if (p.m <= kDirectRows || p.input.dtype == DType::f64) return false;
@@ -45,6 +48,9 @@ bool is_own(const QuantizedBackward& p) {
 
 bool forward(const QuantizedForward& p) {
   if (!is_own(p)) return below().forward(p);
+#if PTK_ISA_LEVEL == 3
+  if (DirectForward<true>::suits(p)) return DirectForward<true>(p).run();
+#endif
 #if PTK_ISA_LEVEL != 4
   if (p.quantize_input) return tiled_integers<float>(p);
 #endif
@@ -72,7 +78,8 @@ const QuantizedMatmulKernels& below() {
 }
 
 bool forward(const QuantizedForward& p) {
-  if (DirectForward::suits(p)) return DirectForward(p).run();
+  if (DirectForward<true>::suits(p)) return DirectForward<true>(p).run();
+  if (DirectForward<false>::suits(p)) return DirectForward<false>(p).run();
   const DType dtype = p.input.dtype;
   if (p.quantize_input) return dtype == DType::f64 ? tiled_integers<double>(p) : tiled_integers<float>(p);
   switch (dtype) {
@@ -109,8 +116,11 @@ bool backward(const QuantizedBackward& p) {
 
 const char* describe(const QuantizedForward& p) {
   if (!is_own(p)) return below().describe(p);
+#if PTK_ISA_LEVEL <= 3
+  if (DirectForward<true>::suits(p)) return PTK_NAME(PTK_ISA, "direct_int8");
+#endif
 #if PTK_ISA_LEVEL < 3
-  if (DirectForward::suits(p)) return p.quantize_input ? PTK_NAME(PTK_ISA, "direct_int8") : PTK_NAME(PTK_ISA, "direct");
+  if (DirectForward<false>::suits(p)) return PTK_NAME(PTK_ISA, "direct");
 #endif
   return p.quantize_input ? PTK_NAME(PTK_ISA, "tiled_int8") : PTK_NAME(PTK_ISA, "tiled");
 }

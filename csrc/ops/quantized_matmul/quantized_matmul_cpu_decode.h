@@ -163,17 +163,18 @@ static inline void decode_row(const QuantizedWeightView& w, D, int64_t row, int6
   }
 }
 
-// Signed bytes in A's element type, zeros from count to padded.
-template <class E>
-static inline void widen_codes(const int8_t* codes, int64_t count, int64_t padded, E* dst) {
+// Signed bytes as A's elements, plus 128 where T is unsigned; zeros from count to padded.
+template <class T>
+static inline void copy_codes(const int8_t* codes, int64_t count, int64_t padded, Element<T>* dst) {
   int64_t i = 0;
 #if PTK_ISA_LEVEL < 3
   for (; i + kLanes<int16_t> <= count; i += kLanes<int16_t>) store(dst + i, detail::load_widened(codes + i));
-  for (; i < count; ++i) dst[i] = codes[i];
 #else
-  std::memcpy(dst, codes, count);
-  i = count;
+  constexpr T flip = std::is_same_v<T, uint8_t> ? 128 : 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>)
+    store(dst + i, load(reinterpret_cast<const T*>(codes) + i) ^ broadcast(flip));
 #endif
+  for (; i < count; ++i) dst[i] = static_cast<Element<T>>(codes[i] + (std::is_same_v<T, uint8_t> ? 128 : 0));
   for (; i < padded; ++i) dst[i] = 0;
 }
 

@@ -45,37 +45,64 @@ struct CallMemory {
 // What integer sums of one step become: sums += scale[row] * (integers - (offset + zero[row]) * code_sums[column]).
 template <class F>
 struct FoldIntegers {
-  F* sums;
+  static constexpr bool kLarge = true, kStrip = true;
+  F* sums;  // rows of whole vectors
   int64_t ld;
   const float* scales;
   const float* zeros;
   int64_t stride;          // from a row's scale to the next row's
   float offset;            // of the integers multiplied from what the codes stand for
-  const float* code_sums;  // of the input over the step; null where there is nothing to subtract
+  const float* code_sums;  // of the input over the step, whole vectors; null where there is nothing to subtract
   const RowBlock* block;
+  // The next step's codes of the same rows, fetched while this one is multiplied: `share` of `ahead_bytes` each time.
+  const uint8_t* ahead;
+  int64_t row_bytes, ahead_bytes, share;
 
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<int32_t> integers,
-                                                        int64_t valid) const {
-    const int64_t index = block->row(row) * stride;
-    const float zero = zeros ? zeros[index] : 0.0f;
-    if constexpr (std::is_same_v<F, double>) {
-      for (int64_t i = 0; i < valid; ++i) {
-        const double shift = code_sums ? (static_cast<double>(offset) + zero) * code_sums[column + i] : 0.0;
-        sums[row * ld + column + i] += scales[index] * (integers[i] - shift);
+                                                        int64_t) const {
+    const int64_t weight_row = block->row(row), index = weight_row * stride;
+    const int64_t first = column / kLanes<int32_t> * share, end = least(first + share, ahead_bytes);
+    for (int64_t byte = first; byte < end; byte += 64) __builtin_prefetch(ahead + weight_row * row_bytes + byte, 0, 2);
+    const F shift = static_cast<F>(offset) + static_cast<F>(zeros ? zeros[index] : 0.0f);
+    constexpr int parts = sizeof(F) / sizeof(int32_t), lanes = kLanes<F>;
+    F* p = sums + row * ld + column;
+    for (int part = 0; part < parts; ++part, p += lanes) {
+      Vec<F> v;
+      if constexpr (parts == 1) {
+        v = __builtin_convertvector(integers, Vec<F>);
+      } else {
+        for (int i = 0; i < lanes; ++i) v[i] = integers[part * lanes + i];
       }
-    } else {
-      Vec<float> v = __builtin_convertvector(integers, Vec<float>);
-      if (code_sums) v -= (offset + zero) * load_partial(code_sums + column, valid);
-      F* p = sums + row * ld + column;
-      store_partial(p, load_partial(p, valid) + scales[index] * v, valid);
+      if (code_sums) {
+        Vec<F> sum;
+        if constexpr (parts == 1) {
+          sum = load(code_sums + column);
+        } else {
+          for (int i = 0; i < lanes; ++i) sum[i] = code_sums[column + part * lanes + i];
+        }
+        v -= shift * sum;
+      }
+      store(p, load(p) + static_cast<F>(scales[index]) * v);
+    }
+  }
+
+  inline __attribute__((always_inline)) void strip(int rows, int64_t row, int64_t column, int64_t,
+                                                   const int32_t* integers) const {
+    constexpr int lanes = kLanes<int32_t>;
+    for (int i = 0; i < rows; ++i, integers += 2 * lanes) {
+      (*this)(row + i, column, load(integers), lanes);
+      (*this)(row + i, column + lanes, load(integers + lanes), lanes);
     }
   }
 };
 
-// T: the input's dtype; where the input is quantized, int8_t or u4, the weight's codes. F: what sums are kept in.
+// T: the input's dtype; where the input is quantized, int8_t, uint8_t (signed codes plus 128) or u4, the weight's
+// codes. F: what sums are kept in.
 template <class T, class F>
 class TiledForward {
-  static constexpr bool kNibbles = std::is_same_v<T, u4>, kIntegers = kNibbles || std::is_same_v<T, int8_t>;
+  static constexpr bool kNibbles = std::is_same_v<T, u4>, kIntegers = kNibbles || sizeof(T) == 1;
+  // The integers multiplied, less what the codes stand for.
+  static constexpr float kOffset = kNibbles ? 8.0f : std::is_same_v<T, uint8_t> ? 128.0f : 0.0f;
   using E = Element<T>;
   using EB = ElementB<T>;
   static constexpr int64_t kMr = GemmTraits<T>::kMr, kNr = GemmTraits<T>::kNr;
@@ -99,7 +126,7 @@ public:
     CallMemory memory;
     const int64_t packed = round_up(steps_ * step_stride_ * sizeof(EB), 64);
     const int64_t scales = kIntegers ? round_up(columns_, 16) : 0,
-                  sums = kNibbles || (kIntegers && w_.zeros) ? steps_ * columns_ : 0;
+                  sums = kIntegers && (kOffset != 0.0f || w_.zeros) ? steps_ * columns_ : 0;
     char* block = memory.allocate(packed + (scales + sums) * sizeof(float));
     if (!block) return false;
     packed_ = reinterpret_cast<EB*>(block);
@@ -133,14 +160,19 @@ private:
   bool pack_panel(int64_t panel) {
     const int64_t m0 = panel * kNr, rows = least(kNr, p_.m - m0);
     if constexpr (kIntegers) {
-      const int64_t value_bytes = round_up(w_.k + kLanes<float>, 16) * sizeof(float);
-      char* scratch = static_cast<char*>(thread_scratch(value_bytes + w_.k));
-      if (!scratch) return false;
-      auto* values = reinterpret_cast<float*>(scratch);
-      auto* codes = reinterpret_cast<int8_t*>(scratch + value_bytes);
-      for (int64_t j = 0; j < kNr; ++j) {
-        if (j < rows) input_scales_[m0 + j] = quantize_row(p_.input, m0 + j, w_.k, p_.input_scale, values, codes);
-        for (int64_t i = 0; i < steps_; ++i) scatter(j < rows ? codes : nullptr, i, panel, j);
+      Carver carver;
+      carver.take<float>(w_.k + kLanes<float>);
+      carver.take<int8_t>(kNr * w_.k);
+      carver.next = static_cast<char*>(thread_scratch(carver.bytes()));
+      if (!carver.next) return false;
+      float* values = carver.take<float>(w_.k + kLanes<float>);
+      int8_t* codes = carver.take<int8_t>(kNr * w_.k);
+      for (int64_t j = 0; j < rows; ++j)
+        input_scales_[m0 + j] = quantize_row(p_.input, m0 + j, w_.k, p_.input_scale, values, codes + j * w_.k);
+      for (int64_t i = 0; i < steps_; ++i) {
+        const Step s = step(i);
+        pack_codes(codes + s.k0, s.k, rows, packed_panel(i, panel));
+        if (code_sums_) sum_codes(codes + s.k0, s.k, rows, code_sums_ + i * columns_ + m0);
       }
     } else {
       const auto* x = static_cast<const T*>(p_.input.data) + m0 * p_.input.strides[0];
@@ -156,20 +188,24 @@ private:
 
   EB* packed_panel(int64_t step, int64_t panel) const { return packed_ + step * step_stride_ + panel * panel_stride_; }
 
-  // Column j of a panel from one row's codes (null: zeros), kPack at a time.
-  void scatter(const int8_t* codes, int64_t i, int64_t panel, int64_t j) {
+  // The engine's packing turns words of four codes in registers; pairs are moved one by one.
+  void pack_codes(const int8_t* codes, int64_t k, int64_t rows, EB* dst) const {
     constexpr int64_t pack = GemmTraits<T>::kPack;
-    const Step s = step(i);
-    int8_t* dst = reinterpret_cast<int8_t*>(packed_panel(i, panel)) + j * pack;
-    const int64_t whole = codes ? s.k / pack * pack : 0;
-    for (int64_t k = 0; k < whole; k += pack) __builtin_memcpy(dst + k * kNr, codes + s.k0 + k, pack);
-    for (int64_t k = whole; k < padded_k<T>(s.k); ++k)
-      dst[k / pack * pack * kNr + k % pack] = codes && k < s.k ? codes[s.k0 + k] : 0;
-    if (!code_sums_) return;
-    int32_t sum = 0;
-    if (codes)
-      for (int64_t k = 0; k < s.k; ++k) sum += codes[s.k0 + k];
-    code_sums_[i * columns_ + panel * kNr + j] = static_cast<float>(sum);
+    if constexpr (pack == 4) return pack_b_panel<T>(codes, 1, w_.k, k, rows, dst, padded_k<T>(k));
+    for (int64_t j = 0; j < kNr; ++j) {
+      const int64_t whole = j < rows ? k / pack * pack : 0;
+      for (int64_t i = 0; i < whole; i += pack) __builtin_memcpy(dst + i * kNr + j * pack, codes + j * w_.k + i, pack);
+      for (int64_t i = whole; i < padded_k<T>(k); ++i)
+        dst[i / pack * pack * kNr + j * pack + i % pack] = j < rows && i < k ? codes[j * w_.k + i] : 0;
+    }
+  }
+
+  void sum_codes(const int8_t* codes, int64_t k, int64_t rows, float* sums) const {
+    for (int64_t j = 0; j < kNr; ++j) {
+      int32_t sum = 0;
+      for (int64_t i = 0; j < rows && i < k; ++i) sum += codes[j * w_.k + i];
+      sums[j] = static_cast<float>(sum);
+    }
   }
 
   bool item(const RowBlock& block, int64_t m0) const {
@@ -192,8 +228,13 @@ private:
       if constexpr (kIntegers) {
         const float* zeros = w_.zeros ? w_.zeros + s.group : nullptr;
         const float* code_sums = code_sums_ ? code_sums_ + i * columns_ + m0 : nullptr;
-        const FoldIntegers<F> fold{sums,      ld,    w_.scales + s.group, zeros, w_.groups(), kNibbles ? 8.0f : 0.0f,
-                                   code_sums, &block};
+        const bool last = i + 1 == steps_;
+        const Step next = step(last ? i : i + 1);
+        const int64_t bits = code_bits(w_.format), bytes = last ? 0 : next.k * bits / 8, vectors = ld / kLanes<int32_t>;
+        const FoldIntegers<F> fold{sums,           ld,          w_.scales + s.group,
+                                   zeros,          w_.groups(), kOffset,
+                                   code_sums,      &block,      w_.codes + next.k0 * bits / 8,
+                                   w_.row_bytes(), bytes,       round_up((bytes + vectors - 1) / vectors, 64)};
         gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, fold);
       } else {
         gemm<T>(rows, columns, s.k, a, kLda, b, panel_stride_, AddSums<F>{sums, ld});
@@ -212,7 +253,7 @@ private:
         if constexpr (kNibbles) {
           unpack_nibbles(codes + s.k0 / 2, s.k, padded, a + r * kLda);
         } else {
-          widen_codes(reinterpret_cast<const int8_t*>(codes) + s.k0, s.k, padded, a + r * kLda);
+          copy_codes<T>(reinterpret_cast<const int8_t*>(codes) + s.k0, s.k, padded, a + r * kLda);
         }
       }
     } else {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ptkernels import _backend, _loader, _triton
@@ -101,13 +100,8 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         for name, tensor in (("query", query), ("key", key), ("value", value))
         if tensor.numel() > 0 and tensor.size(-1) > 1 and tensor.stride(-1) != 1
     ]
-    introspection = _loader.introspection()
-    if query.device.type == "cpu" and introspection is not None:
-        active, detected = introspection.active_isa(), introspection.detected_isa()
-        if active != detected:
-            hints.append(f"PTKERNELS_MAX_ISA caps the kernels at {active}; this machine has {detected}")
-        if query.dtype == torch.float32 and active == "amx":
-            hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    if query.device.type == "cpu":
+        hints += _loader.isa_hints(query.dtype)
     return hints
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ptkernels import _backend, _loader
@@ -65,13 +64,8 @@ def _hints(input: Tensor, weight: Tensor) -> list[str]:
     hints = []
     if input.dim() > 3 and input.size(1) > 1 and not register._is_channels_last(input):
         hints.append("input: kernels work on channels last; memory_format=torch.channels_last saves a transposition")
-    introspection = _loader.introspection()
-    if input.device.type == "cpu" and introspection is not None:
-        active, detected = introspection.active_isa(), introspection.detected_isa()
-        if active != detected:
-            hints.append(f"PTKERNELS_MAX_ISA caps the kernels at {active}; this machine has {detected}")
-        if input.dtype == torch.float32 and active == "amx":
-            hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    if input.device.type == "cpu":
+        hints += _loader.isa_hints(input.dtype)
     return hints
 
 

@@ -54,13 +54,8 @@ def _cpu_kernel(dtype: torch.dtype) -> str:
 
 def _hints(input: Tensor, batch: int) -> list[str]:
     hints = []
-    introspection = _loader.introspection()
-    if input.device.type == "cpu" and introspection is not None:
-        active, detected = introspection.active_isa(), introspection.detected_isa()
-        if active != detected:
-            hints.append(f"PTKERNELS_MAX_ISA caps the kernels at {active}; this machine has {detected}")
-        if input.dtype == torch.float32 and active == "amx":
-            hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    if input.device.type == "cpu":
+        hints += _loader.isa_hints(input.dtype)
     if batch == 1 and input.device.type == "cpu":
         hints.append("one sequence at a time reads all weights for every token: batched sequences share them")
     return hints

@@ -60,14 +60,9 @@ def _cpu_kernel(x: Tensor, qweight: QuantizedWeight) -> str:
 
 
 def _hints(x: Tensor, qweight: QuantizedWeight, activation: str | None) -> list[str]:
-    hints = []
-    introspection = _loader.introspection()
-    if introspection is not None and x.device.type == "cpu":
-        active, detected = introspection.active_isa(), introspection.detected_isa()
-        if active != detected:
-            hints.append(f"PTKERNELS_MAX_ISA caps the kernels at {active}; this machine has {detected}")
-        if active == "amx" and x.dtype == torch.float32 and not qweight.spec.quantizes_input:
-            hints.append("bfloat16 inputs would use this machine's AMX tiles")
+    hints: list[str] = []
+    if x.device.type == "cpu":
+        hints += _loader.isa_hints(torch.int8 if qweight.spec.quantizes_input else x.dtype)
     if not qweight.spec.quantizes_input and math.prod(x.shape[:-1]) >= 64:
         hints.append("for this many rows int8_dynamic multiplies integers, which is faster than decoding the weight")
     if activation is not None and x.requires_grad and torch.is_grad_enabled():
