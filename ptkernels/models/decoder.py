@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptkernels.models.blocks import ACTIVATIONS, FeedForward, fuse_activations, project
 from ptkernels.models.kv_cache import KVCache
-from ptkernels.nn.quantized import QuantizedLinear, quantize_
+from ptkernels.nn.quantized import quantize_
 from ptkernels.ops.attention import attention
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 
@@ -38,7 +39,7 @@ class DecoderConfig:
         max_positions: longest sequence.
         positions: ``"rotary"`` (queries and keys are rotated) or ``"learned"`` (a vector per position is added).
         norm: ``"rms"`` or ``"layer"``.
-        activation: ``"swiglu"``, ``"gelu_tanh"``, ``"gelu"``, ``"silu"`` or ``"relu"``.
+        activation: one of :data:`ptkernels.models.blocks.ACTIVATIONS`.
         bias: whether linear layers have one.
         tie_embeddings: score tokens with the embedding's own weight.
         dropout: probability of dropping an embedding, an attention weight, or an output of a block.
@@ -119,20 +120,6 @@ class DecoderConfig:
         return cls(**{**sizes, "num_kv_heads": 4, "intermediate_size": 5632, **changes})
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": _swiglu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
-
 class Rotary(nn.Module):
     """Angles of rotary positions (Su et al., 2021), ``cos`` and ``sin`` ``[positions, head_dim / 2]``.
 
@@ -173,13 +160,6 @@ class Rotary(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _project(layer: nn.Module, x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:
-    """``residual + dropout(layer(x))``; a quantized layer adds the residual in its kernel."""
-    if isinstance(layer, QuantizedLinear) and not dropout.training:
-        return layer(x, residual)  # type: ignore[no-any-return]
-    return residual + dropout(layer(x))  # type: ignore[no-any-return]
-
-
 class SelfAttention(nn.Module):
     """Causal attention among the tokens of a sequence, or of new tokens to those in a cache."""
 
@@ -216,25 +196,7 @@ class SelfAttention(nn.Module):
                 k_scale=k_scale,
                 v_scale=v_scale,
             )
-        return _project(self.out, attended.transpose(1, 2).flatten(2), residual, self.dropout)
-
-
-class FeedForward(nn.Module):
-    """``down(activation(up(x)))``; with swiglu, ``up`` gives the gate and the factor side by side."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.activation = config.activation
-        width = 2 if config.activation == "swiglu" else 1
-        self.up = nn.Linear(config.hidden_size, width * config.inner_size, config.bias)
-        self.down = nn.Linear(config.inner_size, config.hidden_size, config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        inner = self.up(x)
-        if not (isinstance(self.up, QuantizedLinear) and self.up.activation == self.activation):
-            inner = ACTIVATIONS[self.activation](inner)
-        return _project(self.down, inner, residual, self.dropout)
+        return project(self.out, attended.transpose(1, 2).flatten(2), residual, self.dropout)
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
@@ -250,7 +212,8 @@ class DecoderLayer(nn.Module):
         self.attention_norm = _norm(config)
         self.attention = SelfAttention(config, layer)
         self.mlp_norm = _norm(config)
-        self.mlp = FeedForward(config)
+        sizes = (config.hidden_size, config.inner_size)
+        self.mlp = FeedForward(*sizes, config.activation, config.bias, config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
         x = self.attention(self.attention_norm(x), x, rotary, cache)
@@ -332,6 +295,10 @@ class DecoderLM(nn.Module):
         scores: Tensor = self.lm_head(self.hidden(tokens, state))
         return scores
 
+    def score(self, tokens: Tensor, state: KVCache) -> Tensor:
+        """As :meth:`forward`, for :func:`ptkernels.models.generate`."""
+        return self.forward(tokens, state)
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross entropy of every token ``[B, L]`` but the first of a row, given those before it."""
         return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -378,9 +345,7 @@ class DecoderLM(nn.Module):
             **options: of :func:`ptkernels.nn.quantize_`.
         """
         names = quantize_(self, scheme, filter, **options)
-        for module in self.modules():
-            if isinstance(module, FeedForward) and isinstance(module.up, QuantizedLinear):
-                module.up.activation = module.activation
+        fuse_activations(self)
         return names
 
     @classmethod

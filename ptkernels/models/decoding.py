@@ -33,7 +33,7 @@ class Generator(Protocol):
     def step(self, tokens: Tensor, state: Any, lengths: Tensor | None = None) -> Tensor:
         """Take in ``tokens [B, n]``, of which row ``i`` has ``lengths[i]``; the scores ``[B, V]`` after its last."""
 
-    def __call__(self, tokens: Tensor, state: Any) -> Tensor:
+    def score(self, tokens: Tensor, state: Any) -> Tensor:
         """Take in ``tokens [B, n]``; the scores ``[B, n, V]`` after every one (only speculative decoding asks)."""
 
 
@@ -299,7 +299,7 @@ def _speculate(
             candidates.append(_draw(guess, sampling.generator))
         draft.step(candidates[-1][:, None], draft_state)
         chunk, q = torch.stack(candidates, 1), torch.stack(guesses, 1)
-        p = sampling.probabilities(model(chunk, state))
+        p = sampling.probabilities(model.score(chunk, state))
         accepted, token = _verify(p, q, chunk[:, 1:], sampling.generator)
         for index, row in enumerate(rows):
             if going[index]:

@@ -59,6 +59,21 @@ class KVCache:
         """Of the keys and of the values of a layer, float32 ``[batch, kv_heads, capacity]``; None unless 8 bits."""
         return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else (None, None)
 
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[batch, kv_heads, n, head_dim]`` behind what every row holds; keys and values up to the longest row.
+
+        For attention that takes no cache, such as one with a bias per position: what rows have not filled is for its
+        mask to hide. ``lengths`` is left to the caller, who advances it after the last layer.
+        """
+        slots = self.lengths[:, None] + torch.arange(key.size(2), device=key.device)
+        rows = torch.arange(len(slots), device=key.device)[:, None]
+        longest = int(slots.max()) + 1
+        if longest > self.capacity:
+            raise ValueError(f"KVCache: append: got {longest} tokens in a row, expected at most {self.capacity}")
+        for tensors, new in ((self.keys, key), (self.values, value)):
+            tensors[layer][rows, :, slots] = new.transpose(1, 2)
+        return self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
+
     def reorder(self, index: Tensor) -> None:
         """Make row ``i`` what row ``index[i]`` was; ``index`` may be of another length than the batch.
 

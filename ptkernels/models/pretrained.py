@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels.models.bert import Bert
 from ptkernels.models.decoder import DecoderConfig, DecoderLM
+from ptkernels.models.sentence_encoder import ENCODER_LAYER_NAMES, SentenceEncoderConfig
+from ptkernels.models.t5 import T5, T5Config
 
 
 def _refuse(model: Any, what: str, got: Any, expected: str) -> ValueError:
@@ -23,6 +26,10 @@ def _require(model: Any, **expected: Any) -> None:
         got = getattr(model.config, name, value)
         if got != value:
             raise _refuse(model, name, got, repr(value))
+
+
+def _joined(saved: dict[str, Tensor], names: tuple[str, ...], part: str) -> Tensor:
+    return torch.cat([saved[f"{name}.{part}"] for name in names])
 
 
 def decoder_from_transformers(model: Any) -> DecoderLM:
@@ -122,6 +129,90 @@ def _llama(model: Any, saved: dict[str, Tensor]) -> tuple[DecoderConfig, dict[st
         for name, ours in _LLAMA_LAYER.items():
             state[f"layers.{layer}.{ours}.weight"] = saved[f"model.layers.{layer}.{name}.weight"]
         for ours, parts in _LLAMA_JOINED.items():
-            weights = [saved[f"model.layers.{layer}.{part}.weight"] for part in parts]
-            state[f"layers.{layer}.{ours}.weight"] = torch.cat(weights)
+            names = tuple(f"model.layers.{layer}.{part}" for part in parts)
+            state[f"layers.{layer}.{ours}.weight"] = _joined(saved, names, "weight")
     return config, state
+
+
+def bert_from_transformers(model: Any) -> Bert:
+    """See :meth:`ptkernels.models.Bert.from_transformers`."""
+    theirs, saved = model.config, model.state_dict()
+    _require(model, model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
+    config = SentenceEncoderConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        num_layers=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        intermediate_size=theirs.intermediate_size,
+        max_positions=theirs.max_position_embeddings,
+        layer_norm_eps=theirs.layer_norm_eps,
+        dropout=theirs.hidden_dropout_prob,
+    )
+    state = {}
+    for ours, name in (
+        ("word_embeddings", "word_embeddings"),
+        ("position_embeddings", "position_embeddings"),
+        ("segment_embeddings", "token_type_embeddings"),
+    ):
+        state[f"{ours}.weight"] = saved[f"embeddings.{name}.weight"]
+    for part in ("weight", "bias"):
+        state[f"embedding_norm.{part}"] = saved[f"embeddings.LayerNorm.{part}"]
+        for layer in range(config.num_layers):
+            for name, ours in ENCODER_LAYER_NAMES.items():
+                state[f"layers.{layer}.{ours}.{part}"] = saved[f"encoder.layer.{layer}.{name}.{part}"]
+    ours_bert = Bert(config, theirs.type_vocab_size)
+    ours_bert.load_state_dict(state)
+    return ours_bert.to(model.dtype).eval()
+
+
+_T5_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
+
+
+def _t5_layer(saved: dict[str, Tensor], theirs: str, ours: str, decoder: bool) -> dict[str, Tensor]:
+    blocks = [("self", "SelfAttention"), *([("cross", "EncDecAttention")] if decoder else [])]
+    state = {}
+    for index, (block, name) in enumerate(blocks):
+        state[f"{ours}.{block}_norm.weight"] = saved[f"{theirs}.layer.{index}.layer_norm.weight"]
+        for short, long in _T5_ATTENTION.items():
+            weight = saved[f"{theirs}.layer.{index}.{name}.{short}.weight"]
+            state[f"{ours}.{block}_attention.{long}.weight"] = weight
+    last = f"{theirs}.layer.{len(blocks)}"
+    inner = f"{last}.DenseReluDense"
+    ups = (f"{inner}.wi_0", f"{inner}.wi_1") if f"{inner}.wi_0.weight" in saved else (f"{inner}.wi",)
+    state[f"{ours}.mlp_norm.weight"] = saved[f"{last}.layer_norm.weight"]
+    state[f"{ours}.mlp.up.weight"] = _joined(saved, ups, "weight")
+    state[f"{ours}.mlp.down.weight"] = saved[f"{inner}.wo.weight"]
+    return state
+
+
+def t5_from_transformers(model: Any) -> T5:
+    """See :meth:`ptkernels.models.T5.from_transformers`."""
+    theirs, saved = model.config, model.state_dict()
+    _require(model, model_type="t5", num_decoder_layers=theirs.num_layers)
+    activations = {"relu": "relu", "gated-gelu": "geglu_tanh"}
+    if theirs.feed_forward_proj not in activations:
+        raise _refuse(model, "feed_forward_proj", theirs.feed_forward_proj, " or ".join(activations))
+    config = T5Config(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.d_model,
+        head_dim=theirs.d_kv,
+        intermediate_size=theirs.d_ff,
+        num_layers=theirs.num_layers,
+        num_heads=theirs.num_heads,
+        num_buckets=theirs.relative_attention_num_buckets,
+        max_distance=theirs.relative_attention_max_distance,
+        activation=activations[theirs.feed_forward_proj],
+        dropout=theirs.dropout_rate,
+        norm_eps=theirs.layer_norm_epsilon,
+        tie_embeddings=getattr(theirs, "scale_decoder_outputs", theirs.tie_word_embeddings),
+    )
+    state = {"embedding.weight": saved["shared.weight"], "lm_head.weight": saved["lm_head.weight"]}
+    for side in ("encoder", "decoder"):
+        table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        state[f"{side}_bias.table.weight"] = saved[table]
+        state[f"{side}_norm.weight"] = saved[f"{side}.final_layer_norm.weight"]
+        for layer in range(config.num_layers):
+            state |= _t5_layer(saved, f"{side}.block.{layer}", f"{side}.{layer}", side == "decoder")
+    ours = T5(config)
+    ours.load_state_dict(state)
+    return ours.to(model.dtype).eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
+from ptkernels.models.seq2seq import RecurrentState
 from ptkernels.nn import LSTM
 
 Stack = Callable[..., nn.Module]
@@ -62,7 +63,8 @@ class LSTMLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
-        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout=dropout)
+        # Dropout between layers only: a single layer has no place for it.
+        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout=dropout if num_layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_dim, vocab_size)
 
@@ -71,6 +73,22 @@ class LSTMLanguageModel(nn.Module):
         packed = _pack(tokens)
         output, final = self.lstm(_like(packed, self.embedding(packed.data)), state)
         return _like(packed, self.linear(self.dropout(output.data))), final
+
+    def new_state(self, batch_size: int, capacity: int) -> RecurrentState:
+        """An empty state for :func:`ptkernels.models.generate`."""
+        return RecurrentState(None)
+
+    def step(self, tokens: Tensor, state: RecurrentState, lengths: Tensor | None = None) -> Tensor:
+        """Scores ``[B, vocab]`` after the last token of each row, of which row ``i`` has ``lengths[i]``."""
+        counts = [tokens.size(1)] * len(tokens) if lengths is None else lengths.tolist()
+        packed = _pack([row[:count] for row, count in zip(tokens, counts, strict=True)])
+        _, state.hidden = self.lstm(_like(packed, self.embedding(packed.data)), state.hidden)
+        scores: Tensor = self.linear(self.dropout(state.hidden[0][-1]))
+        return scores
+
+    def score(self, tokens: Tensor, state: RecurrentState) -> Tensor:
+        """Only speculative decoding asks, whose states must forget."""
+        raise ValueError("generate: draft: got one, expected None: a recurrent model's state cannot be rolled back")
 
     def loss(self, tokens: Sequence[Tensor]) -> Tensor:
         """Mean cross entropy of every token but the first of each sequence, given those before it."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""``attention(query, key, value, attn_mask) -> out`` on ``[B, H, L, D]``: the signature ``ptkernels.attention`` and
-``scaled_dot_product_attention`` share."""
+AttentionFunction = Callable[..., Tensor]
+"""``attention(query, key, value, attn_mask) -> out`` on ``[B, H, L, D]``, and ``dropout_p`` behind them where weights
+are dropped: the signature ``ptkernels.attention`` and ``scaled_dot_product_attention`` share."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class SentenceEncoderConfig:
     intermediate_size: int = 1536
     max_positions: int = 512
     layer_norm_eps: float = 1e-12
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads != 0:
@@ -67,15 +68,18 @@ class EncoderLayer(nn.Module):
         self.intermediate = nn.Linear(size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, size)
         self.output_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         query, key, value = (
             projection(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        attended = self.attention(query, key, value, attn_mask).transpose(1, 2).flatten(2)
-        hidden = self.attention_norm(hidden + self.attention_output(attended))
-        return cast(Tensor, self.output_norm(hidden + self.output(F.gelu(self.intermediate(hidden)))))
+        dropout = (self.dropout.p,) if self.training and self.dropout.p > 0 else ()
+        attended = self.attention(query, key, value, attn_mask, *dropout).transpose(1, 2).flatten(2)
+        hidden = self.attention_norm(hidden + self.dropout(self.attention_output(attended)))
+        inner = self.output(F.gelu(self.intermediate(hidden)))
+        return cast(Tensor, self.output_norm(hidden + self.dropout(inner)))
 
 
 class SentenceEncoder(nn.Module):
@@ -170,7 +174,7 @@ _EMBEDDING_NAMES = {
     "embeddings.LayerNorm.weight": "embedding_norm.weight",
     "embeddings.LayerNorm.bias": "embedding_norm.bias",
 }
-_LAYER_NAMES = {
+ENCODER_LAYER_NAMES = {
     "attention.self.query": "query",
     "attention.self.key": "key",
     "attention.self.value": "value",
@@ -227,7 +231,7 @@ def load_sentence_encoder(
     state = {ours: saved[theirs] for theirs, ours in _EMBEDDING_NAMES.items()}
     state["segment_embedding"] = saved["embeddings.token_type_embeddings.weight"][0]
     for index in range(config["num_hidden_layers"]):
-        for theirs, ours in _LAYER_NAMES.items():
+        for theirs, ours in ENCODER_LAYER_NAMES.items():
             for part in ("weight", "bias"):
                 state[f"layers.{index}.{ours}.{part}"] = saved[f"encoder.layer.{index}.{theirs}.{part}"]
     model.load_state_dict(state)
