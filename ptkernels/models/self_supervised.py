@@ -1,7 +1,7 @@
 """Learning without labels around an encoder of your own: CPC, SimCLR, MoCo, BYOL, MAE; and learning from a teacher.
 
 The encoder is any module that gives ``[N, dim]``. Teachers and momentum encoders are deep copies, moved in place: our
-operators keep nothing of a weight between calls, so that every move counts at the next one.
+operators read weights as they are at every call, so that every move counts at the next one.
 """
 
 from __future__ import annotations
