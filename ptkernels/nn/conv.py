@@ -100,6 +100,7 @@ def fused(
     conv: Any, bn: nn.Module | None, act: nn.Module | None, x: Tensor, residual: Tensor | None = None, **options: Any
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` with the parameters, buffers and options of torch's modules, as they are now."""
+    x = _pre_hooks(conv, x)
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -128,6 +129,18 @@ def fused(
     return conv_bn_relu(x, conv.weight, conv.bias, bn.weight, bn.bias, *running, **options)
 
 
+def _pre_hooks(conv: Any, x: Tensor) -> Tensor:
+    """What is to happen before the convolution is called: pruning and spectral norm then compute its weight."""
+    for key, hook in conv._forward_pre_hooks.items():
+        if key in conv._forward_pre_hooks_with_kwargs:
+            changed = hook(conv, (x,), {})
+            x = x if changed is None else changed[0][0]
+        else:
+            changed = hook(conv, (x,))
+            x = x if changed is None else changed[0] if isinstance(changed, tuple) else changed
+    return x
+
+
 _ARGUMENTS = """
 
     Args:
@@ -139,7 +152,8 @@ _ARGUMENTS = """
         negative_slope: of ``"leaky_relu"``.
         recompute: keep only the input for the backward pass, which computes the convolution again.
 
-    A hook on a child does not fire: the children hold state and are not called.
+    Of hooks on children, only forward pre-hooks of ``conv`` fire (pruning, spectral norm): the children hold state and
+    are not called.
 """
 
 

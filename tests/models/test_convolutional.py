@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_as_torch, assert_state_round_trip, torch_functions
-from images import digits, patches
+from as_torch import assert_as_torch, assert_state_round_trip, torch_functions
+from real_images import digits, patches
 from torch import Tensor, nn
 from torch.nn import functional as F
 

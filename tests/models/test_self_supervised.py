@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_as_torch
-from images import digits
+from as_torch import assert_as_torch
+from real_images import digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 

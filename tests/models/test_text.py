@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_as_torch, assert_state_round_trip
+from as_torch import assert_as_torch, assert_state_round_trip
 from torch import Tensor, nn
 from torch.nn import functional as F
 

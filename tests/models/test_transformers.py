@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_as_torch, assert_state_round_trip
-from images import digits
+from as_torch import assert_as_torch, assert_state_round_trip
+from real_images import digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,16 +55,17 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(2, 40, shape)
 
 
-def scattered(model: Any) -> Any:
+def scattered(model: Any, amount: float = 0.2) -> Any:
     """Every parameter away from its initial value: biases that are 0 and norms that are 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(amount * torch.randn_like(parameter))
     return model.eval()
 
 
 def t5(**changes: Any) -> T5:
-    return scattered(T5(T5Config(**T5_SIZES, **changes)))
+    # Scores have no scale: with more, a softmax is all on one key, and float32 has no digits left.
+    return scattered(T5(T5Config(**T5_SIZES, **changes)), 0.05)
 
 
 def vit(**changes: Any) -> ViT:
@@ -91,7 +92,7 @@ MODELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_same_as_torch(name: str) -> None:
     make, inputs = MODELS[name]
-    model = scattered(make())
+    model = scattered(make(), 0.05)
     assert_as_torch(model, *inputs)
     assert_state_round_trip(model, make(), *inputs)
 

@@ -19,6 +19,7 @@ import ptkernels as ptk
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda x: x,
     "relu": F.relu,
+    "silu": F.silu,
     "tanh": torch.tanh,
 }
 
