@@ -40,6 +40,7 @@ REPARAMETRISATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of")
 @pytest.mark.parametrize("kind", REPARAMETRISATIONS)
 def test_reparametrised_weights_are_read_at_every_call(family: str, kind: str) -> None:
     """Two steps of training: the second call must see what the first step made of the weight."""
