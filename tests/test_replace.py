@@ -187,65 +187,189 @@ def test_recurrent_layers_and_cells() -> None:
     assert type(model.lstm) is nn.LSTM
 
 
+class Residual(nn.Module):
+    """As in torchvision: one ReLU that runs twice, an addition in place, a shortcut that may be a convolution."""
+
+    def __init__(self, channels: int, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
 class Net(nn.Module):
-    """A convolution that two read, an activation that runs twice, and a chain that is fused."""
+    """A stem, residual blocks, a functional activation, a result that two read, and a convolution with none of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
-        self.relu = nn.ReLU()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Identity(), nn.ReLU())
+        shortcut = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.blocks = nn.Sequential(Residual(8), Residual(8, shortcut))
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.relu(self.bn1(self.conv1(x)))
-        z = self.conv2(y)
-        return self.relu(self.bn2(z) + x) + z
+        x = self.blocks(self.stem(x))
+        y = F.silu(self.bn(self.conv(x)))
+        y = F.leaky_relu(self.last(y), 0.3) * self.last(y)
+        return y * y.sigmoid()
 
 
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv1d(3, 4, 3), nn.LeakyReLU(0.2), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1))
+        self.tail = nn.Conv1d(2, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if x.sum() > -1e9 else x
+        return self.tail(self.body(x)) if x.sum() > -1e9 else x
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    from ptkernels.nn import conv as module
+
+    calls: list[int] = []
+    right = ptk.conv_bn_relu
+    monkeypatch.setattr(module, "conv_bn_relu", lambda *a, **k: calls.append(1) or right(*a, **k))
+    return calls
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_convolutions_and_what_follows_them(training: bool) -> None:
+def test_convolutions_and_what_follows_them(training: bool, fused_calls: list[int]) -> None:
     torch.manual_seed(0)
     model, x = Net().train(training), torch.randn(2, 3, 6, 5)
-    plain = copy.deepcopy(model)
+    plain, types = copy.deepcopy(model), [type(module) for module in model.modules()]
     report = ptk.replace(model, "conv_bn_relu", verify=True, example_inputs=x)
-    assert [item.path for item in report.replaced] == ["stem.0", "stem.1", "stem.2", "conv1", "bn1"]
+    assert [(item.path, item.module) for item in report.replaced] == [
+        ("conv", "Conv2d-BatchNorm2d-silu"),
+        ("stem.0", "Conv2d-BatchNorm2d-Identity-ReLU"),
+        ("blocks.0.conv1", "Conv2d-BatchNorm2d-ReLU"),
+        ("blocks.0.conv2", "Conv2d-BatchNorm2d-add-ReLU"),
+        ("blocks.1.conv1", "Conv2d-BatchNorm2d-ReLU"),
+        ("blocks.1.conv2", "Conv2d-BatchNorm2d-add-ReLU"),
+        ("blocks.1.shortcut.0", "Conv2d-BatchNorm2d"),
+    ]
+    assert [type(module) for module in model.modules()] == types
     assert list(model.state_dict()) == list(plain.state_dict())
+    assert ptk.replace(model, "conv_bn_relu").replaced == []
+    fused_calls.clear()
     for _ in range(2):
         torch.testing.assert_close(model(x), plain(x))
+    assert len(fused_calls) == 2 * 7
     for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(x), model(x))
+        assert other.blocks[0].forward.module is other.blocks[0]
     report.undo()
-    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-def test_untraceable_models_are_read_by_their_sequentials() -> None:
+def test_the_other_mode_and_changed_attributes_are_traced_anew(fused_calls: list[int]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.alpha, self.act = nn.Conv2d(2, 2, 1), 1.0, nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(x, 0.999, self.training)
+            return self.alpha * self.act(self.conv(x))
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(1, 2, 50, 50)
+    ptk.replace(model, "conv_bn_relu")
+    assert (model(x) == model.act(model.conv.bias).view(1, 2, 1, 1)).float().mean() > 0.9
+    model.eval()
+    once = model(x)
+    torch.testing.assert_close(once, F.relu(model.conv(x)))
+    model.alpha = 2.0
+    assert torch.equal(model(x), 2 * once)
+    assert len(fused_calls) == 3
+    model.act = nn.Softplus()  # nothing to fuse any more
+    torch.testing.assert_close(model(x), 2 * F.softplus(model.conv(x)))
+    assert len(fused_calls) == 3
+
+
+def test_residuals_that_broadcast_or_promote_are_added_apart() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding="same")
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return (self.conv(x) + shift).relu_()
+
+    model, x = Biased(), torch.randn(2, 3, 5, 5)
+    plain = copy.deepcopy(model)
+    assert ptk.replace(model, "conv_bn_relu").replaced[0].module == "Conv2d-add-relu_"
+    for shift in (torch.randn(4, 1, 1), torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5, dtype=torch.float64)):
+        torch.testing.assert_close(model(x, shift), plain(x, shift))
+
+
+def test_untraceable_models_are_said_and_their_parts_fused() -> None:
     torch.manual_seed(0)
     model, x = Untraceable(), torch.randn(2, 3, 6)
     report = ptk.replace(model, "conv_bn_relu", verify=True, example_inputs=x)
-    assert [item.path for item in report.replaced] == ["body.0", "body.1"]
+    assert [item.path for item in report.replaced] == ["body.0"]
+    assert [(item.path, item.reason) for item in report.kept] == [
+        ("", "what its forward does cannot be told without running it")
+    ]
 
 
-def test_hooked_convolutions_are_left_and_said() -> None:
-    model = Net()
+def test_hooks_on_inner_activations_are_honoured(fused_calls: list[int]) -> None:
+    """Before replace they keep a chain as it is, and it says so; after it, the original forward runs for them."""
+    model, x = Net().eval(), torch.randn(2, 3, 6, 5)
     seen: list[Tensor] = []
-    model.stem[2].register_forward_hook(lambda *given: seen.append(given[2]))
+
+    def hook(module: nn.Module, given: object, result: Tensor) -> None:
+        seen.append(result)
+
+    model.stem[1].register_forward_hook(hook)
     report = ptk.replace(model, "conv_bn_relu")
     assert ("stem.0", "a hook looks at one of them") in [(item.path, item.reason) for item in report.kept]
-    model(torch.randn(2, 3, 6, 5))
-    assert len(seen) == 1
+    model(x)
+    assert (len(seen), len(fused_calls)) == (1, 6)
+    handle = model.blocks[0].bn1.register_forward_hook(hook)
+    model(x)
+    assert (len(seen), len(fused_calls)) == (3, 6 + 4)
+    handle.remove()
+    model(x)
+    assert (len(seen), len(fused_calls)) == (4, 6 + 4 + 6)
+
+
+def test_a_child_called_from_elsewhere_is_itself() -> None:
+    """A model that walks through a Sequential's children gets what each of them computes."""
+    model, x = Net().eval(), torch.randn(2, 3, 6, 5)
+    expected = [model.stem[0](x), model.stem[1](x.repeat(1, 3, 1, 1)[:, :8])]
+    ptk.replace(model, "conv_bn_relu")
+    assert torch.equal(model.stem[0](x), expected[0])
+    assert torch.equal(model.stem[1](x.repeat(1, 3, 1, 1)[:, :8]), expected[1])
+
+
+def test_fused_blocks_compile() -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 6, 5)
+    expected = model(x)
+    ptk.replace(model, "conv_bn_relu")
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    for other in (model, copy.deepcopy(model)):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(other, fullgraph=True, backend=backend)(x), expected)
+        assert graphs.pop().count("torch.ops.ptkernels.conv_bn_relu") == 7
 
 
 def test_quantization_only_when_asked_for() -> None:
@@ -255,8 +379,8 @@ def test_quantization_only_when_asked_for() -> None:
     assert ptk.replace(model).replaced[-1].op == "packed_rnn"
     report = ptk.replace(model, ops="quantized_matmul")
     assert isinstance(model.head, ptk.nn.QuantizedLinear)
-    error = float((model(words) - expected).abs().max())
-    assert 0 < error < 0.02 * float(expected.abs().max())
+    error = (model(words) - expected).abs().max().item()
+    assert 0 < error < 0.02 * expected.abs().max().item()
     report.undo()
     assert model.head is head
 

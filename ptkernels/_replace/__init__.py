@@ -88,7 +88,7 @@ def replace(
             if isinstance(found, Kept):
                 report.kept.append(found)
                 continue
-            report.replaced.append(found.entry)
+            report.replaced.extend(found.entries)
             if not dry_run:
                 report._undo.append(found.apply())
     if before is not None:

@@ -56,13 +56,13 @@ class AttentionRule:
                 yield swapped
             elif kind is nn.TransformerEncoder and module.use_nested_tensor:
                 effect = "padding stays a mask: its conversion to nested tensors would bypass the layers"
-                yield Change(Replaced(path, name, self.op, effect), module, attributes={"use_nested_tensor": False})
+                yield Change([Replaced(path, name, self.op, effect)], module, attributes={"use_nested_tensor": False})
             elif _is_transformers(module):
                 switched.append(f"{path}." if path else "")
                 yield from self._transformers(path, name, module)
             elif _calls_sdpa(module) and "forward" not in module.__dict__:
                 effect = f"F.{_SDPA} within its forward is ptkernels.attention"
-                yield Change(Replaced(path, name, self.op, effect), module, attributes={"forward": _Patched(module)})
+                yield Change([Replaced(path, name, self.op, effect)], module, attributes={"forward": _Patched(module)})
 
     def _transformers(self, path: str, name: str, module: Any) -> Iterator[Change | Kept]:
         from ptkernels.integrations import transformers as integration
@@ -80,7 +80,7 @@ class AttentionRule:
             return lambda: module.set_attn_implementation(before)
 
         effect = f"every layer's attention, {before!r} before; weights are not returned (output_attentions)"
-        yield Change(Replaced(path, name, self.op, effect), module, custom=switch)
+        yield Change([Replaced(path, name, self.op, effect)], module, custom=switch)
 
 
 def _is_transformers(module: nn.Module) -> bool:

@@ -19,9 +19,9 @@ _MISSING = object()
 
 @dataclass
 class Change:
-    """A module about to be changed, and the line of the report that says so."""
+    """A module about to be changed, and the lines of the report that say so."""
 
-    entry: Replaced
+    entries: list[Replaced]
     module: nn.Module
     new_class: type[nn.Module] | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def swap(
     """The change of a module whose class has a counterpart; a subclass of such a class stays, and is told."""
     kind = type(module)
     if kind in classes:
-        return Change(Replaced(path, kind.__name__, op, effects[kind]), module, classes[kind])
+        return Change([Replaced(path, kind.__name__, op, effects[kind])], module, classes[kind])
     if isinstance(module, tuple(classes)) and kind not in classes.values():
         return Kept(path, kind.__name__, op, "a subclass, whose own forward a replacement would lose")
     return None

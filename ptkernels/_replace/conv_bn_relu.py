@@ -1,132 +1,279 @@
-"""Which convolutions conv_bn_relu can run: those that only a batch norm, or an activation, reads.
+"""Which convolutions conv_bn_relu can run: with the batch norm, addition and activation that alone read their result.
 
-The convolution computes all of it, and the modules whose work it took over hand on what they are given. Who reads what
-is told by tracing the model (torch.fx), or, where it cannot be traced, by the order of its ``nn.Sequential``s.
+What a module does with its children is read by tracing its own ``forward`` (torch.fx), children taken whole. The traced
+code, with every such chain as one call, then stands in for that ``forward``; the children stay the modules they are.
+So a chain is found wherever it is written within one ``forward``: a Sequential, a residual block whose one ReLU runs
+three times, functional activations. The original runs wherever the trace would not hold: with hooks on a child that
+the call would skip, arguments that are not tensors, or attributes that have changed in a way not traced yet.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ptkernels._replace.change import Change
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels.nn.conv import ACTIVATIONS, fused
 
-_TAKEN_OVER = "_ptkernels_taken_over"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class _Fused(nn.Module):
-    """A convolution that also computes what the modules behind it did."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm, activation = self.__dict__[_TAKEN_OVER]
-        return fused(self, norm, activation, x)
-
-
-class FusedConv1d(_Fused, nn.Conv1d):
-    pass
-
-
-class FusedConv2d(_Fused, nn.Conv2d):
-    pass
-
-
-class FusedConv3d(_Fused, nn.Conv3d):
-    pass
-
-
-class _TakenOver(nn.Module):
-    """Hands on what it is given: the convolution before it has done its work with its parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-_CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: FusedConv1d,
-    nn.Conv2d: FusedConv2d,
-    nn.Conv3d: FusedConv3d,
-}
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
-_ABSORBABLE = (*_NORMS.values(), *(kind for kind in ACTIVATIONS.values() if kind is not nn.Identity))
-# Module-level names, so that changed models pickle.
-_TAKEN: dict[type[nn.Module], type[nn.Module]] = {
-    kind: type(f"TakenOver{kind.__name__}", (_TakenOver, kind), {"__module__": __name__}) for kind in _ABSORBABLE
+_FUNCTIONS: dict[Any, str] = {
+    function: name
+    for name in ACTIVATIONS
+    for space in (F, torch, Tensor)
+    for suffix in ("", "_")
+    if (function := getattr(space, name + suffix, None)) is not None
 }
-globals().update({kind.__name__: kind for kind in _TAKEN.values()})
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONSTANTS = (bool, int, float, str, type(None))
+# What tracing would turn into one fixed outcome.
+_DRAWS = {"random", "randint", "rand", "randn", "bernoulli", "uniform"}
+
+
+@dataclass
+class _Chain:
+    """Nodes of a traced forward that one call can do."""
+
+    conv: fx.Node
+    nodes: list[fx.Node]
+    norm: fx.Node | None = None
+    residual: fx.Node | None = None
+    activation: fx.Node | str | None = None
+    """The call of a module, or the name of what a function computes."""
+
+    def targets(self) -> list[str]:
+        return [str(node.target) for node in self.nodes if node.op == "call_module"]
 
 
 class _Tracer(fx.Tracer):
+    """Traces one forward, and leaves nothing behind in its module."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("ptkernels.")
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        return True
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            raise TypeError("a tensor that forward makes would become a constant")
+        return super().create_arg(a)
 
 
-Chain = list[tuple[str, nn.Module]]
-
-
-def _traced(model: nn.Module) -> list[Chain] | None:
-    """Every convolution with the modules behind it that nothing else reads from or runs, or None if not traceable."""
+def _trace(module: nn.Module) -> fx.Graph | None:
+    """What the module's forward does, or None where that cannot be told ahead."""
+    forward = type(module).forward
     try:
-        graph = _Tracer().trace(model)
-    except Exception:  # whatever the model's own forward raises on symbolic input
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        # A default would be traced as given, a None as a tensor.
+        simple = (parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+        if not all(simple) or any(parameter.default is not parameter.empty for parameter in parameters):
+            return None
+        if _DRAWS & set(forward.__code__.co_names):
+            return None
+        return _Tracer().trace(module)
+    except Exception:  # whatever a forward raises on symbolic input
         return None
-    modules: dict[Any, nn.Module] = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    runs: dict[int, int] = {}
-    for node in calls:
-        runs[id(modules[node.target])] = runs.get(id(modules[node.target]), 0) + 1
-    chains = []
-    for node in calls:
-        module = modules[node.target]
-        if not isinstance(module, tuple(_CONVOLUTIONS)) or runs[id(module)] > 1:
-            continue
-        chain: Chain = [(str(node.target), module)]
-        reader: Any = node
-        while len(reader.users) == 1:
-            reader = next(iter(reader.users))
-            if reader.op != "call_module" or runs[id(modules[reader.target])] > 1:
-                break
-            chain.append((reader.target, modules[reader.target]))
-        chains.append(chain)
-    return chains
 
 
-def _in_sequentials(model: nn.Module) -> list[Chain]:
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for child in module.children():
-            uses[id(child)] = uses.get(id(child), 0) + 1
-    chains = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-            continue
-        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
-        for index, (_, child) in enumerate(children):
-            if isinstance(child, tuple(_CONVOLUTIONS)):
-                chains.append(list(itertools.takewhile(lambda item: uses[id(item[1])] == 1, children[index:])))
-    return [chain for chain in chains if chain]
+def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _activation_of(module: nn.Module) -> str | None:
-    for name, kind in ACTIVATIONS.items():
-        if type(module) is kind and kind is not nn.Identity:
-            plain = getattr(module, "approximate", "none") == "none" and getattr(module, "alpha", 1.0) == 1.0
-            return name if plain else None
-    return None
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation_of(root: nn.Module, node: fx.Node) -> fx.Node | str | None:
+    """The activation that a node computes, if there is a kernel for it."""
+    module = _module(root, node)
+    if module is not None:
+        known = any(type(module) is kind for kind in ACTIVATIONS.values() if kind is not nn.Identity)
+        plain = getattr(module, "approximate", "none") == "none" and getattr(module, "alpha", 1.0) == 1.0
+        return node if known and plain else None
+    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
+    plain = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
+    return _FUNCTIONS.get(function) if plain else None
+
+
+def _added_to(node: fx.Node, addition: fx.Node) -> fx.Node | None:
+    """What an addition adds to a node, if it is one."""
+    is_addition = addition.op == "call_function" and addition.target in _ADDITIONS
+    is_addition |= addition.op == "call_method" and addition.target in ("add", "add_")
+    if not is_addition or addition.kwargs or len(addition.args) != 2:
+        return None
+    first, second = addition.args
+    other = second if first is node else first
+    return other if isinstance(other, fx.Node) and other is not node else None
+
+
+def _normalises_and_activates(norm: nn.Module) -> bool:
+    """timm's batch norm with an activation of its own."""
+    kind = type(norm)
+    return kind.__module__.startswith("timm.") and kind.__name__ == "BatchNormAct2d"
+
+
+class _Matcher:
+    """Finds every convolution with what follows it, as far as one call goes; no node is in two chains."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.taken: set[fx.Node] = set()
+        self.chains = []
+        for node in graph.nodes:
+            if type(_module(root, node)) in _NORMS and len(node.args) == 1 and not node.kwargs:
+                chain = self._match(node)
+                if len(chain.nodes) > 1:
+                    self.chains.append(chain)
+                    self.taken.update(chain.nodes)
+
+    def _match(self, conv: fx.Node) -> _Chain:
+        chain = _Chain(conv, [conv])
+        reader = self._next(chain)
+        norm = None if reader is None else _module(self.root, reader)
+        if reader is not None and norm is not None and self._is_norm(conv, norm):
+            chain.norm = reader
+            chain.nodes.append(reader)
+            reader = self._next(chain)
+            if _normalises_and_activates(norm) and type(norm.act) is not nn.Identity:
+                return self._without_trailing_identities(chain)
+        if reader is not None and (other := _added_to(chain.nodes[-1], reader)) is not None:
+            chain.residual = other
+            chain.nodes.append(reader)
+            reader = self._next(chain)
+        if reader is not None and (activation := _activation_of(self.root, reader)) is not None:
+            chain.activation = activation
+            chain.nodes.append(reader)
+        return self._without_trailing_identities(chain)
+
+    def _next(self, chain: _Chain) -> fx.Node | None:
+        """The only reader of the chain's result, identities on the way taken into the chain."""
+        reader = _only_reader(chain.nodes[-1])
+        while reader is not None and type(_module(self.root, reader)) is nn.Identity:
+            chain.nodes.append(reader)
+            reader = _only_reader(reader)
+        return None if reader in self.taken else reader
+
+    def _is_norm(self, conv: fx.Node, norm: nn.Module) -> bool:
+        if _normalises_and_activates(norm):
+            known = any(type(norm.act) is kind for kind in ACTIVATIONS.values())
+            return known and type(norm.drop) is nn.Identity
+        return type(norm) is _NORMS[type(_module(self.root, conv))]  # type: ignore[index]
+
+    def _without_trailing_identities(self, chain: _Chain) -> _Chain:
+        while type(_module(self.root, chain.nodes[-1])) is nn.Identity:
+            chain.nodes.pop()
+        return chain
+
+
+def _run(conv: Any, norm: Any, activation: nn.Module | str | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    """What a chain computes; an addition that broadcasts or promotes is done apart."""
+    if norm is not None and _normalises_and_activates(norm) and activation is None:
+        activation = norm.act
+    if residual is None or _fits(conv, x, residual):
+        return fused(conv, norm, activation, x, residual)
+    total = fused(conv, norm, None, x) + residual
+    if activation is None:
+        return total
+    result: Tensor = (ACTIVATIONS[activation]() if isinstance(activation, str) else activation)(total)
+    return result
+
+
+def _fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
+    if residual.dtype != x.dtype or isinstance(conv.padding, str) or residual.dim() != x.dim():
+        return False
+    sizes = zip(x.shape[-len(conv.stride) :], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]
+    return list(residual.shape) == [*x.shape[: -len(spatial) - 1], conv.out_channels, *spatial]
+
+
+def _rewrite(graph: fx.Graph, chains: list[_Chain]) -> None:
+    for chain in chains:
+        last = chain.nodes[-1]
+        with graph.inserting_before(last):
+            modules = [chain.conv, chain.norm, chain.activation]
+            parts = [graph.get_attr(str(p.target)) if isinstance(p, fx.Node) else p for p in modules]
+            call = graph.call_function(_run, (*parts, chain.conv.args[0], chain.residual))
+        last.replace_all_uses_with(call)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
+    return any(getattr(module, name, None) for name in _HOOKS) or "forward" in module.__dict__
+
+
+def _any_hooked(root: nn.Module, chain: _Chain) -> bool:
+    return any(_is_hooked(root.get_submodule(target)) for target in chain.targets())
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A forward with its chains fused, as a function of the module and its arguments."""
+
+    function: Callable[..., Any]
+    children: tuple[str, ...]
+    """Those that it does not call."""
+
+
+class _Fused:
+    """Stands in for a module's forward. A class, so that the module pickles and copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._traced: dict[Any, _Traced | None] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        # Nothing can be traced while torch.compile traces: it takes what stands for this mode.
+        traced = self._traced.get(module.training) if torch.compiler.is_compiling() else self._current()
+        given = (*args, *kwargs.values())
+        if traced is None or not all(isinstance(value, Tensor) for value in given):
+            return type(module).forward(module, *args, **kwargs)
+        if any(_is_hooked(module.get_submodule(name)) for name in traced.children):
+            return type(module).forward(module, *args, **kwargs)
+        return traced.function(module, *args, **kwargs)
+
+    def _current(self) -> _Traced | None:
+        attributes = [item for item in self.module.__dict__.items() if isinstance(item[1], _CONSTANTS)]
+        key = (*attributes, *map(type, self.module._modules.values()))
+        if key not in self._traced:
+            traced = self._traced[key] = self._trace()
+            self._traced.setdefault(self.module.training, traced)
+        return self._traced[key]
+
+    def _trace(self) -> _Traced | None:
+        graph = _trace(self.module)
+        if graph is None:
+            return None
+        chains = [chain for chain in _Matcher(self.module, graph).chains if not _any_hooked(self.module, chain)]
+        children = tuple({target: None for chain in chains for target in chain.targets()})
+        _rewrite(graph, chains)
+        return _Traced(type(fx.GraphModule(self.module, graph)).forward, children)
+
+    def trace_both_modes(self) -> None:
+        mode = self.module.training
+        for training in (not mode, mode):
+            self.module.training = training  # of this module alone: its children are not called
+            self._current()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "_traced": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fused:
+        other = _Fused(copy.deepcopy(self.module, memo))
+        other._traced = dict(self._traced)  # functions of whichever module they are given
+        return other
 
 
 class ConvBnReluRule:
@@ -136,35 +283,38 @@ class ConvBnReluRule:
 
     def plan(self, model: nn.Module) -> Iterator[Change | Kept]:
         """See :class:`ptkernels._replace.change.Rule`."""
-        chains = _traced(model)
-        for chain in _in_sequentials(model) if chains is None else chains:
-            yield from self._chain(chain)
+        for path, module in model.named_modules():
+            if type(module).__module__.startswith(("ptkernels.", "torch.nn.modules.conv")):
+                continue
+            if not any(isinstance(child, tuple(_NORMS)) for child in module.modules()) or "forward" in module.__dict__:
+                continue
+            graph = _trace(module)
+            if graph is None:
+                yield from self._untraceable(path, module)
+            else:
+                yield from self._traced(path, module, _Matcher(module, graph).chains)
 
-    def _chain(self, chain: Chain) -> Iterator[Change | Kept]:
-        path, conv = chain[0]
-        kind = type(conv)
-        rest = chain[1:]
-        norm: nn.Module | None = None
-        activation: nn.Module | None = None
-        if rest and kind in _NORMS and type(rest[0][1]) is _NORMS[kind]:
-            norm = rest.pop(0)[1]
-        if rest and _activation_of(rest[0][1]) is not None:
-            activation = rest[0][1]
-        taken = [module for module in (norm, activation) if module is not None]
-        if kind not in _CONVOLUTIONS:
-            if kind not in _CONVOLUTIONS.values() and len(chain) > 1 and isinstance(chain[1][1], _ABSORBABLE):
-                yield Kept(path, kind.__name__, self.op, "a subclass, whose own forward a replacement would lose")
-            return
-        if not taken:
-            return
-        name = "-".join(type(module).__name__ for module in (conv, *taken))
-        if any(_is_hooked(module) for module in (conv, *taken)):
-            yield Kept(path, name, self.op, "a hook looks at one of them")
-            return
-        attributes = {_TAKEN_OVER: (norm, activation)}
-        effect = "one operator; in training one saved tensor"
-        yield Change(Replaced(path, name, self.op, effect), conv, _CONVOLUTIONS[kind], attributes)
-        paths = [where for where, module in chain[1:] if any(module is other for other in taken)]
-        for where, module in zip(paths, taken, strict=True):
-            entry = Replaced(where, type(module).__name__, self.op, f"computed by {path or 'the convolution'}")
-            yield Change(entry, module, _TAKEN[type(module)])
+    def _untraceable(self, path: str, module: nn.Module) -> Iterator[Kept]:
+        if any(isinstance(child, tuple(_NORMS)) for child in module.children()):
+            yield Kept(path, type(module).__name__, self.op, "what its forward does cannot be told without running it")
+
+    def _traced(self, path: str, module: nn.Module, chains: list[_Chain]) -> Iterator[Change | Kept]:
+        entries = []
+        for chain in chains:
+            where = f"{path}.{chain.conv.target}" if path else str(chain.conv.target)
+            name = "-".join(_name(module, node) for node in chain.nodes)
+            if _any_hooked(module, chain):
+                yield Kept(where, name, self.op, "a hook looks at one of them")
+            else:
+                saved = len(chain.nodes) - 1
+                effect = f"one operator: {saved} intermediate result{'s' * (saved > 1)} less to write, read and save"
+                entries.append(Replaced(where, name, self.op, effect))
+        if entries:
+            forward = _Fused(module)
+            forward.trace_both_modes()
+            yield Change(entries, module, attributes={"forward": forward})
+
+
+def _name(root: nn.Module, node: fx.Node) -> str:
+    module = _module(root, node)
+    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))

@@ -97,10 +97,17 @@ class _ConvBNReLU(nn.Module):
 
 
 def fused(
-    conv: Any, bn: nn.Module | None, act: nn.Module | None, x: Tensor, residual: Tensor | None = None, **options: Any
+    conv: Any,
+    bn: nn.Module | None,
+    act: nn.Module | str | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` with the parameters, buffers and options of torch's modules, as they are now."""
     x = _pre_hooks(conv, x)
+    named = (name for name, kind in ACTIVATIONS.items() if isinstance(act, kind))
+    activation = act if isinstance(act, str) else next(named, "none")
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -111,7 +118,7 @@ def fused(
         padding=padding,
         dilation=conv.dilation,
         groups=conv.groups,
-        activation=next((name for name, kind in ACTIVATIONS.items() if isinstance(act, kind)), "none"),
+        activation=activation,
     )
     if isinstance(act, nn.LeakyReLU):
         options["negative_slope"] = act.negative_slope
