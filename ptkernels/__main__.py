@@ -1,4 +1,4 @@
-"""``python -m ptkernels env | bench | gradcheck | explain``."""
+"""``python -m ptkernels env | bench | gradcheck | explain | replace``."""
 
 from __future__ import annotations
 

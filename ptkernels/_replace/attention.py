@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,11 @@ class _Patched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with patch_sdpa():
             return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The original's: torch.export names inputs after it."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
 
 def _calls_sdpa(module: nn.Module) -> bool:

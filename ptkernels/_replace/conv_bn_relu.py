@@ -244,6 +244,11 @@ class _Fused:
             return type(module).forward(module, *args, **kwargs)
         return traced.function(module, *args, **kwargs)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The original's: torch.export names inputs after it."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
     def _current(self) -> _Traced | None:
         attributes = [item for item in self.module.__dict__.items() if isinstance(item[1], _CONSTANTS)]
         key = (*attributes, *map(type, self.module._modules.values()))

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ptkernels.cli import bench, env, explain, gradcheck
+from ptkernels.cli import bench, env, explain, gradcheck, replace
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ _COMMANDS = {
     "bench": (bench, "check every operator, then time it against its peers"),
     "gradcheck": (gradcheck, "gradcheck and gradgradcheck over every operator's sample inputs"),
     "explain": (explain, "which kernel a call would run, why, and what would make it faster"),
+    "replace": (replace, "what replace() does to a model, before and after"),
 }
 
 
