@@ -124,6 +124,51 @@ class TourismRatingPredictor(nn.Module):
         return F.mse_loss(rating.squeeze(1), ratings) + F.cross_entropy(sentiment, sentiments)
 
 
+class CombineDirections(nn.Module):
+    """The outputs of both directions of a recurrent layer as one.
+
+    Args:
+        hidden_dim: units of each direction.
+        how: ``"concat"`` keeps both side by side, ``"add"`` sums them, ``"gated"`` mixes them by a learned gate per
+            feature, ``"attention"`` by a learned weight per direction.
+
+    Shape:
+        ``[..., 2 * hidden_dim]`` to ``[..., out_features]``, which is ``2 * hidden_dim`` for ``"concat"`` and otherwise
+        ``hidden_dim``.
+
+    Raises:
+        ValueError: ``how`` is none of the four.
+
+    Example:
+        >>> CombineDirections(4, "gated")(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, hidden_dim: int, how: str = "concat") -> None:
+        super().__init__()
+        outputs = {"concat": 0, "add": 0, "gated": hidden_dim, "attention": 1}
+        if how not in outputs:
+            raise ValueError(f"CombineDirections: how: got {how!r}, expected one of {', '.join(outputs)}")
+        self.how, self.out_features = how, 2 * hidden_dim if how == "concat" else hidden_dim
+        inputs = hidden_dim if how == "attention" else 2 * hidden_dim
+        self.score = nn.Linear(inputs, outputs[how]) if outputs[how] else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "concat":
+            return x
+        forward, backward = x.chunk(2, -1)
+        if self.score is None:
+            return forward + backward
+        if self.how == "gated":
+            return torch.lerp(backward, forward, torch.sigmoid(self.score(x)))
+        both = torch.stack([forward, backward], -2)
+        weight: Tensor = self.score(torch.tanh(both)).softmax(-2)
+        return (weight * both).sum(-2)
+
+    def extra_repr(self) -> str:
+        return f"how={self.how}"
+
+
 class SequenceTagger(nn.Module):
     """A tag of every word, named entities or parts of speech: words, their spelling where given, both directions.
 
@@ -135,6 +180,7 @@ class SequenceTagger(nn.Module):
         char_vocab_size: number of characters; 0 is the padding of a word. Default: words are not spelled.
         char_embedding_dim: features of a character, and units of each direction that reads them.
         dropout: probability of dropping a feature before the scores.
+        combine: how both directions become one; see :class:`CombineDirections`.
 
     Shape:
         ``words`` int64 ``[B, L]``, ``lengths`` int64 ``[B]``, ``characters`` int64 ``[B, L, most]``, required with
@@ -159,6 +205,7 @@ class SequenceTagger(nn.Module):
         char_vocab_size: int | None = None,
         char_embedding_dim: int = 50,
         dropout: float = 0.5,
+        combine: str = "concat",
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
@@ -167,8 +214,9 @@ class SequenceTagger(nn.Module):
         self.char_embedding = nn.Embedding(char_vocab_size, char_embedding_dim) if char_vocab_size else None
         self.char_lstm = LSTM(char_embedding_dim, char_embedding_dim, **options) if spelled else None
         self.lstm = LSTM(embedding_dim + (2 * char_embedding_dim if spelled else 0), hidden_dim, **options)
+        self.combine = CombineDirections(hidden_dim, combine)
         self.dropout = nn.Dropout(dropout)
-        self.hidden2tag = nn.Linear(2 * hidden_dim, num_tags)
+        self.hidden2tag = nn.Linear(self.combine.out_features, num_tags)
 
     def forward(self, words: Tensor, lengths: Tensor | None = None, characters: Tensor | None = None) -> Tensor:
         features = self.embedding(words)
@@ -184,5 +232,5 @@ class SequenceTagger(nn.Module):
             spelled = torch.cat([hidden[0], hidden[1]], 1).view(*words.shape, -1)
             features = torch.cat([features, spelled], 2)
         output, _ = self.lstm(features, lengths=lengths)
-        scores: Tensor = self.hidden2tag(self.dropout(output))
+        scores: Tensor = self.hidden2tag(self.dropout(self.combine(output)))
         return scores

@@ -67,6 +67,10 @@ MODELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "TourismRatingPredictor": (lambda: TourismRatingPredictor(30, 6, 8), (words(), LENGTHS)),
     "SequenceTagger": (lambda: SequenceTagger(30, 6, 8, 5), (words(), LENGTHS)),
     "SequenceTagger, spelled": (lambda: SequenceTagger(30, 6, 8, 5, 20, 4), (words(), LENGTHS, spelling())),
+    **{
+        f"SequenceTagger, {how}": (lambda how=how: SequenceTagger(30, 6, 8, 5, combine=how), (words(), LENGTHS))
+        for how in ("add", "gated", "attention")
+    },
     "Seq2Seq": (lambda: Seq2Seq(30, 20, 6, 8, 2), (words(), words(20), LENGTHS)),
     "DynamicGraphLSTM": (Dynamic, (torch.randn(4, 5, 6),)),
     "GatedGraphConv": (lambda: GatedGraphConv(8, 3), (torch.randn(5, 6), EDGES, torch.rand(6))),
@@ -144,6 +148,8 @@ def test_padding_does_not_matter() -> None:
         model(ids, LENGTHS)
     with pytest.raises(ValueError, match="characters: got some, expected none"):
         SequenceTagger(30, 6, 8, 5)(ids, LENGTHS, characters)
+    with pytest.raises(ValueError, match="how: got 'mean', expected one of concat, add, gated, attention"):
+        SequenceTagger(30, 6, 8, 5, combine="mean")
 
 
 # --- the conditional random field

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 import ptkernels as ptk
 from ptkernels.errors import FallbackError
@@ -135,6 +137,21 @@ def test_encoder_layer(norm_first: bool, training: bool) -> None:
     padding[0, -1] = True
     expected, out = (layer(x, src_key_padding_mask=padding) for layer in (theirs, ours))
     torch.testing.assert_close(out, expected)
+
+
+def test_prefix_tuning() -> None:
+    """Keys and values that are learned stand before a frozen layer's own; every query sees all of them."""
+    prefix, length = 3, 5
+    leaves = [torch.randn(1, 2, prefix, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    query, *own = torch.randn(3, 2, 2, length, 4, dtype=torch.float64)
+    seen = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
+    masks = (causal_lower_right(length, prefix + length), seen)
+    gradients = []
+    for function, mask in zip((ptk.attention, F.scaled_dot_product_attention), masks, strict=True):
+        key, value = (torch.cat([p.expand(2, -1, -1, -1), x], 2) for p, x in zip(leaves, own, strict=True))
+        gradients.append(torch.autograd.grad(function(query, key, value, mask).sin().sum(), leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_modules_copy_pickle_and_compile() -> None:
