@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from as_torch import assert_as_torch, assert_state_round_trip, torch_functions
+from learning import learn
 from real_images import digits, patches
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -224,13 +225,7 @@ def test_transfer_trains_only_the_new_layer() -> None:
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if "fc" not in name}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     model.eval()  # normalisation too stays as it was
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), classes)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, lambda: F.cross_entropy(model(images), classes), 8)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
     assert model.layer1[0].conv1.weight.grad is None
@@ -276,14 +271,12 @@ def test_style_network_learns_to_copy_a_photograph() -> None:
     photos = patches(2, 24)
     model = StyleTransferNet(8, 1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(15):
-        optimizer.zero_grad()
+
+    def loss() -> Tensor:
         out = model(photos)
-        loss = F.mse_loss(out, photos) + (gram_matrix(out) - gram_matrix(photos)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        return F.mse_loss(out, photos) + (gram_matrix(out) - gram_matrix(photos)).square().mean()
+
+    losses = learn(optimizer, loss, 15)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -308,10 +301,7 @@ def test_unet_segments() -> None:
     target = (photos.mean(1) > photos.mean()).long()
     model = UNet(3, 2, 8, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(15):
-        optimizer.zero_grad()
-        F.cross_entropy(model(photos), target).backward()
-        optimizer.step()
+    learn(optimizer, lambda: F.cross_entropy(model(photos), target), 15)
     assert (model(photos).argmax(1) == target).float().mean() > 0.9
     with pytest.raises(ValueError, match=r"UNet: x: got shape \[1, 3, 10, 16\], expected .* multiples of 4"):
         model(torch.randn(1, 3, 10, 16))
@@ -322,13 +312,7 @@ def test_super_resolution_beats_its_start() -> None:
     small = F.avg_pool2d(sharp, 2)
     model = EDSR(2, 8, 2)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = F.l1_loss(model(small), sharp)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, lambda: F.l1_loss(model(small), sharp), 20)
     assert losses[-1] < 0.6 * losses[0]
     with pytest.raises(ValueError, match="upscale: got 3"):
         EDSR(3)
@@ -408,13 +392,7 @@ def test_architecture_weights_are_learned() -> None:
     x = patches(4, 16)
     optimizer = torch.optim.Adam([cell.alphas], 0.1)
     target = cell.cell.edges[0][list(OPERATIONS).index("sep_conv_3x3")](cell.cell.older(x)).detach()
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = F.mse_loss(cell(x, x)[:, :4], target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, lambda: F.mse_loss(cell(x, x)[:, :4], target), 8)
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match=r"weights: got shape \[1, 8\], expected \[5, 8\]"):
         cell.cell(x, x, torch.ones(1, 8))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from learning import learn
 from torch import Tensor
 
 import ptkernels as ptk
@@ -113,15 +114,8 @@ def test_trains(kind: str) -> None:
     model = DecoderLM(CONFIGS[kind])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     tokens = (torch.arange(8)[:, None] * 4 + torch.arange(12) * (1 + torch.arange(8)[:, None] % 3)) % VOCAB
-    history = []
-    for _ in range(25):
-        optimizer.zero_grad()
-        loss = model.loss(tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        history.append(loss.item())
-    assert history[-1] < 0.5 * history[0]
+    losses = learn(optimizer, lambda: model.loss(tokens), 25, clip=1.0)
+    assert losses[-1] < 0.5 * losses[0]
     again = DecoderLM(CONFIGS[kind])
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(tokens), model.eval()(tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import learning
 import pytest
 import torch
 from as_torch import assert_as_torch
@@ -47,15 +48,7 @@ def views(count: int = 16) -> tuple[Tensor, Tensor]:
 
 def learn(model: nn.Module, loss: Any, steps: int, after: Any = lambda: None) -> list[float]:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-3)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        optimizer.step()
-        after()
-        losses.append(value.item())
-    return losses
+    return learning.learn(optimizer, loss, steps, after=after)
 
 
 def test_contrastive_losses_are_their_formulas() -> None:

@@ -7,6 +7,7 @@ import itertools
 from importlib import resources
 from typing import Any
 
+import learning
 import pytest
 import torch
 from as_torch import assert_as_torch, assert_state_round_trip
@@ -99,16 +100,7 @@ def sentences(most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def learn(model: nn.Module, loss: Any, steps: int, lr: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(value.item())
-    return losses
+    return learning.learn(torch.optim.Adam(model.parameters(), lr), loss, steps, clip=1.0)
 
 
 @pytest.mark.parametrize(

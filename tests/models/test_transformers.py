@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from as_torch import assert_as_torch, assert_state_round_trip
+from learning import learn
 from real_images import digits
 from torch import Tensor
 from torch.nn import functional as F
@@ -242,13 +243,9 @@ def test_masked_language_model_learns_sentences() -> None:
     )
     model = BertForMaskedLM(Bert(config))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(ids.masked_fill(hidden, 256), mask)[hidden], ids[hidden])
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(
+        optimizer, lambda: F.cross_entropy(model(ids.masked_fill(hidden, 256), mask)[hidden], ids[hidden]), 20
+    )
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -257,13 +254,7 @@ def test_encoder_decoder_learns_to_reverse() -> None:
     source = torch.randint(2, 8, (32, 4))
     answer = source.flip(1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = model.loss(source, answer)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, lambda: model.loss(source, answer), 60)
     assert losses[-1] < 0.6 * losses[0]
     model.eval()
     start = torch.zeros(32, 1, dtype=torch.int64)
@@ -310,13 +301,7 @@ def test_vision_transformers_learn_digits(make: Any) -> None:
     images, classes = digits(64, 12)
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), classes)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, lambda: F.cross_entropy(model(images), classes), 20)
     assert losses[-1] < 0.7 * losses[0]
 
 
