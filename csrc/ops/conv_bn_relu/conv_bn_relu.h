@@ -44,6 +44,9 @@ struct ConvParams {
   ConvProblem problem;
   const void *input = nullptr, *weight = nullptr, *residual = nullptr;
   const void *bias = nullptr, *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  // Null, or packed_bytes(problem) bytes for the weights in the kernel's layout: written first unless is_packed.
+  void* packed = nullptr;
+  bool is_packed = false;
   void* out = nullptr;
   Layout out_layout = Layout::channels_first;  // of out and residual
   // Where not null: mean and biased variance of every channel of out over batch and space.
@@ -81,6 +84,8 @@ struct ConvBackwardParams {
 };
 
 struct ConvKernels {
+  // What the kernel of convolve() packs the weights into; it depends on the problem and the ISA level alone.
+  int64_t (*packed_bytes)(const ConvProblem&);
   // False when memory ran out.
   bool (*convolve)(const ConvParams&);
   bool (*normalize)(const NormalizeParams&);

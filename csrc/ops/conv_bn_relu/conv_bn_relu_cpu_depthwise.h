@@ -3,8 +3,9 @@
 //
 //   layout   channels last; a vector holds neighbouring channels. Weights are brought to [tap][channel] once per call.
 //
-//   tiling   an item is a line of positions. Four positions share each vector of weights where all of their taps are
-//            inside; the positions at the borders are computed one at a time, over the taps that are.
+//   tiling   an item is a line of positions. Up to eight positions share each vector of weights where all of their taps
+//            are inside; fewer take more channels at a time, so that there are always enough sums to hide the latency
+//            of an addition. Positions at the borders are computed one at a time, over the taps that are inside.
 //
 //   weight gradient: lines are divided into segments whose number depends on the problem alone, each with sums of its
 //            own, which are added in order.
@@ -21,7 +22,6 @@ static inline bool is_depthwise(const ConvProblem& p) {
 template <class T>
 class DepthwiseConv {
   using A = Acc<T>;
-  static constexpr int64_t kTogether = 4;
 
 public:
   DepthwiseConv(const Gather& gather, const T* source, const T* weight, const ConvResult<T>& result)
@@ -36,14 +36,28 @@ public:
   int64_t lines() const { return g_.batch * g_.axis[0].count * g_.axis[1].count; }
   Blocks blocks() const { return {w_.count, most(1, g_.positions()), g_.positions()}; }
 
+  int64_t packed_bytes() const {
+    return most(1, g_.taps()) * ld_weight() * static_cast<int64_t>(sizeof(A));
+  }
+
+  bool pack(void* to) const {
+    A* packed = static_cast<A*>(to);
+    const int64_t volume = g_.kernel[0] * g_.kernel[1] * g_.kernel[2];
+    int64_t tap = 0;
+    for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
+      for (int64_t t = 0; t < w_.taps; ++t, ++tap) {
+        const T* from = weight_ + tap_offset(g_, row / g_.axis[1].taps, row % g_.axis[1].taps, t);
+        for (int64_t c = 0; c < ld_weight(); ++c)
+          packed[tap * ld_weight() + c] = c < channels_ ? load_scalar(from + c * volume) : A(0);
+      }
+    return true;
+  }
+
   // False when memory ran out.
-  bool run() const {
-    const SharedBuffer packed(most(1, g_.taps()) * ld_weight() * static_cast<int64_t>(sizeof(A)));
-    if (!packed) return false;
-    pack(packed.as<A>());
+  bool run(const void* packed) const {
     bool ok = true;
     parallel_items(lines(), [&](int64_t i) {
-      if (!line(packed.as<A>(), i)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      if (!line(static_cast<const A*>(packed), i)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
   }
@@ -55,42 +69,68 @@ private:
            g_.axis[0].out_size * g_.axis[1].out_size * w_.out_size > 1;
   }
 
-  void pack(A* packed) const {
-    const int64_t volume = g_.kernel[0] * g_.kernel[1] * g_.kernel[2];
-    int64_t tap = 0;
-    for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
-      for (int64_t t = 0; t < w_.taps; ++t, ++tap) {
-        const T* from = weight_ + tap_offset(g_, row / g_.axis[1].taps, row % g_.axis[1].taps, t);
-        for (int64_t c = 0; c < ld_weight(); ++c)
-          packed[tap * ld_weight() + c] = c < channels_ ? load_scalar(from + c * volume) : A(0);
-      }
-  }
-
-  // Positions [at, at + N) of a line, result rows `ld_out` apart.
-  template <int N, bool kInner>
-  void positions(const A* weight, const Position& p, int64_t at, T* out, const T* residual, int64_t ld_out) const {
+  // The taps of a position that lie inside the source: where, counted from the start of the image, and their weights.
+  struct Tap {
+    int64_t from, weight;
+  };
+  struct Taps {
+    int64_t count = 0;
+    Tap* list;
+  };
+  void find_taps(const Position& p, int64_t at, Taps& taps) const {
     const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
-    for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-      const int64_t valid = channels_ - c;
-      Vec<A> sum[N] = {};
-      for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
-        const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
-        if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
-        const T* line = source_ + ((p.image * d_.source + d) * h_.source + h) * w_.source * channels_ + c;
-        for (int64_t t = 0; t < w_.taps; ++t) {
-          const int64_t from = at * w_.step + w_.base + t * w_.delta;
-          if (!kInner && (from < 0 || from >= w_.source)) continue;
-          const Vec<A> w = load(weight + (row * w_.taps + t) * ld_weight() + c);
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) sum[n] += load_as_partial(line + (from + n * w_.step) * channels_, valid) * w;
-        }
-      }
-#pragma GCC unroll 1
-      for (int n = 0; n < N; ++n) {
-        const int64_t to = (at + n) * ld_out + c;
-        r_.finish(sum[n], c, residual ? residual + to : nullptr, out + to, valid);
+    taps.count = 0;
+    for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
+      const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
+      if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
+      for (int64_t t = 0; t < w_.taps; ++t) {
+        const int64_t w = at * w_.step + w_.base + t * w_.delta;
+        if (w >= 0 && w < w_.source)
+          taps.list[taps.count++] = {((d * h_.source + h) * w_.source + w) * channels_,
+                                     (row * w_.taps + t) * ld_weight()};
       }
     }
+  }
+
+  // Channels [c, c + V * lanes) of N positions, of whose last vector `valid` channels exist.
+  template <int N, int V>
+  PTK_INLINE void block(const DepthwiseConv& conv, const Taps& taps, const T* image, const A* weight, int64_t c,
+                        int64_t valid, T* out, const T* residual, int64_t ld_out) {
+    constexpr int lanes = kLanes<A>;
+    const int64_t step = conv.w_.step * conv.channels_;
+    Vec<A> sum[N][V] = {};
+    for (int64_t i = 0; i < taps.count; ++i) {
+      const T* from = image + taps.list[i].from + c;
+      const A* w = weight + taps.list[i].weight + c;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> factor = load(w + v * lanes);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[n][v] += load_as_partial(from + n * step + v * lanes, valid) * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const auto vectors = conv.r_.at(c + v * lanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const int64_t to = n * ld_out + c + v * lanes;
+        conv.r_.finish(sum[n][v], vectors, residual ? residual + to : nullptr, out + to, valid);
+      }
+    }
+  }
+
+  // N positions that share their taps, `out` at the first of them.
+  template <int N>
+  void positions(const Taps& taps, const T* image, const A* weight, T* out, const T* residual, int64_t ld_out) const {
+    constexpr int lanes = kLanes<A>, vectors = N >= 8 ? 1 : N >= 2 ? 8 / N : 4;
+    int64_t c = 0;
+    for (; c + vectors * lanes <= channels_; c += vectors * lanes)
+      block<N, vectors>(*this, taps, image, weight, c, lanes, out, residual, ld_out);
+    if constexpr (vectors > 1)
+      for (; c + lanes <= channels_; c += lanes)
+        block<N, 1>(*this, taps, image, weight, c, lanes, out, residual, ld_out);
+    if (c < channels_) block<N, 1>(*this, taps, image, weight, c, channels_ - c, out, residual, ld_out);
   }
 
   bool line(const A* weight, int64_t index) const {
@@ -102,9 +142,14 @@ private:
     T* out = r_.out;
     const T* residual = r_.residual;
     int64_t ld = channels_;
+    const int64_t taps_bytes = round_up(most(1, g_.taps()) * static_cast<int64_t>(sizeof(Tap)), 64);
+    char* scratch =
+        static_cast<char*>(thread_scratch(taps_bytes + (transposed ? 2 * w_.count * channels_ * sizeof(T) : 0)));
+    if (!scratch) return false;
+    Taps taps;
+    taps.list = reinterpret_cast<Tap*>(scratch);
     if (transposed) {
-      out = static_cast<T*>(thread_scratch(2 * w_.count * channels_ * sizeof(T)));
-      if (!out) return false;
+      out = reinterpret_cast<T*>(scratch + taps_bytes);
       if (residual) {
         rows_from_planes(residual, channels_, space, begin, end, 0, channels_, out + w_.count * channels_, channels_);
         residual = out + w_.count * channels_;
@@ -114,10 +159,32 @@ private:
       out += p.out * channels_;
       if (residual) residual += p.out * channels_;
     }
-    int64_t at = 0;
-    for (; at < first_inner_; ++at) positions<1, false>(weight, p, at, out, residual, ld);
-    for (; at + kTogether <= inner_end_; at += kTogether) positions<kTogether, true>(weight, p, at, out, residual, ld);
-    for (; at < w_.count; ++at) positions<1, false>(weight, p, at, out, residual, ld);
+    const T* image = source_ + p.image * g_.axis[0].source * g_.axis[1].source * w_.source * channels_;
+    for (int64_t at = 0, found = -1; at < w_.count;) {
+      const bool inner = at >= first_inner_ && at < inner_end_;
+      if (!inner || found < 0) find_taps(p, at, taps);
+      const T* from = image;
+      if (inner) {
+        if (found < 0) found = at;
+        from += (at - found) * w_.step * channels_;
+      }
+      T* to = out + at * ld;
+      const T* added = residual ? residual + at * ld : nullptr;
+      const int64_t left = inner ? inner_end_ - at : 1;
+      const auto together = [&]<int N>() {
+        positions<N>(taps, from, weight, to, added, ld);
+        at += N;
+      };
+      if (left >= 8) {
+        together.template operator()<8>();
+      } else if (left >= 4) {
+        together.template operator()<4>();
+      } else if (left >= 2) {
+        together.template operator()<2>();
+      } else {
+        together.template operator()<1>();
+      }
+    }
     if (transposed) planes_from_rows(out, channels_, r_.out, channels_, space, begin, end, 0, channels_);
     if (r_.statistics) {
       A* to = r_.statistics + index * 2 * channels_;
