@@ -2,6 +2,7 @@
 // Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad_direct.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_winograd.h"
 
 namespace ptk::PTK_ISA {
@@ -148,7 +149,11 @@ bool weight_gradient(const ConvBackwardParams& params) {
   T* grad_weight = static_cast<T*>(params.grad_weight);
   const Gather gather = forward_gather(p);
   if (is_depthwise(p)) return DepthwiseWeightGradient<T>(gather, input, grad, grad_weight).run();
-  return WeightGradient<T>(p, gather, input, grad, grad_weight).run();
+  if constexpr (std::is_same_v<Element<T>, T> && sizeof(T) >= 4) {
+    return DirectWeightGradient<T>(flattened(gather), input, grad, grad_weight).run();
+  } else {
+    return WeightGradient<T>(p, gather, input, grad, grad_weight).run();
+  }
 }
 
 int64_t packed_bytes(const ConvProblem& p) {

@@ -31,11 +31,23 @@ static void load_weights(const Gather& g, const T* weight, int64_t n0, int64_t c
       }
   }
   const int64_t full = n;
+  if (g.weight_result == taps && taps <= lanes) {
+    // Columns and taps of a channel are neighbours: of `lanes` columns, as many taps as there are, and what is read
+    // beyond them is not used. The last columns are left out, where that might lie behind the tensor.
+    for (; n + 2 * lanes <= columns || (n + lanes <= columns && taps == lanes); n += lanes)
+      for (int64_t c = 0; c < channels; ++c) {
+        Vec<A> rows[lanes];
+        for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(weight + c * g.weight_source + (n + i) * taps);
+        transpose<A>(rows);
+        for (int64_t tap = 0; tap < taps; ++tap) store(loose + (c * taps + tap) * nr + n, rows[tap]);
+      }
+  }
+  const int64_t begun = n;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t tap = 0; tap < taps; ++tap) {
       const T* from = weight + c * g.weight_source + tap;
       A* to = loose + (c * taps + tap) * nr;
-      for (int64_t i = c * taps + tap < done ? full : 0; i < columns; ++i)
+      for (int64_t i = c * taps + tap < done ? full : begun > full ? begun : 0; i < columns; ++i)
         to[i] = load_scalar(from + i * g.weight_result);
       for (int64_t i = columns; i < nr; ++i) to[i] = A(0);
     }
