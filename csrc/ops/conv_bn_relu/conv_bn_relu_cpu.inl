@@ -81,10 +81,11 @@ bool pack_and_run(const Kernel& kernel, void* packed, bool is_packed) {
 }
 
 template <class T>
-int64_t packed_bytes_as(const ConvProblem& p) {
+PackedConvLayout packed_layout_as(const ConvProblem& p) {
   const ConvResult<T> result;
-  return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result,
-                        [](const auto& kernel) { return kernel.packed_bytes(); });
+  return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, [](const auto& kernel) {
+    return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()};
+  });
 }
 
 template <class T>
@@ -156,14 +157,14 @@ bool weight_gradient(const ConvBackwardParams& params) {
   }
 }
 
-int64_t packed_bytes(const ConvProblem& p) {
-  if (is_inherited(p)) return inherited().packed_bytes(p);
-  int64_t bytes = 0;
+PackedConvLayout packed_layout(const ConvProblem& p) {
+  if (is_inherited(p)) return inherited().packed_layout(p);
+  PackedConvLayout layout{};
   by_dtype(p.dtype, [&](auto t) {
-    bytes = packed_bytes_as<decltype(t)>(p);
+    layout = packed_layout_as<decltype(t)>(p);
     return true;
   });
-  return bytes;
+  return layout;
 }
 
 bool convolve(const ConvParams& params) {
@@ -209,7 +210,8 @@ const char* describe(const ConvProblem& p) {
 }  // namespace
 
 const ConvKernels& conv_kernels() {
-  static constexpr ConvKernels kernels = {packed_bytes, convolve, normalize, normalize_backward, convolve_backward, describe};
+  static constexpr ConvKernels kernels = {packed_layout,      convolve,          normalize,
+                                          normalize_backward, convolve_backward, describe};
   return kernels;
 }
 

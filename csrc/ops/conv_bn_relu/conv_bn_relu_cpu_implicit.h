@@ -90,6 +90,7 @@ public:
     column_blocks_ = (columns + columns_ - 1) / columns_;
   }
 
+  int64_t packed_kind() const { return lines_.is_used() ? 3 : 2; }
   int64_t packed_bytes() const { return g_.groups * group_stride() * static_cast<int64_t>(sizeof(E)); }
 
   // False when memory ran out, as for run().

@@ -40,8 +40,8 @@ struct ConvResult {
   }
 
   // Stores `valid` channels of one position at the address of `out_at`, as Normalize does in a pass of its own.
-  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at,
-                                                    T* out_at, int64_t valid) const {
+  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at, T* out_at,
+                                                    int64_t valid) const {
     if (bias) sums += v.bias;
     sums = rounded<T>(sums);
     if (mean) sums = (sums - v.mean) * v.scale + v.shift;

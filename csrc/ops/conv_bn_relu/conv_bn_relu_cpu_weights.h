@@ -1,5 +1,5 @@
-// Weights on their way into the panels of a matrix product: read in the order in which they lie in memory, a part of the
-// channels of one panel at a time, so that what follows finds them in cache.
+// Weights on their way into the panels of a matrix product: read in the order in which they lie in memory, a part of
+// the channels of one panel at a time, so that what follows finds them in cache.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_gather.h"

@@ -5,11 +5,13 @@
 //
 //   layout   both operands are channels last. Of a line of positions, a tap meets a run of source pixels: one position
 //            after the other, kMr neighbouring output channels are broadcast and two vectors of input channels loaded.
-//            Nothing is packed, gathered or transposed. Of few input channels, the taps of a line are neighbours in a
-//            copy of the source with zeros at the ends of its lines, and count as channels.
+//            Nothing is gathered or transposed; what many products read is first brought together, since rows of many
+//            channels lie pages apart: the gradient, and the source where there is one tap. Of few input channels, the
+//            taps of a line are neighbours in a copy of the source with zeros at the ends of its lines, and count as
+//            channels.
 //
-//   tiling   an item is a part of the columns (input channels) and a segment of the lines, long ones cut into pieces. Its sums,
-//            [row of taps][output channel][column], stay in L2; a chunk of lines passes by all of them at a time.
+//   tiling   an item is a part of the columns (input channels) and a segment of the lines, long ones cut into pieces.
+//            Its sums, [tap][output channel][column], stay in L2; a chunk of lines passes by all of them at a time.
 //
 //   threads  the segments are a function of the problem alone, and are added up in order.
 #pragma once
@@ -65,7 +67,7 @@ public:
 
 private:
   // Enough items for many cores, few enough that their sums stay small.
-  static constexpr int64_t kItems = 32, kMaxLines = 16, kPositions = 112;
+  static constexpr int64_t kItems = 16, kMaxLines = 16, kPositions = 112;
   static constexpr int64_t kSumsBytes = PTK_ISA_LEVEL >= 2 ? 768 * 1024 : 256 * 1024;
 
   int64_t outputs() const { return g_.group_result(); }
@@ -89,7 +91,8 @@ private:
 
   // Neighbouring positions of a line and the source pixels that one tap meets at them.
   struct Run {
-    const T *grad, *source;
+    int64_t row;  // of the chunk's gradient
+    const T* source;
     int64_t positions;
   };
   struct Runs {
@@ -115,36 +118,93 @@ private:
       const int64_t z = rest % d.count * d.step + d.base + td * d.delta, image = rest / d.count;
       if (y < 0 || y >= h.source || z < 0 || z >= d.source) continue;
       const int64_t pixel = ((image * d.source + z) * h.source + y) * width + from * w.step + offset;
-      runs.list[runs.count++] = {grad_ + (line * w.count + from) * g_.result_channels, source + pixel * channels(),
-                                 to - from};
+      const int64_t row = (line - begin / pieces_) * w.count + from - begin % pieces_ * kPositions;
+      runs.list[runs.count++] = {row, source + pixel * channels(), to - from};
     }
   }
 
   bool item(const T* source, int64_t which, int64_t segment, T* sums) const {
     const int64_t group = which / parts_, first = which % parts_ * part_, columns = least(part_, columns_ - first);
-    Runs* runs = static_cast<Runs*>(thread_scratch(tiles_ * sizeof(Runs)));
-    if (!runs) return false;
-    std::memset(sums, 0, sums_size() * sizeof(T));
-    const int64_t end = least(lines_, (segment + 1) * segment_);
-    for (int64_t begin = segment * segment_; begin < end; begin += chunk_) {
-      for (int64_t tile = 0; tile < tiles_; ++tile) find_runs(source, tile, begin, least(end, begin + chunk_), runs[tile]);
-      for (int64_t c = 0; c < columns; c += kNr)
+    Carver count;
+    carve(count);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    const Scratch s = carve(carver);
+    const int64_t start = segment * segment_, end = least(lines_, start + segment_);
+    for (int64_t begin = start; begin < end; begin += chunk_) {
+      const int64_t stop = least(end, begin + chunk_);
+      bring_gradient(group, begin, stop, s.grad);
+      for (int64_t tile = 0; tile < tiles_; ++tile) find_runs(source, tile, begin, stop, s.runs[tile]);
+      for (int64_t c = 0; c < columns; c += kNr) {
+        const int64_t channel = group * g_.group_source() + first + c, valid = least(kNr, columns - c);
+        if (brings_source()) bring_source(s.runs[0], channel, valid, s.source);
         for (int64_t o = 0; o < outputs(); o += kMr)
-          for (int64_t tile = 0; tile < tiles_; ++tile)
-            add_rows(runs[tile], group * outputs() + o, least(kMr, outputs() - o),
-                     group * g_.group_source() + first + c, columns - c, sums + (tile * outputs() + o) * part_ + c);
+          for (int64_t tile = 0; tile < tiles_; ++tile) {
+            T* to = sums + (tile * outputs() + o) * part_ + c;
+            const int64_t rows = least(kMr, outputs() - o);
+            if (begin == start)
+              for (int64_t m = 0; m < rows; ++m) std::memset(to + m * part_, 0, kNr * sizeof(T));
+            add_rows(s.runs[tile], s.grad + o / kMr * kPositions * kLd, rows, brings_source() ? s.source : nullptr,
+                     channel, valid, to);
+          }
+      }
     }
     release_large_scratch();
     return true;
   }
 
-  // Full strips of rows, or binary steps of what is left.
-  void add_rows(const Runs& runs, int64_t o, int64_t rows, int64_t c, int64_t columns, T* sums) const {
-    if (rows == kMr) return add_columns<kMr>(runs, o, c, columns, sums);
+  // A row of kMr numbers, padded so that it lies in as few cache lines as can be.
+  static constexpr int64_t kLd = kMr > 8 ? 16 : 8;
+  bool brings_source() const { return tiles_ == 1 && outputs() > kMr && !merges_; }
+
+  struct Scratch {
+    Runs* runs;
+    T *grad, *source;
+  };
+  Scratch carve(Carver& carver) const {
+    Scratch s;
+    s.runs = carver.take<Runs>(tiles_);
+    s.grad = carver.take<T>((outputs() + kMr - 1) / kMr * kPositions * kLd + kLd);
+    s.source = carver.take<T>(brings_source() ? kPositions * kNr : 0);
+    return s;
+  }
+
+  // grad[strip of kMr output channels][position][channel]
+  void bring_gradient(int64_t group, int64_t begin, int64_t end, T* grad) const {
+    const int64_t width = g_.axis[2].count;
+    const auto first_position = [&](int64_t piece) {
+      return piece / pieces_ * width + least(width, piece % pieces_ * kPositions);
+    };
+    const int64_t first = first_position(begin), rows = first_position(end) - first;
+    const T* from = grad_ + first * g_.result_channels + group * outputs();
+    for (int64_t o = 0; o < outputs(); o += kMr) {
+      T* to = grad + o / kMr * kPositions * kLd;
+      const int64_t strip = least(kMr, outputs() - o);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(to + r * kLd, from + r * g_.result_channels + o, strip * sizeof(T));
+    }
+  }
+
+  // source[position of the runs][column], zeros behind the columns.
+  void bring_source(const Runs& runs, int64_t channel, int64_t columns, T* to) const {
+    const int64_t step = g_.axis[2].step * channels();
+    for (int64_t r = 0; r < runs.count; ++r) {
+      const T* from = runs.list[r].source + channel;
+      for (int64_t i = 0; i < runs.list[r].positions; ++i, from += step, to += kNr) {
+        store(to, load_partial(from, columns));
+        store(to + kLane, columns > kLane ? load_partial(from + kLane, columns - kLane) : V{});
+      }
+    }
+  }
+
+  // Full strips of rows, or binary steps of what is left. `source`: brought together, or null.
+  void add_rows(const Runs& runs, const T* grad, int64_t rows, const T* source, int64_t c, int64_t columns,
+                T* sums) const {
+    if (rows == kMr) return add_columns<kMr>(runs, grad, source, c, columns, sums);
     const auto step = [&]<int M>() {
       if (rows < M) return;
-      add_columns<M>(runs, o, c, columns, sums);
-      o += M, rows -= M, sums += M * part_;
+      add_columns<M>(runs, grad, source, c, columns, sums);
+      grad += M, rows -= M, sums += M * part_;
     };
     if constexpr (kMr > 8) step.template operator()<8>();
     step.template operator()<4>();
@@ -153,35 +213,38 @@ private:
   }
 
   template <int M>
-  void add_columns(const Runs& runs, int64_t o, int64_t c, int64_t columns, T* sums) const {
-    // A copy of the source has room behind its end; the source itself does not.
-    if (columns >= kNr || (merges_ && columns > kLane)) return add<M, 2>(runs, o, c, kLane, sums);
+  void add_columns(const Runs& runs, const T* grad, const T* source, int64_t c, int64_t columns, T* sums) const {
+    // Copies of the source have room behind the last column; the source itself does not.
+    const bool whole = source || merges_;
+    if (columns == kNr || (whole && columns > kLane)) return add<M, 2>(runs, grad, source, c, kLane, sums);
     if (columns > kLane) {
-      add<M, 1>(runs, o, c, kLane, sums);
-      return add<M, 1>(runs, o, c + kLane, columns - kLane, sums + kLane);
+      add<M, 1>(runs, grad, source, c, kLane, sums);
+      return add<M, 1>(runs, grad, source, c + kLane, columns - kLane, sums + kLane);
     }
-    add<M, 1>(runs, o, c, merges_ ? kLane : columns, sums);
+    add<M, 1>(runs, grad, source, c, whole ? kLane : columns, sums);
   }
 
   // sums[m][column] += over the runs; `valid` columns of the last vector exist.
   template <int M, int N>
-  void add(const Runs& runs, int64_t o, int64_t c, int64_t valid, T* sums) const {
-    const int64_t step_grad = g_.result_channels, step_source = g_.axis[2].step * channels();
+  void add(const Runs& runs, const T* grad, const T* brought, int64_t c, int64_t valid, T* sums) const {
+    const int64_t step = brought ? kNr : g_.axis[2].step * channels();
     V sum[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) sum[m][n] = load(sums + m * part_ + n * kLane);
+    const T* source = brought;
     for (int64_t r = 0; r < runs.count; ++r) {
-      const T *grad = runs.list[r].grad + o, *source = runs.list[r].source + c;
+      const T* rows = grad + runs.list[r].row * kLd;
+      if (!brought) source = runs.list[r].source + c;
       if (valid >= kLane) {
 #pragma GCC unroll 1
-        for (int64_t i = 0; i < runs.list[r].positions; ++i, grad += step_grad, source += step_source)
-          multiply<M, N>(sum, grad, source, kLane);
+        for (int64_t i = 0; i < runs.list[r].positions; ++i, rows += kLd, source += step)
+          multiply<M, N>(sum, rows, source, kLane);
       } else {
 #pragma GCC unroll 1
-        for (int64_t i = 0; i < runs.list[r].positions; ++i, grad += step_grad, source += step_source)
-          multiply<M, N>(sum, grad, source, valid);
+        for (int64_t i = 0; i < runs.list[r].positions; ++i, rows += kLd, source += step)
+          multiply<M, N>(sum, rows, source, valid);
       }
     }
 #pragma GCC unroll 16
@@ -205,27 +268,45 @@ private:
 
   // Adds the segments of one output channel and writes its weights where they belong.
   void finish(int64_t channel, const T* sums) const {
-    const int64_t group = channel / outputs(), o = channel % outputs(), size = sums_size();
-    const int64_t taps = g_.taps(), row_taps = g_.axis[2].taps;
+    const int64_t group = channel / outputs(), o = channel % outputs(), taps = g_.taps();
     T* weight = grad_weight_ + channel * g_.group_source() * taps;
     for (int64_t part = 0; part < parts_; ++part) {
       const int64_t first = part * part_, columns = least(part_, columns_ - first);
-      const T* from = sums + (group * parts_ + part) * segments_ * size + o * part_;
-      for (int64_t tile = 0; tile < tiles_; ++tile, from += outputs() * part_)
-        for (int64_t c = 0; c < columns; c += kLane) {
-          V sum = load(from + c);
-          for (int64_t s = 1; s < segments_; ++s) sum += load(from + s * size + c);
-          T lanes[kLane];
-          store(lanes, sum);
-          for (int64_t i = 0; i < least(kLane, columns - c); ++i) {
-            const int64_t column = first + c + i;
-            if (merges_) {
-              weight[column % channels() * taps + tile * row_taps + column / channels()] = lanes[i];
-            } else {
-              weight[column * taps + tile] = lanes[i];
+      const T* from = sums + (group * parts_ + part) * segments_ * sums_size() + o * part_;
+      for (int64_t c = 0; c < columns; c += kLane) {
+        const int64_t valid = least(kLane, columns - c);
+        if (merges_) {
+          for (int64_t tile = 0; tile < tiles_; ++tile) {
+            T lanes[kLane];
+            store(lanes, total(from + tile * outputs() * part_ + c));
+            for (int64_t i = 0; i < valid; ++i) {
+              const int64_t column = first + c + i;
+              weight[column % channels() * taps + tile * g_.axis[2].taps + column / channels()] = lanes[i];
             }
           }
+        } else {
+          write_taps(from + c, valid, weight + (first + c) * taps);
         }
+      }
+    }
+  }
+
+  V total(const T* sums) const {
+    V sum = load(sums);
+    for (int64_t s = 1; s < segments_; ++s) sum += load(sums + s * sums_size());
+    return sum;
+  }
+
+  // weight[channel][tap] of up to a vector of channels from vectors of channels for each tap.
+  void write_taps(const T* sums, int64_t valid, T* weight) const {
+    const int64_t taps = tiles_;
+    if (taps == 1) return store_partial(weight, total(sums), valid);
+    for (int64_t first = 0; first < taps; first += kLane) {
+      const int64_t count = least(kLane, taps - first);
+      V rows[kLane];
+      for (int64_t i = 0; i < kLane; ++i) rows[i] = i < count ? total(sums + (first + i) * outputs() * part_) : V{};
+      transpose<T>(rows);
+      for (int64_t i = 0; i < valid; ++i) store_partial(weight + i * taps + first, rows[i], count);
     }
   }
 

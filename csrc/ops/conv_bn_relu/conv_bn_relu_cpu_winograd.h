@@ -45,7 +45,8 @@ public:
   }
 
   static bool fits(const ConvProblem& p, const Gather& g) {
-    if (p.dtype != DType::f32 || p.groups != 1 || g.axis[0].taps != 1 || g.axis[0].source != 1) return false;
+    if (!p.allows_winograd || p.dtype != DType::f32 || p.groups != 1 || g.axis[0].taps != 1 || g.axis[0].source != 1)
+      return false;
     for (int d = 1; d < 3; ++d)
       if (const Axis& a = g.axis[d]; a.taps != 3 || a.step != 1 || a.delta != 1 || a.out_step != 1) return false;
     // With few channels the transforms cost more than the products they save.
@@ -54,6 +55,7 @@ public:
     return 4 * tiles * kElements < 7 * g.positions() * 9;
   }
 
+  int64_t packed_kind() const { return 1; }
   int64_t packed_bytes() const { return kElements * element_stride() * static_cast<int64_t>(sizeof(float)); }
 
   // False when memory ran out, as for run().

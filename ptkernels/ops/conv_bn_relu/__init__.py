@@ -138,7 +138,7 @@ def _is_plain(training: Any, momentum: Any, eps: Any, *numbers: Any) -> bool:
         type(training) is bool
         and type(momentum) is type(eps) is type(slope) is float
         and 0.0 <= momentum < math.inf
-        and all([type(number) is int for number in integers])
+        and all(type(number) is int for number in integers)
         and _backend.state.backend is None
         and not torch.compiler.is_compiling()
         and not in_transform()
@@ -148,7 +148,7 @@ def _is_plain(training: Any, momentum: Any, eps: Any, *numbers: Any) -> bool:
 def _records(args: tuple[Any, ...]) -> bool:
     """Whether autograd has to know of the call."""
     return torch.is_grad_enabled() and any(
-        [args[index] is not None and args[index].requires_grad for index in (0, 1, 2, 3, 4, 7)]
+        args[index] is not None and args[index].requires_grad for index in (0, 1, 2, 3, 4, 7)
     )
 
 
