@@ -147,6 +147,8 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
     if named["activation"] == "relu6":
         nodes.append(helper.make_node("Clip", ["z", "low", "high"], ["y"]))
         constants += [("low", torch.tensor(0.0)), ("high", torch.tensor(6.0))]
+    elif named["activation"] == "leaky_relu":
+        nodes.append(helper.make_node("LeakyRelu", ["z"], ["y"], alpha=named["negative_slope"]))
     else:
         nodes.append(helper.make_node("Relu" if named["activation"] == "relu" else "Identity", ["z"], ["y"]))
     graph = helper.make_graph(
@@ -185,7 +187,9 @@ def _openvino(problem: Problem, threads: int) -> Contender:
     else:
         y = ops.convolution(planes, ops.constant(weight.numpy()), *geometry)
     y = ops.add(y, ops.constant(bias.reshape(1, -1, 1, 1).numpy()))
-    if named["activation"] != "none":
+    if named["activation"] == "leaky_relu":
+        y = ops.prelu(y, ops.constant(numpy.float32([named["negative_slope"]])))
+    elif named["activation"] != "none":
         y = ops.relu(y) if named["activation"] == "relu" else ops.clamp(y, 0.0, 6.0)
     model = openvino.Model([ops.transpose(y, numpy.array([0, 2, 3, 1]))], [x])
     request = OpenVinoRequest(model, [pixels], torch.float32, threads)
