@@ -52,7 +52,9 @@ public:
     // With few channels the transforms cost more than the products they save.
     if (g.source_channels < 16 || g.result_channels < 16) return false;
     const int64_t tiles = g.batch * ((g.axis[1].count + 1) / 2) * ((g.axis[2].count + 1) / 2);
-    return 4 * tiles * kElements < 7 * g.positions() * 9;
+    // Fewer would not pay for the transformed weights, nor for tiles that lie outside in good part: 16 products of a
+    // tile with their transforms cost about as much as 22 of the 9 that each position takes directly.
+    return tiles >= 16 && 22 * tiles < 9 * g.positions();
   }
 
   int64_t packed_kind() const { return 1; }
