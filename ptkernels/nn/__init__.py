@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
 from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
-from ptkernels.nn.quantized import LoRALinear, QuantizedLinear, quantize_
+from ptkernels.nn.quantized import LoRALinear, QuantizedEmbedding, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LSTMCell",
     "LoRALinear",
     "MultiheadAttention",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RNNCell",
     "TransformerEncoderLayer",

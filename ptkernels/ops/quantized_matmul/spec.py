@@ -107,7 +107,7 @@ _QUICK = [
     ),
     *(
         _Case(f"{scheme}-zero-points-{rows}", (rows,), 34, 192, scheme, 32, symmetric=False)
-        for scheme in ("int4_weight_only", "int4_int8", "int2_weight_only")
+        for scheme in ("int4_weight_only", "int4_int8", "int3_weight_only", "int2_weight_only")
         for rows in (2, 20)
     ),
     *(
@@ -178,6 +178,15 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
         )
         grad = torch.randn(x.size(0), case.n, device=device).to(dtype).requires_grad_()
         yield "ptkernels::_quantized_linear_backward", (grad, *stored, *options[:2], case.k)
+    stacked = quantize_weight(torch.randn(2, 3, 24, device=device), "int8_dynamic")
+    x = torch.randn(5, 24, device=device).to(dtype).requires_grad_()
+    stored, counts = (stacked.codes, stacked.scales, None), torch.tensor([2, 3])
+    yield (
+        "ptkernels::quantized_linear",
+        (x, *stored, None, None, "s8", -1, True, None, "none", None, counts),
+    )
+    grad = torch.randn(5, 3, device=device).to(dtype).requires_grad_()
+    yield "ptkernels::_quantized_linear_backward", (grad, *stored, "s8", -1, 24, counts)
 
 
 def composition(
@@ -215,8 +224,10 @@ def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype
     traffic = n * scheme.code.row_bytes(k) + 4 * n * groups + m * (k + n) * dtype.itemsize
     if direction == "forward+backward":
         flops, traffic = 2 * flops, 2 * traffic
+    make = partial(_make_inputs, shape, dtype, direction)
+    multiplied = torch.int8 if scheme.quantizes_input and direction == "forward" else None
     return BenchCase(
-        name, model, shape, dtype, direction, partial(_make_inputs, shape, dtype, direction), flops, traffic
+        name, f"{model} {scheme.name}", shape, dtype, direction, make, flops, traffic, multiplied=multiplied
     )
 
 
