@@ -191,24 +191,19 @@ static inline void copy_codes(const int8_t* codes, int64_t count, int64_t padded
 // 4-bit codes as they are, each in an element of its own, zeros from count to padded. `codes` points at the first.
 template <class E>
 static inline void unpack_nibbles(const uint8_t* codes, int64_t count, int64_t padded, E* dst) {
-  using Bytes = typename VectorOf<uint8_t, 16>::type;
-  using BytesUnaligned = typename VectorOf<uint8_t, 16>::unaligned;
+  using Half = typename VectorOf<uint8_t, kVectorBytes / 2>::unaligned;
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    const Bytes packed = *reinterpret_cast<const BytesUnaligned*>(codes + i / 2), low = packed & 15, high = packed >> 4;
-    const Bytes halves[2] = {
-        __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-        __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
-    };
+  for (; i + kVectorBytes <= count; i += kVectorBytes) {
+    // A byte 0xHL becomes the word 0x0H0L.
+    const Vec<uint16_t> words = __builtin_convertvector(*reinterpret_cast<const Half*>(codes + i / 2), Vec<uint16_t>);
+    const Vec<uint8_t> values = bit_cast<Vec<uint8_t>>((words | words << 4) & 0x0f0f);
     if constexpr (sizeof(E) == 1) {
-      std::memcpy(dst + i, halves, 32);
+      store(dst + i, values);
     } else {
-      uint8_t values[32];
-      std::memcpy(values, halves, 32);
-      for (int j = 0; j < 32; ++j) dst[i + j] = values[j];
+      for (int j = 0; j < kVectorBytes; ++j) dst[i + j] = values[j];
     }
   }
-  for (; i < count; ++i) dst[i] = Decoder<CodeFormat::u4>::code(codes, i);
+  for (; i < count; ++i) dst[i] = static_cast<E>(Decoder<CodeFormat::u4>::code(codes, i));
   for (; i < padded; ++i) dst[i] = 0;
 }
 

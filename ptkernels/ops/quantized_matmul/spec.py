@@ -128,6 +128,8 @@ _QUICK = [
         for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu")
     ),
     _Case("swiglu-one-row", (1,), 130, 64, "int8_dynamic", activation="swiglu"),
+    _Case("swiglu-many-rows", (40,), 260, 64, "int8_dynamic", activation="swiglu"),
+    _Case("int8-many-rows", (300,), 130, 520, "int8_dynamic"),
     _Case("plain-input-only", (11,), 40, 64, "int8_weight_only", extras=False),
     *(
         _Case(f"{scheme}-{layout}", (2, 5), 24, 96, scheme, layout=layout)
@@ -233,8 +235,10 @@ def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype
 
 _BENCH_LAYERS = [
     ("bert-ffn", "BERT-base", 3072, 768),
+    ("bert-ffn-down", "BERT-base", 768, 3072),
     ("llama-attention", "Llama-2-7B", 4096, 4096),
     ("llama-ffn", "Llama-2-7B", 11008, 4096),
+    ("llama-3-ffn", "Llama-3-8B", 14336, 4096),
 ]
 _BENCH_SCHEMES = [("int8_dynamic", -1), ("int8_weight_only", -1), ("int4_weight_only", 128), ("int4_int8", 128)]
 
@@ -244,7 +248,7 @@ def bench_cases() -> list[BenchCase]:
     cases = []
     for layer, model, n, k in _BENCH_LAYERS:
         for scheme, group in _BENCH_SCHEMES:
-            for rows in (1, 16, 64, 256):
+            for rows in (1, 4, 16, 64, 256, 1024):
                 shape = {"M": rows, "N": n, "K": k, "scheme": scheme, "group": group}
                 for dtype in (torch.float32, torch.bfloat16):
                     cases.append(_bench_case(f"{layer}-{scheme}-{rows}", model, shape, dtype, "forward"))
