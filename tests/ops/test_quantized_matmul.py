@@ -25,6 +25,8 @@ DYNAMIC = [name for name, scheme in SCHEMES.items() if not scheme.is_static]
 
 def quantize(weight: Tensor, scheme: str, group_size: int | None = None, **options: Any) -> ptk.QuantizedWeight:
     step = 3.0 / 127 if SCHEMES[scheme].is_static else None
+    if SCHEMES[scheme].group_sizes:
+        group_size = None
     return ptk.quantize_weight(weight, scheme, group_size, input_scale=step, **options)
 
 

@@ -42,7 +42,7 @@ PTK_INLINE void vector_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t
   }
 #endif
 #elif PTK_ISA_LEVEL < 5
-  if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8 || multiply == Multiply::dot_s8u8) {
+  if constexpr (multiply == Multiply::dot_s8 || multiply == Multiply::dot_u8) {
     dot_8bit_kernel<T, M>(blocks, count, k, lda, row, column, columns, epilogue);
   }
 #endif

@@ -165,17 +165,6 @@ PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 #endif
 }
 
-// The same with the signs exchanged.
-PTK_INLINE Vec<int32_t> dot_s8u8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
-#if PTK_EMULATE
-  for (int byte = 0; byte < 4; ++byte)
-    sum += static_cast<int8_t>(a >> 8 * byte) * bit_cast<Vec<int32_t>>(bit_cast<Vec<uint32_t>>(b) >> 8 * byte & 0xff);
-  return sum;
-#else
-  return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(static_cast<int>(a)));
-#endif
-}
-
 // The column sums that undo the shift of signed A (GemmTraits::kShiftA) cost one dot product with ones per vector of B.
 template <class T, int M, class Epilogue>
 PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
@@ -183,7 +172,7 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
   constexpr int nr = GemmTraits<T>::kNr;
   Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
   for (int64_t block = 0; block < count; ++block) {
-    auto a = RowPointers<Element<T>, M>::make(blocks[block].a + row * lda, lda);
+    auto a = RowPointers<T, M>::make(blocks[block].a + row * lda, lda);
     const auto* b = reinterpret_cast<const int32_t*>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 4) {
@@ -195,13 +184,8 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const uint32_t x = a.template at<uint32_t>(m);
-        if constexpr (GemmTraits<T>::kMultiply == Multiply::dot_s8u8) {
-          sum[m][0] = dot_s8u8(sum[m][0], x, b0);
-          sum[m][1] = dot_s8u8(sum[m][1], x, b1);
-        } else {
-          sum[m][0] = dot_u8s8(sum[m][0], x, b0);
-          sum[m][1] = dot_u8s8(sum[m][1], x, b1);
-        }
+        sum[m][0] = dot_u8s8(sum[m][0], x, b0);
+        sum[m][1] = dot_u8s8(sum[m][1], x, b1);
       }
       a.advance(sizeof(uint32_t));
       b += nr;

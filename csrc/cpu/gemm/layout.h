@@ -16,7 +16,7 @@
 
 namespace ptk::PTK_ISA {
 
-enum class Multiply { fma, dot_bf16, madd_s16, dot_u4, dot_s8, dot_u8, dot_s8u8 };
+enum class Multiply { fma, dot_bf16, madd_s16, dot_u4, dot_s8, dot_u8 };
 
 // Micro-kernel shape for operands of storage type T. `Element` is the type both operands are packed to.
 template <class T>
@@ -85,16 +85,6 @@ struct GemmTraits<u4> {
 #else
 template <>
 struct GemmTraits<u4> : Gemm8Traits<uint8_t> {};
-#endif
-#if PTK_ISA_LEVEL == 3 || PTK_ISA_LEVEL == 4
-// A of signed bytes, B of unsigned ones: vpdpbusd with its operands exchanged, for an A that is read where it lies.
-struct s8u8 {
-  int8_t bits;
-};
-template <>
-struct GemmTraits<s8u8> : Gemm8Traits<uint8_t> {
-  static constexpr Multiply kMultiply = Multiply::dot_s8u8;
-};
 #endif
 template <>
 struct GemmTraits<int8_t> : Gemm8Traits<int8_t> {};

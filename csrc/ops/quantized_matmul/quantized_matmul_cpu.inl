@@ -1,10 +1,6 @@
 // Products with a quantized weight on the CPU, one ISA level: which kernel answers which problem. The kernels are in
 // quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (few rows of input),
-// quantized_matmul_cpu_bytes.h (tiled, bytes where they lie), quantized_matmul_cpu_backward.h and
-// quantized_matmul_cpu_rows.h.
-#if PTK_ISA_LEVEL == 3
-#include "csrc/ops/quantized_matmul/quantized_matmul_cpu_bytes.h"
-#endif
+// quantized_matmul_cpu_backward.h and quantized_matmul_cpu_rows.h.
 #if PTK_ISA_LEVEL <= 3
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_direct.h"
 #endif
@@ -55,7 +51,6 @@ bool forward(const QuantizedForward& p) {
   if (!is_own(p)) return below().forward(p);
 #if PTK_ISA_LEVEL == 3
   if (DirectForward<true>::suits(p)) return DirectForward<true>(p).run();
-  if (TiledBytes::suits(p)) return TiledBytes(p).run();
 #endif
 #if PTK_ISA_LEVEL != 4
   if (p.quantize_input) return tiled_integers<float>(p);
