@@ -4,7 +4,7 @@
 
 Every level runs in a process of its own. `warm` is one thread on operands that stay in L2; `peak` is a loop in the same
 process that only touches registers; `2048^3` is a whole product with all threads, packing included, against
-torch.matmul.
+torch.matmul, whose libraries are capped at the same level.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ DTYPES = ["float64", "float32", "bfloat16", "float16", "int8", "uint8"]
 WARM = [(112, 256, 256), (112, 256, 128), (112, 256, 64), (48, 512, 256)]
 SIZE = 2048
 ROUNDS = 5
+# PyTorch's own kernels, oneDNN and MKL at each level.
+PEER_CAPS = {
+    "baseline": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("avx512", "DEFAULT", "AVX512"),
+}
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -67,9 +76,11 @@ def measure_level() -> list[dict[str, Any]]:
 
 
 def run_level(level: str) -> list[dict[str, Any]]:
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    caps = {"PTKERNELS_MAX_ISA": level, **dict(zip(names, PEER_CAPS[level], strict=True))}
     result = subprocess.run(
         [sys.executable, __file__, "--child"],
-        env={**os.environ, "PTKERNELS_MAX_ISA": level, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        env={**os.environ, **caps, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ptkernels import errors, nn, reference
+from ptkernels import errors, nn, quantization, reference
 from ptkernels._backend import backend
 from ptkernels._registry import Explanation, get
 from ptkernels._replace import replace
@@ -22,7 +22,7 @@ from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.conv_bn_relu import conv_bn_relu
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
-from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
+from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_embedding, quantized_linear
 from ptkernels.ops.rotary_embedding import rotary_embedding
 
 __all__ = [
@@ -42,7 +42,9 @@ __all__ = [
     "nn",
     "packed_rnn",
     "patch_sdpa",
+    "quantization",
     "quantize_weight",
+    "quantized_embedding",
     "quantized_linear",
     "reference",
     "replace",

@@ -44,6 +44,8 @@ class BenchCase:
     """Floating point operations the result needs, two per multiply-add, masked-out scores not counted."""
     work_bytes: int
     """Compulsory traffic: every input read once and every output written once, per direction."""
+    multiplied: torch.dtype | None = None
+    """What is multiplied, where that is not ``dtype``: its peak is the limit."""
 
 
 @dataclass(frozen=True)

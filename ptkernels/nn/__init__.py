@@ -13,7 +13,7 @@ from ptkernels.nn.cells import (
     ZoneoutCell,
 )
 from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
-from ptkernels.nn.quantized import LoRALinear, QuantizedLinear, quantize_
+from ptkernels.nn.quantized import LoRALinear, QuantizedEmbedding, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "LoRALinear",
     "MultiheadAttention",
     "PeepholeLSTMCell",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RNNCell",
     "ResetBeforeGRUCell",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ptkernels.ops.quantized_matmul import quantized_linear
+from ptkernels.ops.quantized_matmul import quantized_embedding, quantized_linear
 from ptkernels.ops.quantized_matmul.formats import FORMAT_VERSION, SCHEMES, group_count
 from ptkernels.ops.quantized_matmul.quantize import quantize_weight
 from ptkernels.ops.quantized_matmul.weight import QuantizedWeight, check_group_size
 
-__all__ = ["LoRALinear", "QuantizedLinear", "quantize_"]
+__all__ = ["LoRALinear", "QuantizedEmbedding", "QuantizedLinear", "quantize_"]
 
 _KEPT_FLOAT32 = ("scales", "zeros", "input_scale")
 
@@ -133,12 +133,7 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(x, self.weight, self.bias, residual=residual, activation=self.activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        kept = {name: getattr(self, name) for name in _KEPT_FLOAT32}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            if tensor is not None and getattr(self, name).dtype != torch.float32:
-                setattr(self, name, tensor.to(self.codes.device))
-        return self
+        return _apply_but_float32(self, fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.get(prefix + "format")
@@ -211,6 +206,76 @@ class LoRALinear(nn.Module):
         return self.base(x) + update  # type: ignore[no-any-return]
 
 
+class QuantizedEmbedding(nn.Module):
+    """An embedding table stored in codes: rows are decoded as they are looked up.
+
+    Args:
+        weight: the table ``[num_embeddings, embedding_dim]``, from :func:`ptkernels.quantize_weight`.
+        dtype: of the result. Default: torch's default dtype.
+
+    Shape:
+        ``[...]`` int64 to ``[..., embedding_dim]``.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> table = ptk.nn.QuantizedEmbedding.from_float(torch.nn.Embedding(100, 64), "int4_weight_only", 32)
+        >>> table(torch.tensor([[3, 99]])).shape
+        torch.Size([1, 2, 64])
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    format: Tensor
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if weight.spec.quantizes_input or weight.experts is not None:
+            raise ValueError(f"QuantizedEmbedding: weight: got {weight}, expected weights only, not stacked")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.scheme, self.group_size = weight.scheme, weight.group_size
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        for name in ("codes", "scales", "zeros"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("format", weight.tensors()["format"].to(weight.device))
+
+    @classmethod
+    def from_float(
+        cls, embedding: nn.Embedding, scheme: str = "int8_weight_only", group_size: int | None = None
+    ) -> QuantizedEmbedding:
+        """The quantized form of an embedding table; arguments as for :func:`ptkernels.quantize_weight`."""
+        return cls(quantize_weight(embedding.weight, scheme, group_size), embedding.weight.dtype)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """The quantized table, sharing this module's tensors."""
+        return QuantizedWeight(
+            self.codes, self.scales, self.zeros, None, self.scheme, self.group_size, self.embedding_dim
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return quantized_embedding(input, self.weight, dtype=self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        return _apply_but_float32(self, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}, group_size={self.group_size}"
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _apply_but_float32(module: Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> Module:
+    """``_apply`` of a module whose scales and zero points stay float32."""
+    kept = {name: getattr(module, name, None) for name in _KEPT_FLOAT32}
+    nn.Module._apply(module, fn, recurse)
+    for name, tensor in kept.items():
+        if tensor is not None and getattr(module, name).dtype != torch.float32:
+            setattr(module, name, tensor.to(module.codes.device))
+    return module
+
+
 def quantize_(
     model: nn.Module,
     scheme: str,
@@ -218,22 +283,25 @@ def quantize_(
     *,
     group_size: int | None = None,
     symmetric: bool = True,
+    input_scales: Mapping[str, Tensor | float] | None = None,
 ) -> list[str]:
     """Replace linear layers of a model by quantized ones, in place.
 
     Args:
         model: any module that has ``torch.nn.Linear`` layers (of exactly that class) somewhere below it.
-        scheme: see :func:`ptkernels.quantize_weight`; all but ``int8_static``, which needs a calibrated scale.
+        scheme: see :func:`ptkernels.quantize_weight`.
         filter: called with a layer's name and the layer; only those it returns True for are replaced. Default: all.
         group_size: columns that share a scale; default: the scheme's.
         symmetric: without zero points.
+        input_scales: for ``int8_static``: the scale of every layer's input by the layer's name, from
+            :func:`ptkernels.quantization.calibrate`; layers without one are left as they are.
 
     Returns:
         The names of the replaced layers. One layer under several names is replaced by one quantized layer.
 
     Raises:
-        ValueError: the scheme is unknown or static, or the model is itself a linear layer, which its parent would have
-            to replace.
+        ValueError: the scheme is unknown, or static without ``input_scales``, or the model is itself a linear layer,
+            which its parent would have to replace.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -243,20 +311,52 @@ def quantize_(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize_: scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
-    if SCHEMES[scheme].is_static:
-        raise ValueError(f"quantize_: scheme: got {scheme}, expected one whose input needs no calibration")
-    if type(model) is nn.Linear:
-        raise ValueError("quantize_: model: got a Linear, expected a module that contains some")
+    static = SCHEMES[scheme].is_static
+    if static != (input_scales is not None):
+        got, expected = ("none", "some") if static else ("some", "none")
+        raise ValueError(f"quantize_: input_scales: got {got}, expected {expected} with {scheme}")
+    scales = {} if input_scales is None else input_scales
+
+    def wanted(name: str, layer: nn.Linear) -> bool:
+        return (not static or name in scales) and (filter is None or filter(name, layer))
+
+    return replace_linears(
+        model,
+        nn.Linear,
+        lambda name, layer: QuantizedLinear.from_float(
+            layer, scheme, group_size, symmetric=symmetric, input_scale=scales.get(name)
+        ),
+        wanted,
+        "quantize_",
+    )
+
+
+Linear = TypeVar("Linear", bound=nn.Linear)
+
+
+def replace_linears(
+    model: nn.Module,
+    kind: type[Linear],
+    make: Callable[[str, Linear], nn.Module],
+    filter: Callable[[str, Linear], bool] | None = None,
+    caller: str = "replace_linears",
+) -> list[str]:
+    """Replace layers of exactly one class below a model, each by what ``make(name, layer)`` gives; their names.
+
+    One layer under several names is replaced by one module.
+    """
+    if type(model) is kind:
+        raise ValueError(f"{caller}: model: got a {kind.__name__}, expected a module that contains some")
     replaced: list[str] = []
-    done: dict[nn.Module, QuantizedLinear] = {}
+    done: dict[nn.Module, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
         # named_children would hide second names.
         for child_name, child in list(parent._modules.items()):
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if type(child) is not nn.Linear or (filter is not None and not filter(name, child)):
+            if type(child) is not kind or (filter is not None and not filter(name, child)):
                 continue
             if child not in done:
-                done[child] = QuantizedLinear.from_float(child, scheme, group_size, symmetric=symmetric)
+                done[child] = make(name, child)
             setattr(parent, child_name, done[child])
             replaced.append(name)
     return replaced

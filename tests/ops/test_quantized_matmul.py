@@ -25,6 +25,8 @@ DYNAMIC = [name for name, scheme in SCHEMES.items() if not scheme.is_static]
 
 def quantize(weight: Tensor, scheme: str, group_size: int | None = None, **options: Any) -> ptk.QuantizedWeight:
     step = 3.0 / 127 if SCHEMES[scheme].is_static else None
+    if SCHEMES[scheme].group_sizes:
+        group_size = None
     return ptk.quantize_weight(weight, scheme, group_size, input_scale=step, **options)
 
 
@@ -76,6 +78,8 @@ SQNR_FLOORS = {  # dB on Gaussian weights and inputs, and with one outlier in a 
     "int8_dynamic": (36.0, 28.0),
     "int8_weight_only": (39.0, 31.0),
     "fp8": (30.0, 30.0),
+    "fp8_blocks": (30.0, 30.0),
+    "int3_weight_only": (11.5, 6.5),
     "int4_weight_only": (17.5, 11.0),
     "int4_int8": (17.5, 11.0),
     "nf4": (19.5, 13.0),
@@ -108,7 +112,7 @@ def test_zero_points_help_where_weights_are_one_sided() -> None:
 # --- formats
 
 
-@pytest.mark.parametrize("name", ["u4", "u2"])
+@pytest.mark.parametrize("name", ["u4", "u3", "u2"])
 @pytest.mark.parametrize("k", [0, 1, 2, 7, 16])
 def test_packing_is_undone(name: str, k: int) -> None:
     code = CODE_FORMATS[name]
@@ -127,6 +131,8 @@ def test_layout_of_the_format() -> None:
     quantized = ptk.quantize_weight(weight.clamp(-2, 1), "int2_weight_only", 16)
     assert quantized.codes[0, :2].tolist() == [0b10111100, 0b10101010]
     assert quantized.tensors()["format"].tolist() == [1, 6, 16, 16]
+    quantized = ptk.quantize_weight(weight.clamp(-4, 3), "int3_weight_only", 16)
+    assert quantized.codes[0, :3].tolist() == [0b01111000, 0b01001001, 0b10010010]
 
 
 @pytest.mark.parametrize("rows", [1, 7])

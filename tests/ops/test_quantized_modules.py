@@ -117,7 +117,7 @@ def test_models_are_rewritten_in_place() -> None:
         quantize_(nn.Linear(2, 2), "int8_dynamic")
     with pytest.raises(ValueError, match="quantize_: scheme: got 'int1'"):
         quantize_(model, "int1")
-    with pytest.raises(ValueError, match="quantize_: scheme: got int8_static"):
+    with pytest.raises(ValueError, match="quantize_: input_scales: got none, expected some"):
         quantize_(model, "int8_static")
 
 

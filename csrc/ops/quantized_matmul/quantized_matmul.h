@@ -21,15 +21,17 @@ enum class CodeFormat : uint8_t {
   nf4,  // packed as u4: the 16 quantiles of a normal distribution
   fp4,  // packed as u4: e2m1
   fp8,  // one byte: e4m3 without infinities
+  u3,   // eight to three bytes, lowest bits first: code - 4
 };
-inline constexpr int kCodeFormats = 6;
+inline constexpr int kCodeFormats = 7;
 
 constexpr int code_bits(CodeFormat format) {
-  return format == CodeFormat::s8 || format == CodeFormat::fp8 ? 8 : format == CodeFormat::u2 ? 2 : 4;
+  constexpr int bits[] = {8, 4, 2, 4, 4, 8, 3};
+  return bits[static_cast<int>(format)];
 }
 
 constexpr const char* code_format_name(CodeFormat format) {
-  constexpr const char* names[] = {"s8", "u4", "u2", "nf4", "fp4", "fp8"};
+  constexpr const char* names[] = {"s8", "u4", "u2", "nf4", "fp4", "fp8", "u3"};
   return names[static_cast<int>(format)];
 }
 
@@ -77,10 +79,20 @@ struct QuantizedBackward {
   void* grad_input = nullptr;  // [m, k] contiguous, in grad_out's dtype
 };
 
+// out[i, :] = weight[indices[i], :]
+struct QuantizedRows {
+  QuantizedWeightView weight;
+  const int64_t* indices = nullptr;
+  int64_t count = 0;
+  void* out = nullptr;  // [count, k] contiguous
+  DType dtype = DType::f32;
+};
+
 struct QuantizedMatmulKernels {
   // False when memory ran out.
   bool (*forward)(const QuantizedForward&);
   bool (*backward)(const QuantizedBackward&);
+  void (*rows)(const QuantizedRows&);
   // Name of the kernel that forward would run.
   const char* (*describe)(const QuantizedForward&);
 };

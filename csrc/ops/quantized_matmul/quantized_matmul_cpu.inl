@@ -1,10 +1,11 @@
 // Products with a quantized weight on the CPU, one ISA level: which kernel answers which problem. The kernels are in
-// quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (few rows of input) and
-// quantized_matmul_cpu_backward.h.
+// quantized_matmul_cpu_forward.h (tiled), quantized_matmul_cpu_direct.h (few rows of input),
+// quantized_matmul_cpu_backward.h and quantized_matmul_cpu_rows.h.
 #if PTK_ISA_LEVEL <= 3
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_direct.h"
 #endif
 #include "csrc/ops/quantized_matmul/quantized_matmul_cpu_backward.h"
+#include "csrc/ops/quantized_matmul/quantized_matmul_cpu_rows.h"
 
 namespace ptk::PTK_ISA {
 namespace {
@@ -68,6 +69,10 @@ bool backward(const QuantizedBackward& p) {
   __builtin_unreachable();
 }
 
+void rows(const QuantizedRows& p) {
+  below().rows(p);
+}
+
 #else
 
 constexpr bool is_own(const QuantizedForward&) {
@@ -109,6 +114,20 @@ bool backward(const QuantizedBackward& p) {
   __builtin_unreachable();
 }
 
+void rows(const QuantizedRows& p) {
+  switch (p.dtype) {
+  case DType::f64:
+    return decode_rows<double>(p);
+  case DType::f32:
+    return decode_rows<float>(p);
+  case DType::bf16:
+    return decode_rows<bf16>(p);
+  case DType::f16:
+    return decode_rows<f16>(p);
+  }
+  __builtin_unreachable();
+}
+
 #endif
 
 #define PTK_TEXT(x) #x
@@ -128,7 +147,7 @@ const char* describe(const QuantizedForward& p) {
 }  // namespace
 
 const QuantizedMatmulKernels& quantized_matmul_kernels() {
-  static constexpr QuantizedMatmulKernels kernels = {forward, backward, describe};
+  static constexpr QuantizedMatmulKernels kernels = {forward, backward, rows, describe};
   return kernels;
 }
 

@@ -18,25 +18,25 @@ PTK_INLINE const float* codebook_of(CodeFormat format) {
   return kCodebooks[format == CodeFormat::fp4];
 }
 
-// ---- kLanes<float> consecutive values, starting at a byte
+// ---- kLanes<float> consecutive values of a row from k on, a multiple of their number
 // ----------------------------------------------------------
 
 template <CodeFormat F>
 struct Decoder;
 
-// Lane i of the result holds the bits that start at `Bits * i`, the rest of the word above them.
+// Lane i of the result holds the code of k + i in its low bits, other bits above.
 template <int Bits>
-PTK_INLINE Vec<uint32_t> spread(const uint8_t* p) {
-  constexpr int lanes = kLanes<float>, per_word = 32 / Bits;
-  const Vec<uint32_t> shift = iota<uint32_t>() % per_word * Bits;
-  if constexpr (lanes <= per_word) {
-    uint32_t word = 0;
-    std::memcpy(&word, p, lanes * Bits / 8);
-    return broadcast(word) >> shift;
+PTK_INLINE Vec<uint32_t> spread(const uint8_t* row, int64_t k) {
+  constexpr int lanes = kLanes<float>, bits = lanes * Bits, half = 16 / 2 * Bits;
+  uint64_t word = 0;
+  std::memcpy(&word, row + k * Bits / 8, (bits + 7) / 8);
+  if constexpr (bits % 8 != 0) word >>= k * Bits % 8;
+  if constexpr (bits <= 32) {
+    return broadcast(static_cast<uint32_t>(word)) >> iota<uint32_t>() * Bits;
   } else {
-    uint32_t words[2];
-    std::memcpy(words, p, 8);
-    return (iota<uint32_t>() < static_cast<uint32_t>(per_word) ? broadcast(words[0]) : broadcast(words[1])) >> shift;
+    const Vec<uint32_t> low = broadcast(static_cast<uint32_t>(word)),
+                        high = broadcast(static_cast<uint32_t>(word >> half));
+    return (iota<uint32_t>() < lanes / 2u ? low : high) >> iota<uint32_t>() % (lanes / 2) * Bits;
   }
 }
 
@@ -54,8 +54,8 @@ PTK_INLINE Vec<int32_t> widen_bytes(const int8_t* p) {
 template <>
 struct Decoder<CodeFormat::s8> {
   static constexpr int kBits = code_bits(CodeFormat::s8);
-  PTK_INLINE Vec<float> values(const uint8_t* p) {
-    return __builtin_convertvector(widen_bytes(reinterpret_cast<const int8_t*>(p)), Vec<float>);
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
+    return __builtin_convertvector(widen_bytes(reinterpret_cast<const int8_t*>(row) + k), Vec<float>);
   }
   PTK_INLINE double value(const uint8_t* row, int64_t k) { return static_cast<int8_t>(row[k]); }
 };
@@ -63,8 +63,8 @@ struct Decoder<CodeFormat::s8> {
 template <>
 struct Decoder<CodeFormat::u4> {
   static constexpr int kBits = code_bits(CodeFormat::u4);
-  PTK_INLINE Vec<float> values(const uint8_t* p) {
-    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<4>(p) & 15) - 8, Vec<float>);
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
+    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<4>(row, k) & 15) - 8, Vec<float>);
   }
   PTK_INLINE int code(const uint8_t* row, int64_t k) { return row[k / 2] >> k % 2 * 4 & 15; }
   PTK_INLINE double value(const uint8_t* row, int64_t k) { return code(row, k) - 8; }
@@ -73,19 +73,32 @@ struct Decoder<CodeFormat::u4> {
 template <>
 struct Decoder<CodeFormat::u2> {
   static constexpr int kBits = code_bits(CodeFormat::u2);
-  PTK_INLINE Vec<float> values(const uint8_t* p) {
-    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<2>(p) & 3) - 2, Vec<float>);
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
+    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<2>(row, k) & 3) - 2, Vec<float>);
   }
   PTK_INLINE double value(const uint8_t* row, int64_t k) { return (row[k / 4] >> k % 4 * 2 & 3) - 2; }
+};
+
+template <>
+struct Decoder<CodeFormat::u3> {
+  static constexpr int kBits = code_bits(CodeFormat::u3);
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
+    return __builtin_convertvector(bit_cast<Vec<int32_t>>(spread<3>(row, k) & 7) - 4, Vec<float>);
+  }
+  PTK_INLINE double value(const uint8_t* row, int64_t k) {
+    const int64_t bit = 3 * k;
+    const int high = bit % 8 > 5 ? row[bit / 8 + 1] << 8 : 0;
+    return ((row[bit / 8] | high) >> bit % 8 & 7) - 4;
+  }
 };
 
 template <CodeFormat F>
 struct CodebookDecoder {
   static constexpr int kBits = 4;
-  PTK_INLINE Vec<float> values(const uint8_t* p) {
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
     constexpr int lanes = kLanes<float>;
     const float* book = codebook_of(F);
-    const Vec<int32_t> code = bit_cast<Vec<int32_t>>(spread<4>(p) & 15);
+    const Vec<int32_t> code = bit_cast<Vec<int32_t>>(spread<4>(row, k) & 15);
     Vec<float> value{};
     if constexpr (lanes == 16) {
       value = __builtin_shuffle(load(book), code);
@@ -109,8 +122,8 @@ struct Decoder<CodeFormat::fp4> : CodebookDecoder<CodeFormat::fp4> {};
 template <>
 struct Decoder<CodeFormat::fp8> {
   static constexpr int kBits = code_bits(CodeFormat::fp8);
-  PTK_INLINE Vec<float> values(const uint8_t* p) {
-    const Vec<int32_t> code = widen_bytes(reinterpret_cast<const int8_t*>(p));
+  PTK_INLINE Vec<float> values(const uint8_t* row, int64_t k) {
+    const Vec<int32_t> code = widen_bytes(reinterpret_cast<const int8_t*>(row) + k);
     const Vec<int32_t> magnitude = code & 0x7f;
     const Vec<int32_t> bits = bit_cast<Vec<int32_t>>(bit_cast<Vec<float>>(magnitude << 20) * 0x1p120f);
     const Vec<int32_t> number = magnitude == 0x7f ? Vec<int32_t>{} + 0x7fc00000 : bits;
@@ -139,6 +152,7 @@ PTK_INLINE void with_format(CodeFormat format, const Body& body) {
     PTK_CASE(nf4);
     PTK_CASE(fp4);
     PTK_CASE(fp8);
+    PTK_CASE(u3);
 #undef PTK_CASE
   }
 }
@@ -151,15 +165,11 @@ static inline void decode_row(const QuantizedWeightView& w, D, int64_t row, int6
   const float* zeros = w.zeros ? w.zeros + row * w.groups() : nullptr;
   for (int64_t k = k0; k < k0 + count;) {
     const int64_t g = k / w.group, end = least(k0 + count, (g + 1) * w.group);
+    const Acc<E> scale = scales[g], zero = zeros ? zeros[g] : 0.0f;
     if constexpr (!std::is_same_v<E, double>) {
-      const float scale = scales[g], zero = zeros ? zeros[g] : 0.0f;
-      for (; k + kLanes<float> <= end; k += kLanes<float>)
-        store_as(dst + k - k0, (D::values(codes + k * D::kBits / 8) - zero) * scale);
+      for (; k + kLanes<float> <= end; k += kLanes<float>) store_as(dst + k - k0, (D::values(codes, k) - zero) * scale);
     }
-    for (; k < end; ++k) {
-      const double value = (D::value(codes, k) - (zeros ? zeros[g] : 0.0f)) * static_cast<double>(scales[g]);
-      dst[k - k0] = round_to<E>(static_cast<Acc<E>>(value));
-    }
+    for (; k < end; ++k) dst[k - k0] = round_to<E>((static_cast<Acc<E>>(D::value(codes, k)) - zero) * scale);
   }
 }
 
@@ -181,24 +191,19 @@ static inline void copy_codes(const int8_t* codes, int64_t count, int64_t padded
 // 4-bit codes as they are, each in an element of its own, zeros from count to padded. `codes` points at the first.
 template <class E>
 static inline void unpack_nibbles(const uint8_t* codes, int64_t count, int64_t padded, E* dst) {
-  using Bytes = typename VectorOf<uint8_t, 16>::type;
-  using BytesUnaligned = typename VectorOf<uint8_t, 16>::unaligned;
+  using Half = typename VectorOf<uint8_t, kVectorBytes / 2>::unaligned;
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    const Bytes packed = *reinterpret_cast<const BytesUnaligned*>(codes + i / 2), low = packed & 15, high = packed >> 4;
-    const Bytes halves[2] = {
-        __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-        __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
-    };
+  for (; i + kVectorBytes <= count; i += kVectorBytes) {
+    // A byte 0xHL becomes the word 0x0H0L.
+    const Vec<uint16_t> words = __builtin_convertvector(*reinterpret_cast<const Half*>(codes + i / 2), Vec<uint16_t>);
+    const Vec<uint8_t> values = bit_cast<Vec<uint8_t>>((words | words << 4) & 0x0f0f);
     if constexpr (sizeof(E) == 1) {
-      std::memcpy(dst + i, halves, 32);
+      store(dst + i, values);
     } else {
-      uint8_t values[32];
-      std::memcpy(values, halves, 32);
-      for (int j = 0; j < 32; ++j) dst[i + j] = values[j];
+      for (int j = 0; j < kVectorBytes; ++j) dst[i + j] = values[j];
     }
   }
-  for (; i < count; ++i) dst[i] = Decoder<CodeFormat::u4>::code(codes, i);
+  for (; i < count; ++i) dst[i] = static_cast<E>(Decoder<CodeFormat::u4>::code(codes, i));
   for (; i < padded; ++i) dst[i] = 0;
 }
 

@@ -23,7 +23,7 @@ struct DirectFloat {
         rows.prefetch(k / kBlock % R, k * bits / 8);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const Vec<float> value = D::values(rows.codes[r] + k * bits / 8);
+          const Vec<float> value = D::values(rows.codes[r], k);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) part[r][m] += value * load(x + m * in.ld + k);
         }

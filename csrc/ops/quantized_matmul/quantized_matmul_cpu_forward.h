@@ -89,9 +89,28 @@ struct FoldIntegers {
   inline __attribute__((always_inline)) void strip(int rows, int64_t row, int64_t column, int64_t,
                                                    const int32_t* integers) const {
     constexpr int lanes = kLanes<int32_t>;
-    for (int i = 0; i < rows; ++i, integers += 2 * lanes) {
-      (*this)(row + i, column, load(integers), lanes);
-      (*this)(row + i, column + lanes, load(integers + lanes), lanes);
+    if constexpr (std::is_same_v<F, double>) {
+      for (int i = 0; i < rows; ++i, integers += 2 * lanes) {
+        (*this)(row + i, column, load(integers), lanes);
+        (*this)(row + i, column + lanes, load(integers + lanes), lanes);
+      }
+    } else {
+      Vec<float> code_sum[2] = {};
+      if (code_sums)
+        for (int half = 0; half < 2; ++half) code_sum[half] = load(code_sums + column + half * lanes);
+      const int64_t first = column / lanes * share, end = least(first + 2 * share, ahead_bytes);
+      float* p = sums + row * ld + column;
+      for (int i = 0; i < rows; ++i, integers += 2 * lanes, p += ld) {
+        const int64_t weight_row = block->row(row + i), index = weight_row * stride;
+        for (int64_t byte = first; byte < end; byte += 64)
+          __builtin_prefetch(ahead + weight_row * row_bytes + byte, 0, 2);
+        const float shift = zeros ? offset + zeros[index] : offset, scale = scales[index];
+        for (int half = 0; half < 2; ++half) {
+          const Vec<float> v =
+              __builtin_convertvector(load(integers + half * lanes), Vec<float>) - shift * code_sum[half];
+          store(p + half * lanes, load(p + half * lanes) + scale * v);
+        }
+      }
     }
   }
 };

@@ -185,7 +185,7 @@ class Runner:
         if oracle is not None:
             contenders = [ours, *self._peers(problem, oracle, bar)]
             bar.describe(f"{label(case)}: time")
-            self._time(contenders, row)
+            self._time(contenders, row, case.multiplied or case.dtype)
         self.results.rows.append(row)
 
     def _check_ours(self, problem: Problem, ours: Contender, row: Row) -> Oracle | None:
@@ -242,13 +242,13 @@ class Runner:
             self._compiled += 1
         return peer.prepare(problem, self.threads)
 
-    def _time(self, contenders: Sequence[Contender], row: Row) -> None:
+    def _time(self, contenders: Sequence[Contender], row: Row, multiplied: torch.dtype) -> None:
         budget = self.effort.contender_seconds * len(contenders)
         seconds = interleave({contender.name: contender.call for contender in contenders}, budget)
         row.seconds = seconds.pop(OURS)
         row.peers = seconds
         row.settle()
-        row.limit_fraction = self.limits.fraction(row.dtype, row.seconds, row.work_flops, row.work_bytes)
+        row.limit_fraction = self.limits.fraction(dtype_name(multiplied), row.seconds, row.work_flops, row.work_bytes)
 
     def _model(self, spec: OpSpec) -> None:
         try:

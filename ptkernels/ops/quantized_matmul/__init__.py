@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels.ops.quantized_matmul import checks, reference, register, routing
-from ptkernels.ops.quantized_matmul.library import linear_op
+from ptkernels.ops.quantized_matmul.library import DEVICES, embedding_op, linear_op
 from ptkernels.ops.quantized_matmul.quantize import quantize_weight
 from ptkernels.ops.quantized_matmul.weight import QuantizedWeight
 
-__all__ = ["QuantizedWeight", "quantize_weight", "quantized_linear"]
+__all__ = ["QuantizedWeight", "quantize_weight", "quantized_embedding", "quantized_linear"]
 
 
 def quantized_linear(
@@ -24,6 +24,7 @@ def quantized_linear(
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     r"""``activation(x @ weight^T + bias + residual)`` with a quantized weight, decoded tile by tile inside the product.
 
@@ -36,6 +37,8 @@ def quantized_linear(
         activation: ``"relu"``, ``"gelu"`` (by the error function), ``"gelu_tanh"``, ``"silu"``, or ``"swiglu"``, which
             multiplies silu of the first N/2 columns by the other N/2. Default: none.
         out_dtype: dtype of the result. Default: that of ``x``.
+        counts: ``[E]``, int64, on the CPU: with a stacked weight ``[E, N, K]``, how many rows of ``x`` (``[T, K]``,
+            ordered by expert) go to each; they sum to ``T``. The bias is ``[E, N]`` then.
 
     Returns:
         ``[..., N]`` (``[..., N/2]`` with swiglu), contiguous.
@@ -71,22 +74,28 @@ def quantized_linear(
         True
     """
     try:
-        return _quantized_linear(x, qweight, bias, residual, activation, out_dtype)
+        return _quantized_linear(x, qweight, bias, residual, activation, out_dtype, counts)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        checks.check_inputs(x, qweight, bias, residual, activation, out_dtype)
+        checks.check_inputs(x, qweight, bias, residual, activation, out_dtype, counts)
         raise
 
 
 def _quantized_linear(
-    x: Any, qweight: Any, bias: Any, residual: Any, activation: str | None, out_dtype: torch.dtype | None
+    x: Any,
+    qweight: Any,
+    bias: Any,
+    residual: Any,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+    counts: Any,
 ) -> Tensor:
     x, bias, residual = register.autocast_if_enabled(x, bias, residual)
     if _backend.state.backend is not None or x.device.type != "cpu":
-        checks.check_inputs(x, qweight, bias, residual, activation, out_dtype)
+        checks.check_inputs(x, qweight, bias, residual, activation, out_dtype, counts)
         if routing.runs_on_reference(x, bias, residual):
             with torch.autocast(x.device.type, enabled=False):
                 return reference.quantized_linear(
-                    x, qweight, bias, residual=residual, activation=activation, out_dtype=out_dtype
+                    x, qweight, bias, residual=residual, activation=activation, out_dtype=out_dtype, counts=counts
                 )
     name = checks.ACTIVATIONS[activation]
     spec, shape = qweight.spec, x.shape
@@ -95,8 +104,16 @@ def _quantized_linear(
         not checks.holds(shape[-1] == qweight.in_features)
         or spec.is_static != (qweight.input_scale is not None)
         or any(tensor is not None and tensor.device != x.device for tensor in (qweight.codes, bias, residual))
+        or (counts is None) != (qweight.experts is None)
     ):
         raise ValueError("arguments that do not fit together")
+    if counts is not None:
+        if len(shape) != 2 or counts.shape != (qweight.experts,):
+            raise ValueError("arguments that do not fit together")
+        if bias is not None:
+            if bias.shape != (qweight.experts, qweight.out_features):
+                raise ValueError("bias does not fit qweight")
+            bias = bias.flatten()
     if len(shape) != 2:
         if residual is not None:
             if residual.shape[:-1] != shape[:-1]:
@@ -116,9 +133,43 @@ def _quantized_linear(
         qweight.input_scale,
         name,
         out_dtype,
+        counts,
     )
     return out if len(shape) == 2 else out.view(*shape[:-1], out.size(-1))
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
+def quantized_embedding(input: Tensor, qweight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of a quantized table, decoded as they are looked up.
+
+    Args:
+        input: ``[...]``, int64 or int32, indices of rows, on the device of ``qweight``.
+        qweight: ``[num_embeddings, embedding_dim]``, from :func:`ptkernels.quantize_weight`, not stacked.
+        dtype: of the result: float64, float32, bfloat16 or float16.
+
+    Returns:
+        ``[..., embedding_dim]``: ``qweight.dequantize(dtype)[input]``, to the last bit, without ever holding the table.
+        Not differentiable: the table is frozen.
+
+    Raises:
+        TypeError: indices or dtype are of a type the operator does not take.
+        ValueError: the weight is stacked or on another device.
+        RuntimeError: an index is out of range.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> table = ptk.quantize_weight(torch.randn(10, 64), "nf4")
+        >>> rows = ptk.quantized_embedding(torch.tensor([7, 0]), table)
+        >>> torch.equal(rows, table.dequantize()[[7, 0]])
+        True
+    """
+    checks.check_embedding(input, qweight, dtype)
+    spec = qweight.spec
+    if _backend.state.backend == "reference" or input.device.type not in (*DEVICES, "meta"):
+        return qweight.dequantize(dtype)[input.long()]
+    arguments = (qweight.codes, qweight.scales, qweight.zeros, spec.code.name, qweight.group_size, qweight.in_features)
+    rows: Tensor = embedding_op(input.reshape(-1).long(), *arguments, dtype)
+    return rows.view(*input.shape, qweight.in_features)

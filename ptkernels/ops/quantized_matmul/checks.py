@@ -62,6 +62,7 @@ def check_inputs(
     residual: Any = None,
     activation: Any = None,
     out_dtype: Any = None,
+    counts: Any = None,
 ) -> None:
     """Raise the precise error for the first argument of :func:`ptkernels.quantized_linear` that is wrong.
 
@@ -93,17 +94,33 @@ def check_inputs(
     if bias is not None:
         _check_float("bias", bias)
         _check_goes_with("bias", bias.dtype, x.dtype)
-        if bias.dim() != 1 or bias.size(0) != qweight.out_features:
-            raise ValueError(f"{OP}: bias: got shape {list(bias.shape)}, expected [{qweight.out_features}]")
+        expected_shape = list(qweight.shape[:-1])
+        if list(bias.shape) != expected_shape:
+            raise ValueError(f"{OP}: bias: got shape {list(bias.shape)}, expected {expected_shape}")
         if bias.device != x.device:
             raise ValueError(f"{OP}: bias: got device {bias.device}, expected {x.device} like x")
     if residual is not None:
         _check_residual(x, qweight, residual)
+    _check_counts(x, qweight, counts)
     if out_dtype is not None:
         if out_dtype not in DTYPES:
             expected = ", ".join(map(_dtype_name, DTYPES))
             raise TypeError(f"{OP}: out_dtype: got {out_dtype}, expected one of {expected}")
         _check_goes_with("out_dtype", out_dtype, x.dtype)
+
+
+def _check_counts(x: Tensor, qweight: QuantizedWeight, counts: Any) -> None:
+    if qweight.experts is None:
+        if counts is not None:
+            raise ValueError(f"{OP}: counts: got one with a single weight, expected None")
+        return
+    if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.device.type != "cpu":
+        got = f"{counts.dtype} on {counts.device}" if isinstance(counts, Tensor) else type(counts).__name__
+        raise TypeError(f"{OP}: counts: got {got}, expected an int64 tensor on the CPU with a stacked weight")
+    if counts.shape != (qweight.experts,):
+        raise ValueError(f"{OP}: counts: got shape {list(counts.shape)}, expected [{qweight.experts}]")
+    if x.dim() != 2:
+        raise ValueError(f"{OP}: x: got {x.dim()} dimensions with a stacked weight, expected 2")
 
 
 def _check_residual(x: Tensor, qweight: QuantizedWeight, residual: Any) -> None:
@@ -116,6 +133,21 @@ def _check_residual(x: Tensor, qweight: QuantizedWeight, residual: Any) -> None:
         raise ValueError(f"{OP}: residual: got shape {list(residual.shape)}, expected {expected}")
     if residual.device != x.device:
         raise ValueError(f"{OP}: residual: got device {residual.device}, expected {x.device} like x")
+
+
+def check_embedding(input: Any, qweight: Any, dtype: Any) -> None:
+    """Raise the precise error for the first argument of :func:`ptkernels.quantized_embedding` that is wrong."""
+    op = "quantized_embedding"
+    if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32):
+        got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"{op}: input: got {got}, expected an int64 or int32 tensor")
+    check_weight(qweight)
+    if qweight.experts is not None:
+        raise ValueError(f"{op}: qweight: got a stack of {qweight.experts} weights, expected a single one")
+    if qweight.device != input.device:
+        raise ValueError(f"{op}: qweight: got device {qweight.device}, expected {input.device} like input")
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype: got {dtype}, expected one of {', '.join(map(_dtype_name, DTYPES))}")
 
 
 def check_op_inputs(

@@ -63,6 +63,7 @@ CODE_FORMATS = {
     for code in (
         CodeFormat("s8", 8),
         CodeFormat("u4", 4, 8),
+        CodeFormat("u3", 3, 4),
         CodeFormat("u2", 2, 2),
         CodeFormat("nf4", 4),
         CodeFormat("fp4", 4),
@@ -86,6 +87,8 @@ class Scheme:
     """The input's scale is calibrated ahead instead of taken from every row."""
     group_sizes: tuple[int, ...] = ()
     """The only group sizes it takes; empty for any."""
+    block_rows: int = 1
+    """Rows that share a scale too; it is stored for each of them."""
 
 
 SCHEMES = {
@@ -100,6 +103,8 @@ SCHEMES = {
         Scheme("nf4", CODE_FORMATS["nf4"], 7, group_size=64),
         Scheme("mxfp4", CODE_FORMATS["fp4"], 8, group_size=32, group_sizes=(32,)),
         Scheme("fp8", CODE_FORMATS["fp8"], 9),
+        Scheme("int3_weight_only", CODE_FORMATS["u3"], 10, group_size=64),
+        Scheme("fp8_blocks", CODE_FORMATS["fp8"], 11, group_size=128, group_sizes=(128,), block_rows=128),
     )
 }
 SCHEMES_BY_NUMBER = {scheme.number: scheme for scheme in SCHEMES.values()}
@@ -114,25 +119,33 @@ def group_count(in_features: int, group_size: int) -> int:
 
 def pack_codes(values: Tensor, code: CodeFormat) -> Tensor:
     """Unsigned codes ``[N, K]`` of fewer than 8 bits, packed into the bytes of the format."""
-    per_byte = 8 // code.bits
-    if per_byte == 1:
-        return values.to(code.dtype)
-    padded = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.size(1) % per_byte))
-    parts = padded.unflatten(1, (-1, per_byte))
-    packed = torch.zeros_like(parts[..., 0])
-    for index in range(per_byte):
-        packed |= parts[..., index] << (index * code.bits)
-    return packed
+    count, size = _word(code)
+    padded = torch.nn.functional.pad(values.to(torch.int32), (0, -values.size(1) % count))
+    words = (padded.unflatten(1, (-1, count)) << _shifts(count, code.bits, values.device)).sum(-1, dtype=torch.int32)
+    octets = (words.unsqueeze(-1) >> _shifts(size, 8, values.device)) & 255
+    packed: Tensor = octets.to(torch.uint8).flatten(1)[:, : code.row_bytes(values.size(1))]
+    return packed.contiguous()
 
 
 def unpack_codes(codes: Tensor, code: CodeFormat, in_features: int) -> Tensor:
     """The inverse of :func:`pack_codes`."""
-    per_byte = 8 // code.bits
-    if per_byte == 1:
+    if code.bits == 8:
         return codes
-    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * code.bits
-    spread = (codes.unsqueeze(-1) >> shifts) & ((1 << code.bits) - 1)
-    return spread.flatten(1)[:, :in_features]
+    count, size = _word(code)
+    padded = torch.nn.functional.pad(codes, (0, -codes.size(1) % size)).int()
+    words = (padded.unflatten(1, (-1, size)) << _shifts(size, 8, codes.device)).sum(-1, dtype=torch.int32)
+    spread = (words.unsqueeze(-1) >> _shifts(count, code.bits, codes.device)) & ((1 << code.bits) - 1)
+    unpacked: Tensor = spread.to(torch.uint8).flatten(1)[:, :in_features]
+    return unpacked
+
+
+def _word(code: CodeFormat) -> tuple[int, int]:
+    """The least number of codes that fill whole bytes, and how many bytes."""
+    return (8, 3) if code.bits == 3 else (8 // code.bits, 1)
+
+
+def _shifts(count: int, bits: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.int32) * bits
 
 
 def code_values(codes: Tensor, code: CodeFormat, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ _loader.load()
 
 linear_op = torch.ops.ptkernels.quantized_linear.default
 backward_op = torch.ops.ptkernels._quantized_linear_backward.default
+embedding_op = torch.ops.ptkernels.quantized_embedding.default
 
 DEVICES = tuple(
     device

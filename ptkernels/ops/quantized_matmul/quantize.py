@@ -34,17 +34,21 @@ def quantize_weight(
     """Quantize the weight of a linear layer, rounding every entry to the nearest code.
 
     Args:
-        weight: ``[N, K]`` (out features, in features), float64, float32, bfloat16 or float16, any strides, finite.
+        weight: ``[N, K]`` (out features, in features), float64, float32, bfloat16 or float16, any strides, finite. Or
+            ``[E, N, K]``: the stacked weights of experts, for ``quantized_linear(..., counts=...)``.
         scheme: what to store, and what the product does with its input:
 
             - ``"int8_dynamic"``: 8-bit weights; the input is quantized to 8 bits too, by the largest magnitude of each
               of its rows. ``"int8_static"``: by ``input_scale`` instead.
-            - ``"int8_weight_only"``, ``"int4_weight_only"``, ``"int2_weight_only"``: integers, input as it is.
+            - ``"int8_weight_only"``, ``"int4_weight_only"``, ``"int3_weight_only"``, ``"int2_weight_only"``: integers,
+              input as it is.
             - ``"int4_int8"``: 4-bit weights, input quantized as in ``int8_dynamic``.
             - ``"nf4"``, ``"mxfp4"``, ``"fp8"``: 4-bit quantiles of a normal distribution, 4-bit floats with
-              power-of-two scales, 8-bit floats (e4m3); input as it is.
+              power-of-two scales, 8-bit floats (e4m3); input as it is. ``"fp8_blocks"``: one scale for every 128 rows
+              by 128 columns.
         group_size: consecutive columns that share a scale, a multiple of 16, or -1 for a whole row. Default: -1 for 8
-            bits, 128 for 4-bit integers, 64 for nf4, 32 for mxfp4 (which takes no other) and 2-bit integers.
+            bits, 128 for 4-bit integers, 64 for nf4 and 3-bit integers, 32 for 2-bit integers; mxfp4 (32) and
+            fp8_blocks (128) take no other.
         symmetric: without zero points; False, for integer schemes of at most 4 bits, adds one to every group.
         input_scale: for ``int8_static``: the step of the input's 8-bit grid (its largest magnitude / 127).
 
@@ -56,8 +60,8 @@ def quantize_weight(
         ValueError: the scheme is unknown, a number is out of range, or the weight is not finite.
 
     Note:
-        8-bit scales are the largest magnitude / 127; 4-bit and 2-bit symmetric groups map their entry of largest
-        magnitude to the code that has no opposite (-8, -2), which costs a group nothing and makes its grid finer.
+        8-bit scales are the largest magnitude / 127; 4-, 3- and 2-bit symmetric groups map their entry of largest
+        magnitude to the code that has no opposite (-8, -4, -2), which costs a group nothing and makes its grid finer.
         A group of zeros has scale 0 and codes that stand for 0. Time and memory are O(N K).
 
     Example:
@@ -68,42 +72,48 @@ def quantize_weight(
         >>> torch.equal(quantized.dequantize(), torch.eye(3, 40))
         True
     """
-    spec = _check(weight, scheme, symmetric, input_scale)
-    if group_size is None:
-        group_size = spec.group_size
-    check_group_size(group_size)
-    if spec.group_sizes and group_size not in spec.group_sizes:
-        raise ValueError(f"{OP}: group_size: got {group_size}, expected {spec.group_sizes[0]} for {scheme}")
-    values = weight.detach().to(torch.float32)
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{OP}: weight: got infinities or NaN, expected finite numbers")
-    codes, scales, zeros = quantize_groups(values, spec.code, group_size, symmetric)
+    spec, group_size = check_arguments(OP, weight, scheme, group_size, symmetric, input_scale)
+    values = weight.detach().to(torch.float32).flatten(0, -2)
+    scales, zeros = group_scales(grouped(values, group_size), spec.code, symmetric)
+    if spec.block_rows > 1:
+        scales = torch.cat([_share_rows(part, spec.block_rows) for part in scales.split(weight.size(-2) or 1)])
+    codes = encode(values, scales, zeros, spec.code, group_size)
     step = None
     if spec.is_static:
         step = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).detach().reshape(1).clone()
-    return QuantizedWeight(codes, scales, zeros, step, scheme, group_size, weight.size(1))
+    experts = weight.size(0) if weight.dim() == 3 else None
+    return QuantizedWeight(codes, scales, zeros, step, scheme, group_size, weight.size(-1), experts)
 
 
-def _check(weight: Any, scheme: Any, symmetric: Any, input_scale: Any) -> Scheme:
+def check_arguments(
+    op: str, weight: Any, scheme: Any, group_size: Any = None, symmetric: Any = True, input_scale: Any = None
+) -> tuple[Scheme, int]:
+    """What ``scheme`` names and the group size to use, or the precise error, in the name of ``op``."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{OP}: weight: got {type(weight).__name__}, expected torch.Tensor")
+        raise TypeError(f"{op}: weight: got {type(weight).__name__}, expected torch.Tensor")
     if weight.layout is not torch.strided or weight.is_nested or weight.is_quantized or weight.dtype not in _FLOATS:
-        raise TypeError(f"{OP}: weight: got {weight.dtype} {weight.layout}, expected a dense floating tensor")
-    if weight.dim() != 2:
-        raise ValueError(f"{OP}: weight: got shape {list(weight.shape)}, expected [out_features, in_features]")
+        raise TypeError(f"{op}: weight: got {weight.dtype} {weight.layout}, expected a dense floating tensor")
+    if weight.dim() != 2 and not (weight.dim() == 3 and op == OP):
+        raise ValueError(f"{op}: weight: got shape {list(weight.shape)}, expected [out_features, in_features]")
     if scheme not in SCHEMES:
-        raise ValueError(f"{OP}: scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        raise ValueError(f"{op}: scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
     spec = SCHEMES[scheme]
     if not isinstance(symmetric, bool):
-        raise TypeError(f"{OP}: symmetric: got {type(symmetric).__name__}, expected bool")
-    if not symmetric and spec.code.name not in ("u4", "u2"):
-        raise ValueError(f"{OP}: symmetric: got False with {scheme}, expected True")
+        raise TypeError(f"{op}: symmetric: got {type(symmetric).__name__}, expected bool")
+    if not symmetric and spec.code.name not in ("u4", "u3", "u2"):
+        raise ValueError(f"{op}: symmetric: got False with {scheme}, expected True")
     if spec.is_static != (input_scale is not None):
         expected = "a positive number" if spec.is_static else "None"
-        raise ValueError(f"{OP}: input_scale: got {input_scale} with {scheme}, expected {expected}")
+        raise ValueError(f"{op}: input_scale: got {input_scale} with {scheme}, expected {expected}")
     if spec.is_static and not (torch.as_tensor(input_scale).numel() == 1 and float(input_scale) > 0.0):
-        raise ValueError(f"{OP}: input_scale: got {input_scale}, expected a positive number")
-    return spec
+        raise ValueError(f"{op}: input_scale: got {input_scale}, expected a positive number")
+    size = spec.group_size if group_size is None else group_size
+    check_group_size(size)
+    if spec.group_sizes and size not in spec.group_sizes:
+        raise ValueError(f"{op}: group_size: got {size}, expected {spec.group_sizes[0]} for {scheme}")
+    if not bool(weight.detach().isfinite().all()):
+        raise ValueError(f"{op}: weight: got infinities or NaN, expected finite numbers")
+    return spec, size
 
 
 def grouped(values: Tensor, group_size: int) -> Tensor:
@@ -114,12 +124,11 @@ def grouped(values: Tensor, group_size: int) -> Tensor:
     return padded.reshape(values.size(0), count, size)
 
 
-def quantize_groups(
-    values: Tensor, code: CodeFormat, group_size: int, symmetric: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zeros of finite float32 ``[N, K]``."""
-    scales, zeros = group_scales(grouped(values, group_size), code, symmetric)
-    return encode(values, scales, zeros, code, group_size), scales, zeros
+def _share_rows(scales: Tensor, rows: int) -> Tensor:
+    """The largest scale of every block of so many rows, for each of them."""
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, -scales.size(0) % rows))
+    shared: Tensor = padded.unflatten(0, (-1, rows)).amax(1).repeat_interleave(rows, 0)
+    return shared[: scales.size(0)]
 
 
 def group_scales(groups: Tensor, code: CodeFormat, symmetric: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +144,7 @@ def group_scales(groups: Tensor, code: CodeFormat, symmetric: bool) -> tuple[Ten
         return scales, first - code.offset
     if code.name == "s8":
         return top / 127.0, None
-    if code.name in ("u4", "u2"):
+    if code.name in ("u4", "u3", "u2"):
         extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
         return extreme / -code.offset, None
     if code.name == "nf4":

@@ -6,6 +6,8 @@ the product with the input itself: the straight-through estimator of Bengio et a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +67,7 @@ def quantized_linear(
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Same signature and results as :func:`ptkernels.quantized_linear`, by the dequantized weight in O(N K) memory."""
     return product(
@@ -72,7 +75,7 @@ def quantized_linear(
         qweight.codes,
         qweight.scales,
         qweight.zeros,
-        bias,
+        bias if counts is None or bias is None else bias.flatten(),
         residual,
         qweight.spec.code.name,
         qweight.group_size,
@@ -80,6 +83,7 @@ def quantized_linear(
         qweight.input_scale,
         activation,
         out_dtype,
+        counts,
     )
 
 
@@ -96,8 +100,18 @@ def product(
     input_scale: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype | None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The same with the operator's own arguments."""
+    if counts is not None:
+        parts = [codes, scales, zeros, bias]
+        per_expert = zip(*(expert_parts(tensor, counts.numel()) for tensor in parts), strict=True)
+        rows = counts.tolist()
+        residuals = [None] * len(rows) if residual is None else residual.split(rows)
+        options: Any = (code_format, group_size, quantize_input, input_scale, activation, out_dtype)
+        arguments: Any = zip(x.split(rows), per_expert, residuals, strict=True)
+        one: Any = product
+        return torch.cat([one(part, *stored, added, *options) for part, stored, added in arguments])
     wide = compute_dtype(x.dtype)
     value = x.to(wide)
     if quantize_input:
@@ -108,6 +122,11 @@ def product(
     if residual is not None:
         out = out + residual.to(wide)
     return activate(out, activation).to(x.dtype if out_dtype is None else out_dtype)
+
+
+def expert_parts(tensor: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+    """Each expert's share of what is stacked along the first dimension."""
+    return (None,) * experts if tensor is None else tensor.chunk(experts) if tensor.size(0) else (tensor,) * experts
 
 
 class _StraightThrough(torch.autograd.Function):

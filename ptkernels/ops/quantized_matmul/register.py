@@ -36,9 +36,11 @@ def _fake_linear(
     input_scale: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     check_op_inputs("input", input, codes, scales, code_format, group_size, input.size(1))
-    columns = codes.size(0) // 2 if activation == "swiglu" else codes.size(0)
+    rows = codes.size(0) if counts is None else codes.size(0) // counts.size(0)
+    columns = rows // 2 if activation == "swiglu" else rows
     return input.new_empty(input.size(0), columns, dtype=input.dtype if out_dtype is None else out_dtype)
 
 
@@ -50,6 +52,7 @@ def _fake_backward(
     code_format: str,
     group_size: int,
     in_features: int,
+    counts: Tensor | None = None,
 ) -> Tensor:
     check_op_inputs("grad_out", grad_out, codes, scales, code_format, group_size, in_features)
     return grad_out.new_empty(grad_out.size(0), in_features)
@@ -73,25 +76,36 @@ class _Linear(Function):
         quantize_input: bool,
         input_scale: Tensor | None,
         out_dtype: torch.dtype | None,
+        counts: Tensor | None,
     ) -> Tensor:
         args = (input, codes, scales, zeros, bias, residual, code_format, group_size, quantize_input, input_scale)
-        ctx.save_for_backward(codes, scales, zeros)
+        ctx.save_for_backward(codes, scales, zeros, counts)
         ctx.options = (code_format, group_size, input.size(1))
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (input, bias, residual))
-        out: Tensor = forward_of_function(linear_op, keyset, *args, "none", out_dtype)
+        out: Tensor = forward_of_function(linear_op, keyset, *args, "none", out_dtype, counts)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
         grad_input = grad_bias = grad_residual = None
+        *weight, counts = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            grad_input = backward_op(grad, *ctx.saved_tensors, *ctx.options).to(input_dtype)
+            grad_input = backward_op(grad, *weight, *ctx.options, counts).to(input_dtype)
         if ctx.needs_input_grad[5]:
-            grad_bias = grad.sum(0, dtype=reference.compute_dtype(grad.dtype)).to(bias_dtype)
+            grad_bias = _sum_rows(grad, counts).to(bias_dtype)
         if ctx.needs_input_grad[6]:
             grad_residual = grad.to(residual_dtype)
-        return None, grad_input, None, None, None, grad_bias, grad_residual, *(None,) * 5
+        return None, grad_input, None, None, None, grad_bias, grad_residual, *(None,) * 6
+
+
+def _sum_rows(grad: Tensor, counts: Tensor | None) -> Tensor:
+    """Gradient of the bias: sums over all rows, or over each expert's."""
+    wide = reference.compute_dtype(grad.dtype)
+    if counts is None:
+        return grad.sum(0, dtype=wide)
+    expert = torch.repeat_interleave(counts, output_size=grad.size(0)).to(grad.device)
+    return grad.new_zeros(counts.size(0), grad.size(1), dtype=wide).index_add(0, expert, grad.to(wide)).flatten()
 
 
 class _LinearBackward(Function):
@@ -106,18 +120,19 @@ class _LinearBackward(Function):
         code_format: str,
         group_size: int,
         in_features: int,
+        counts: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(codes, scales, zeros)
+        ctx.save_for_backward(codes, scales, zeros, counts)
         ctx.options = (code_format, group_size)
-        args = (grad_out, codes, scales, zeros, code_format, group_size, in_features)
+        args = (grad_out, codes, scales, zeros, code_format, group_size, in_features, counts)
         grad_input: Tensor = forward_of_function(backward_op, keyset, *args)
         return grad_input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        codes, scales, zeros = ctx.saved_tensors
-        grad_grad = linear_op(grad, codes, scales, zeros, None, None, *ctx.options)
-        return None, grad_grad, *(None,) * 6
+        codes, scales, zeros, counts = ctx.saved_tensors
+        grad_grad = linear_op(grad, codes, scales, zeros, None, None, *ctx.options, counts=counts)
+        return None, grad_grad, *(None,) * 7
 
 
 def _autograd_linear(
@@ -134,26 +149,27 @@ def _autograd_linear(
     input_scale: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     weight = (codes, scales, zeros)
     if has_tangent(input, bias, residual):
         _backend.fallback(OP, FORWARD_MODE)
-        return reference.product(
-            input, *weight, bias, residual, code_format, group_size, quantize_input, input_scale, activation, out_dtype
-        )
+        options: Any = (code_format, group_size, quantize_input, input_scale, activation, out_dtype, counts)
+        return reference.product(input, *weight, bias, residual, *options)
     recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(
         *(tensor for tensor in (input, bias, residual) if tensor is not None)
     )
     options = (code_format, group_size, quantize_input, input_scale)
     if not recorded:
-        out: Tensor = below_autograd(linear_op, keyset, input, *weight, bias, residual, *options, activation, out_dtype)
+        args = (input, *weight, bias, residual, *options, activation, out_dtype, counts)
+        out: Tensor = below_autograd(linear_op, keyset, *args)
         return out
     if activation == "none":
-        recorded_out: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, out_dtype)
+        recorded_out: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, out_dtype, counts)
         return recorded_out
     # The derivative needs what went into the activation, which a fused kernel does not keep.
     wide = reference.compute_dtype(input.dtype)
-    sums: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, wide)
+    sums: Tensor = apply(_Linear, keyset, input, *weight, bias, residual, *options, wide, counts)
     return reference.activate(sums, activation).to(input.dtype if out_dtype is None else out_dtype)
 
 
@@ -166,13 +182,16 @@ def _autograd_backward(
     code_format: str,
     group_size: int,
     in_features: int,
+    counts: Tensor | None = None,
 ) -> Tensor:
     if has_tangent(grad_out):
         _backend.fallback(OP, FORWARD_MODE)
         wide = reference.compute_dtype(grad_out.dtype)
         weight = dequantize(codes, scales, zeros, code_format, group_size, in_features, wide)
-        return (grad_out.to(wide) @ weight).to(grad_out.dtype)
-    args = (grad_out, codes, scales, zeros, code_format, group_size, in_features)
+        rows = [grad_out.size(0)] if counts is None else counts.tolist()
+        parts = zip(grad_out.to(wide).split(rows), weight.chunk(len(rows)), strict=True)
+        return torch.cat([part @ matrix for part, matrix in parts]).to(grad_out.dtype)
+    args = (grad_out, codes, scales, zeros, code_format, group_size, in_features, counts)
     if torch.is_grad_enabled() and grad_out.requires_grad:
         recorded: Tensor = apply(_LinearBackward, keyset, *args)
         return recorded
@@ -241,7 +260,8 @@ def _vmap_linear(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tenso
     size = info.batch_size
     dims = tuple(in_dims) + (None,) * (len(args) - len(in_dims))
     mapped = dict(enumerate(dims))
-    if any(mapped.get(index) is not None for index in (1, 2, 3, 9)):
+    grouped = len(args) > 12 and args[12] is not None
+    if grouped or any(mapped.get(index) is not None for index in (1, 2, 3, 9)):
         return _each(size, dims, args, linear_op)
     padded = (*args, *(None,) * (6 - len(args)))
     input = _mapped_first(padded[0], mapped[0], size)
@@ -260,13 +280,28 @@ def _vmap_linear(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tenso
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], grad_out: Tensor, *args: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:4]):
+    grouped = len(args) > 6 and args[6] is not None
+    if grouped or any(dim is not None for dim in in_dims[1:4]):
         return _each(info.batch_size, in_dims, (grad_out, *args), backward_op)
     grad = _mapped_first(grad_out, in_dims[0], info.batch_size)
     return backward_op(grad.flatten(0, 1), *args).unflatten(0, grad.shape[:2]), 0
 
 
+def _fake_embedding(
+    indices: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    code_format: str,
+    group_size: int,
+    in_features: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(indices.size(0), in_features, dtype=out_dtype)
+
+
 _library = torch.library.Library("ptkernels", "FRAGMENT")
+torch.library.register_fake("ptkernels::quantized_embedding", _fake_embedding, lib=_library)
 torch.library.register_fake("ptkernels::quantized_linear", _fake_linear, lib=_library)
 torch.library.register_fake("ptkernels::_quantized_linear_backward", _fake_backward, lib=_library)
 _library.impl("quantized_linear", _autograd_linear, "Autograd", with_keyset=True)

@@ -78,13 +78,14 @@ def explain(
     residual: Any = None,
     activation: Any = None,
     out_dtype: Any = None,
+    counts: Any = None,
 ) -> Explanation:
     """Account of the call :func:`ptkernels.quantized_linear` would make with these arguments, without making it.
 
     Raises what the call would raise for bad arguments.
     """
     x, bias, residual = register.autocast_if_enabled(x, bias, residual)
-    check_inputs(x, qweight, bias, residual, activation, out_dtype)
+    check_inputs(x, qweight, bias, residual, activation, out_dtype, counts)
     if _backend.state.backend == "reference":
         reason = "backend 'reference' was asked for"
         return Explanation(NAME, _COMPOSITION, "reference", reason, ["leave ptkernels.backend('reference')"])

@@ -107,7 +107,7 @@ _QUICK = [
     ),
     *(
         _Case(f"{scheme}-zero-points-{rows}", (rows,), 34, 192, scheme, 32, symmetric=False)
-        for scheme in ("int4_weight_only", "int4_int8", "int2_weight_only")
+        for scheme in ("int4_weight_only", "int4_int8", "int3_weight_only", "int2_weight_only")
         for rows in (2, 20)
     ),
     *(
@@ -128,6 +128,8 @@ _QUICK = [
         for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu")
     ),
     _Case("swiglu-one-row", (1,), 130, 64, "int8_dynamic", activation="swiglu"),
+    _Case("swiglu-many-rows", (40,), 260, 64, "int8_dynamic", activation="swiglu"),
+    _Case("int8-many-rows", (300,), 130, 520, "int8_dynamic"),
     _Case("plain-input-only", (11,), 40, 64, "int8_weight_only", extras=False),
     *(
         _Case(f"{scheme}-{layout}", (2, 5), 24, 96, scheme, layout=layout)
@@ -178,6 +180,15 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
         )
         grad = torch.randn(x.size(0), case.n, device=device).to(dtype).requires_grad_()
         yield "ptkernels::_quantized_linear_backward", (grad, *stored, *options[:2], case.k)
+    stacked = quantize_weight(torch.randn(2, 3, 24, device=device), "int8_dynamic")
+    x = torch.randn(5, 24, device=device).to(dtype).requires_grad_()
+    stored, counts = (stacked.codes, stacked.scales, None), torch.tensor([2, 3])
+    yield (
+        "ptkernels::quantized_linear",
+        (x, *stored, None, None, "s8", -1, True, None, "none", None, counts),
+    )
+    grad = torch.randn(5, 3, device=device).to(dtype).requires_grad_()
+    yield "ptkernels::_quantized_linear_backward", (grad, *stored, "s8", -1, 24, counts)
 
 
 def composition(
@@ -215,15 +226,19 @@ def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype
     traffic = n * scheme.code.row_bytes(k) + 4 * n * groups + m * (k + n) * dtype.itemsize
     if direction == "forward+backward":
         flops, traffic = 2 * flops, 2 * traffic
+    make = partial(_make_inputs, shape, dtype, direction)
+    multiplied = torch.int8 if scheme.quantizes_input and direction == "forward" else None
     return BenchCase(
-        name, model, shape, dtype, direction, partial(_make_inputs, shape, dtype, direction), flops, traffic
+        name, f"{model} {scheme.name}", shape, dtype, direction, make, flops, traffic, multiplied=multiplied
     )
 
 
 _BENCH_LAYERS = [
     ("bert-ffn", "BERT-base", 3072, 768),
+    ("bert-ffn-down", "BERT-base", 768, 3072),
     ("llama-attention", "Llama-2-7B", 4096, 4096),
     ("llama-ffn", "Llama-2-7B", 11008, 4096),
+    ("llama-3-ffn", "Llama-3-8B", 14336, 4096),
 ]
 _BENCH_SCHEMES = [("int8_dynamic", -1), ("int8_weight_only", -1), ("int4_weight_only", 128), ("int4_int8", 128)]
 
@@ -233,7 +248,7 @@ def bench_cases() -> list[BenchCase]:
     cases = []
     for layer, model, n, k in _BENCH_LAYERS:
         for scheme, group in _BENCH_SCHEMES:
-            for rows in (1, 16, 64, 256):
+            for rows in (1, 4, 16, 64, 256, 1024):
                 shape = {"M": rows, "N": n, "K": k, "scheme": scheme, "group": group}
                 for dtype in (torch.float32, torch.bfloat16):
                     cases.append(_bench_case(f"{layer}-{scheme}-{rows}", model, shape, dtype, "forward"))

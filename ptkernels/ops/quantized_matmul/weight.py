@@ -39,6 +39,7 @@ class QuantizedWeight:
         scheme: the name of the scheme.
         group_size: columns that share a scale; -1 for a whole row.
         in_features: ``K``.
+        experts: number of weights stacked along ``N``, one for each expert; None for a single weight.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -57,6 +58,7 @@ class QuantizedWeight:
     scheme: str
     group_size: int
     in_features: int
+    experts: int | None = None
 
     @property
     def spec(self) -> Scheme:
@@ -64,11 +66,12 @@ class QuantizedWeight:
 
     @property
     def out_features(self) -> int:
-        return self.codes.size(0)
+        return self.codes.size(0) // max(self.experts or 1, 1)
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
+        single = (self.out_features, self.in_features)
+        return torch.Size(single if self.experts is None else (self.experts, *single))
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +84,11 @@ class QuantizedWeight:
         return sum(tensor.nbytes for tensor in found if tensor is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[N, K]`` that the codes stand for, exact in float64."""
-        return dequantize(
+        """The weight ``[N, K]`` (or ``[E, N, K]``) that the codes stand for, exact in float64."""
+        weight = dequantize(
             self.codes, self.scales, self.zeros, self.spec.code.name, self.group_size, self.in_features, dtype
         )
+        return weight.view(self.shape)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device; the tensors keep their dtypes."""
@@ -102,11 +106,14 @@ class QuantizedWeight:
             scheme=self.scheme,
             group_size=self.group_size,
             in_features=self.in_features,
+            experts=self.experts,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything there is to store, by name: the tensors, and ``format``, four integers that describe them."""
-        described = torch.tensor([FORMAT_VERSION, self.spec.number, self.group_size, self.in_features])
+        """Everything there is to store, by name: the tensors, and ``format``, integers that describe them: version,
+        number of the scheme, group size, ``K`` and, for stacked weights, how many."""
+        numbers = [FORMAT_VERSION, self.spec.number, self.group_size, self.in_features]
+        described = torch.tensor(numbers if self.experts is None else [*numbers, self.experts])
         found = {
             "codes": self.codes,
             "scales": self.scales,
@@ -126,7 +133,7 @@ class QuantizedWeight:
         missing = {"codes", "scales", "format"} - set(tensors)
         if missing:
             raise ValueError(f"QuantizedWeight: tensors: got none called {', '.join(sorted(missing))}")
-        version, number, group_size, in_features = map(int, tensors["format"])
+        version, number, group_size, in_features, *experts = tensors["format"].tolist()
         if version != FORMAT_VERSION:
             raise ValueError(f"QuantizedWeight: format: got version {version}, expected {FORMAT_VERSION}")
         if number not in SCHEMES_BY_NUMBER:
@@ -141,13 +148,14 @@ class QuantizedWeight:
             SCHEMES_BY_NUMBER[number].name,
             group_size,
             in_features,
+            *experts,
         )
         check_weight(weight)
         return weight
 
     def __repr__(self) -> str:
-        bits = 8 * self.nbytes / max(self.out_features * self.in_features, 1)
-        size = f"{self.out_features}x{self.in_features}"
+        bits = 8 * self.nbytes / max(self.codes.size(0) * self.in_features, 1)
+        size = "x".join(map(str, self.shape))
         return f"QuantizedWeight({self.scheme}, {size}, group_size={self.group_size}, {bits:.1f} bits per weight)"
 
 
@@ -179,6 +187,8 @@ def check_weight(weight: Any) -> None:
     if weight.codes.dim() != 2:
         raise ValueError(f"{OP}: qweight.codes: got {weight.codes.dim()} dimensions, expected 2")
     rows = weight.codes.size(0)
+    if weight.experts is not None and (weight.experts < 1 or rows % weight.experts != 0):
+        raise ValueError(f"{OP}: qweight.experts: got {weight.experts} for {rows} rows, expected a divisor")
     groups = (rows, group_count(weight.in_features, weight.group_size))
     _check_part("codes", weight.codes, spec.code.dtype, (rows, spec.code.row_bytes(weight.in_features)))
     _check_part("scales", weight.scales, torch.float32, groups)

@@ -80,7 +80,9 @@ class OpenVinoRequest:
         UnsupportedError: OpenVINO cannot compile the model.
     """
 
-    def __init__(self, model: openvino.Model, inputs: Sequence[Tensor], dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, model: openvino.Model, inputs: Sequence[Tensor], dtype: torch.dtype, threads: int, **options: str | int
+    ) -> None:
         import openvino
 
         # Left alone, OpenVINO computes float32 models in bfloat16 on machines that are faster at it.
@@ -90,6 +92,7 @@ class OpenVinoRequest:
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
+            **options,
         }
         try:
             self._request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()

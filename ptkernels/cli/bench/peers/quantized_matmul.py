@@ -18,7 +18,7 @@ from ptkernels.cli.bench.problem import Contender, Peer, Problem, UnsupportedErr
 from ptkernels.ops.quantized_matmul.formats import unpack_codes
 from ptkernels.ops.quantized_matmul.weight import QuantizedWeight
 
-from .engines import OnnxSession, onnx_type
+from .engines import OnnxSession, OpenVinoRequest, onnx_type, openvino_type
 
 _NOISE = 0.05
 
@@ -31,6 +31,7 @@ def peers() -> list[Peer]:
         Peer("torch-int4pack", _torch_version, _int4pack),
         Peer("onednn-qlinear", _torch_version, _qlinear),
         Peer("onnxruntime", _onnxruntime_version, _onnxruntime),
+        Peer("openvino", _openvino_version, _openvino),
     ]
 
 
@@ -115,12 +116,23 @@ def _onnxruntime_version() -> str:
 
 
 def _onnxruntime(problem: Problem, threads: int) -> Contender:
-    """MatMulNBits, with 8-bit input where the scheme has that."""
+    """MatMulNBits, with 8-bit input where the scheme has that; DynamicQuantizeMatMul for 8-bit weights."""
     from onnx import helper, numpy_helper
 
-    weight, x = _weight(problem, "int4_weight_only", "int4_int8"), problem.named["x"]
+    weight, x = _weight(problem, "int4_weight_only", "int4_int8", "int8_dynamic"), problem.named["x"]
     if problem.case.dtype != torch.float32:
         raise UnsupportedError("float32 only")
+    if weight.scheme == "int8_dynamic":
+        return _onnx_contender(
+            helper.make_node("DynamicQuantizeMatMul", ["x", "codes", "scales"], ["out"], domain="com.microsoft"),
+            [
+                numpy_helper.from_array(weight.codes.T.contiguous().numpy(), "codes"),
+                numpy_helper.from_array(weight.scales.flatten().numpy(), "scales"),
+            ],
+            x,
+            weight,
+            threads,
+        )
     groups = weight.scales.size(1)
     codes = weight.codes.view(weight.out_features, groups, -1)
     node = helper.make_node(
@@ -134,15 +146,22 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
         block_size=weight.group_size,
         accuracy_level=4 if weight.spec.quantizes_input else 1,
     )
+    constants = [
+        numpy_helper.from_array(codes.numpy(), "codes"),
+        numpy_helper.from_array(weight.scales.flatten().numpy(), "scales"),
+    ]
+    return _onnx_contender(node, constants, x, weight, threads)
+
+
+def _onnx_contender(node: Any, constants: list[Any], x: Tensor, weight: QuantizedWeight, threads: int) -> Contender:
+    from onnx import helper
+
     graph = helper.make_graph(
         [node],
         "linear",
         [helper.make_tensor_value_info("x", onnx_type(x.dtype), list(x.shape))],
         [helper.make_tensor_value_info("out", onnx_type(x.dtype), [x.size(0), weight.out_features])],
-        [
-            numpy_helper.from_array(codes.numpy(), "codes"),
-            numpy_helper.from_array(weight.scales.flatten().numpy(), "scales"),
-        ],
+        constants,
     )
     session = OnnxSession(graph, {"": 21, "com.microsoft": 1}, {"x": x}, threads)
 
@@ -150,4 +169,43 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
         session.run()
         return (session.output(),)
 
-    return Contender("onnxruntime", session.run, outputs, "MatMulNBits", _NOISE)
+    return Contender("onnxruntime", session.run, outputs, node.op_type, _NOISE)
+
+
+def _openvino_version() -> str:
+    import openvino
+
+    return str(openvino.__version__).split("-")[0]
+
+
+def _openvino(problem: Problem, threads: int) -> Contender:
+    """A product with weights that are decompressed in the graph, which its CPU plugin fuses."""
+    import numpy
+    import openvino
+    from openvino import opset13 as ops
+
+    weight, x = _weight(problem), problem.named["x"]
+    problem.require_forward()
+    if weight.spec.code.name not in ("s8", "u4") or weight.zeros is not None:
+        raise UnsupportedError(f"does not do {weight.scheme}")
+    rows, columns, groups = weight.out_features, weight.in_features, weight.scales.size(1)
+    # Two's complement instead of an offset of 8.
+    data, kind = (weight.codes, "i8") if weight.spec.code.name == "s8" else (weight.codes ^ 0x88, "i4")
+    shape = openvino.Shape([rows, groups, columns // groups])
+    codes = ops.constant(openvino.Tensor(data.contiguous().numpy(), shape, getattr(openvino.Type, kind)))
+    scales = ops.constant(weight.scales.unsqueeze(-1).numpy())
+    decoded = ops.multiply(ops.convert(codes, "f32"), scales)
+    matrix = ops.reshape(decoded, ops.constant(numpy.array([rows, columns])), False)
+    input = ops.parameter(list(x.shape), openvino_type(x.dtype), name="x")
+    wide = input if x.dtype == torch.float32 else ops.convert(input, "f32")
+    product = ops.matmul(wide, matrix, False, True)
+    out = product if x.dtype == torch.float32 else ops.convert(product, openvino_type(x.dtype))
+    model = openvino.Model([out], [input], "linear")
+    span = columns // groups if weight.spec.quantizes_input else 0
+    request = OpenVinoRequest(model, [x], x.dtype, threads, DYNAMIC_QUANTIZATION_GROUP_SIZE=span)
+
+    def outputs() -> tuple[Tensor, ...]:
+        request.run()
+        return (request.output(),)
+
+    return Contender("openvino", request.run, outputs, "", _NOISE)
