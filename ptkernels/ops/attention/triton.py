@@ -9,7 +9,7 @@ can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +17,12 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton import tuning
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.attention import triton_kernels as kernels
 
 KEEP_ALL = 1 << 16
 UNBOUNDED = -1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Launcher = Callable[[Any], Any]
-"""Turns a kernel into what is indexed by a grid: the identity, or ``torch.library.wrap_triton`` under tracing."""
 
 
 class Tile(NamedTuple):
@@ -121,7 +119,7 @@ class _Arguments:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> None:
         self.batch, self.heads, self.len_q, self.len_k = _shape(query, key, call)
         self.group = self.heads // max(key.size(1), 1)
-        self.dtype, self.arch = query.dtype, _triton.arch_of(query)
+        self.dtype, self.arch, self.device = query.dtype, _triton.arch_of(query), query.device
         dim, dim_v = query.size(-1), value.size(-1)
         self.scale = 1.0 / math.sqrt(dim) if call.scale is None else call.scale
         right = 0 if call.is_causal else call.window_right
@@ -178,7 +176,8 @@ class _Arguments:
         """The best guess; with a bias or much arithmetic on the scores, the candidate that leaves most room for it."""
         candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)
         crowded = self.switches["MASK"] or any(self.switches[name] for name in ("ALIBI", "SOFTCAP", "DROPOUT"))
-        return candidates[-1 if crowded else 0]
+        key = (self.dtype, self.dims["D"], self.dims["DV"], self.switches["RIGHT"], crowded)
+        return tuning.pick(f"attention_{kernel}", key, candidates[:: -1 if crowded else 1], self.device)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -198,16 +197,12 @@ def _launch_forward(
     )  # fmt: skip
 
 
-def _identity(kernel: Any) -> Any:
-    return kernel
-
-
 def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Call, wrap: Launcher = _identity
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Call, wrap: Launcher = identity
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``ptkernels::attention`` for arguments that were checked."""
     batch, heads, length, _ = query.shape
@@ -219,7 +214,7 @@ def forward(
 
 
 def varlen_forward(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, wrap: Launcher = _identity
+    query: Tensor, key: Tensor, value: Tensor, call: Call, wrap: Launcher = identity
 ) -> tuple[Tensor, Tensor]:
     """``out`` of shape ``[tokens, heads, dim_v]`` and ``lse`` ``[heads, tokens]`` of packed sequences."""
     tokens, heads, _ = query.shape
@@ -252,7 +247,7 @@ def backward(
     attn_mask: Tensor | None,
     call: Call,
     needed: Sequence[bool] = (True,) * 6,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> Gradients:
     """Gradients of ``ptkernels::attention`` with respect to query, key, value, attn_mask, alibi_slopes and sinks."""
     dq = _heads_inside(query, *query.shape)
@@ -271,7 +266,7 @@ def varlen_backward(
     lse: Tensor,
     call: Call,
     needed: Sequence[bool] = (True,) * 6,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> Gradients:
     """The same for packed sequences."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -301,7 +296,7 @@ def _backward(
         dmask = torch.zeros_like(mask) if want_mask and mask is not None else None
         dslopes = torch.zeros_like(call.alibi_slopes) if want_slopes and call.alibi_slopes is not None else None
         delta = -grad_lse if grad_lse is not None else torch.zeros_like(lse)
-        dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+        dsinks = _sinks_gradient(lse, delta, call.sinks, call) if want_sinks and call.sinks is not None else None
         return Gradients(empty[0], empty[1], empty[2], dmask, dslopes, dsinks)
 
     a = _Arguments(query, key, value, mask, call)
@@ -328,8 +323,8 @@ def _backward(
             heads_kv, a.group, *a.problem, **common, **_blocks(tile),
         )  # fmt: skip
     dmask = _mask_gradient(mask, a, inputs, grad_out, statistics, strides, masks, wrap) if want_mask else None
-    dslopes = _sum_rows(dslope_rows, call.alibi_slopes) if want_slopes else None
-    dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+    dslopes = _sum_rows(dslope_rows, call.alibi_slopes, call) if want_slopes else None
+    dsinks = _sinks_gradient(lse, delta, call.sinks, call) if want_sinks and call.sinks is not None else None
     return Gradients(dq if want_dq else None, dk if want_dk else None, dv if want_dv else None, dmask, dslopes, dsinks)
 
 
@@ -390,17 +385,27 @@ def _mask_gradient(
     return partial.sum_to_size((batch, heads, rows, keys)).view(mask.shape).to(mask.dtype)
 
 
-def _by_head(values: Tensor) -> Tensor:
-    """Sum over the rows: ``[batch, heads]``, or ``[1, heads]`` of packed sequences."""
-    return values.sum(-1).view(-1, values.size(-2))
+def _per_sequence(like: Tensor, call: Call) -> Tensor | None:
+    """Lengths of packed sequences whose heads have a number each per sequence; None where they share one."""
+    return None if call.cu_seqlens_q is None or like.dim() < 2 else call.cu_seqlens_q.diff()
 
 
-def _sum_rows(rows: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else _by_head(rows).sum_to_size(like.shape).to(like.dtype)
+def _sum_rows(rows: Tensor, like: Tensor | None, call: Call) -> Tensor | None:
+    """Sum ``[batch, heads, length]``, or ``[heads, tokens]``, over rows into the shape of ``like``."""
+    if like is None:
+        return None
+    lengths = _per_sequence(like, call)
+    if lengths is None:
+        total = rows.sum(-1).view(-1, rows.size(-2))
+    else:
+        total = torch.segment_reduce(rows.t().contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
+    return total.sum_to_size(like.shape).to(like.dtype)
 
 
-def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor) -> Tensor:
+def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor, call: Call) -> Tensor | None:
     """A sink is one more score without a value: its dS is its weight times -delta."""
-    weights = torch.exp(sinks.float().unsqueeze(-1) - lse)
-    weights = weights.masked_fill(lse == -math.inf, 0.0)
-    return _by_head(-weights * delta).sum_to_size(sinks.shape).to(sinks.dtype)
+    lengths, scores = _per_sequence(sinks, call), sinks.float().unsqueeze(-1)
+    if lengths is not None:
+        scores = sinks.float().repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
+    weights = torch.exp(scores - lse).masked_fill(lse == -math.inf, 0.0)
+    return _sum_rows(-weights * delta, sinks, call)

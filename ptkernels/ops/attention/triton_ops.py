@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from ptkernels import _triton
+from ptkernels._triton.dispatch import identity
 from ptkernels.ops.attention import triton as launch
 
-_wrap = launch._identity if _triton.interpreted() else wrap_triton
+_wrap = identity if _triton.interpreted() else wrap_triton
 
 
 @triton_op("ptkernels::_attention_triton", mutates_args={})
@@ -106,6 +107,4 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 def uncovered(query: Tensor) -> str | None:
     """Why the Triton kernels cannot take a checked call, or None where they can."""
-    if query.dtype not in launch.DTYPES:
-        return f"the Triton kernels have no {str(query.dtype).removeprefix('torch.')}"
-    return _triton.unavailable_for(query)
+    return _triton.uncovered(query)

@@ -1,0 +1,52 @@
+"""Operators' samples on the Triton backend, through their public functions: values and gradients by the error rule.
+
+A sample that the kernels do not cover must say so by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import test_contract as contract
+import torch
+from comparing import DEVICE
+
+import ptkernels as ptk
+from ptkernels import _registry
+from ptkernels._registry import Sample
+from ptkernels.errors import BackendError
+
+OPS = ("packed_rnn", "conv_bn_relu", "quantized_matmul", "attention_varlen", "attention_with_kv_cache")
+DTYPES = (torch.float32, torch.bfloat16)
+UNCOVERED = r"have no projection|have no float8 cache"
+# The interpreter takes a minute for each of these.
+LARGE = ("lstm-concatenated", "gru-many-rows")
+
+
+@functools.cache
+def samples(name: str, dtype: torch.dtype) -> dict[str, Sample]:
+    return {sample.name: sample for sample in _registry.get(name).samples(dtype, DEVICE, False, "quick")}
+
+
+def cases(name: str, dtype: torch.dtype) -> list[Any]:
+    names = list(samples(name, dtype))
+    if DEVICE != "cuda":
+        # Narrow numbers take the same paths but for their conversion, which any few samples have.
+        names = [sample for sample in names if sample not in LARGE][:: 1 if dtype == torch.float32 else 4]
+    return [pytest.param(name, dtype, sample, id=f"{name}-{str(dtype)[6:]}-{sample}") for sample in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "sample"), [case for op in OPS for dtype in DTYPES for case in cases(op, dtype)]
+)
+def test_values_and_gradients(name: str, dtype: torch.dtype, sample: str) -> None:
+    spec, call = _registry.get(name), samples(name, dtype)[sample]
+    with ptk.backend("triton"):
+        if spec.explain(*call.args, **call.kwargs).backend != "triton":
+            with pytest.raises(BackendError, match=UNCOVERED):
+                spec.function(*call.args, **call.kwargs)
+            return
+        ours = contract.value_and_gradients(spec.function, spec, call)
+    contract.assert_results_within_rule(spec, call, dtype, ours)
