@@ -1,9 +1,10 @@
 // The CUDA kernels of attention, their dispatch and their torch glue, run on the CPU by cuda_host.h and registered for
-// CPU tensors in the namespace ptkernels_cuda_host.
+// CPU tensors in the namespace ptkernels_cuda_host, as if the GPU had compute capability 9.0.
 #include "tests/cuda_host/cuda_host.h"
 
 #include "csrc/ops/attention/attention_cuda_glue.h"
 #include "csrc/ops/attention/attention_dispatch.cuh"
+#include "csrc/ops/attention/attention_dispatch_sm80.cuh"
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,8 +21,9 @@ struct HostLauncher {
 
   template <typename Kernel>
   void run(const typename Kernel::Params& params) const {
-    cuda_host::launch<Kernel>(params, ptk::cuda::kThreads, order);
+    cuda_host::launch<Kernel>(params, order);
   }
+  int capability() const { return 90; }
 };
 
 void set_order(int64_t value) {
@@ -30,10 +32,9 @@ void set_order(int64_t value) {
 
 // Every thread but the first waits at a barrier.
 struct Diverging {
+  static constexpr int kThreads = ptk::cuda::kThreads;
   struct Params {};
-  struct Shared {
-    float unused;
-  };
+  struct Shared {};
   static int64_t blocks(const Params&) { return 1; }
   static void run(const Params&, Shared&) {
     if (threadIdx.x != 0) {
@@ -44,6 +45,7 @@ struct Diverging {
 
 // Thread t reads what thread t + 1 wrote, with no barrier between.
 struct Racing {
+  static constexpr int kThreads = ptk::cuda::kThreads;
   struct Params {
     float* out;
   };
@@ -79,6 +81,7 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
               "float softcap=0.0, float dropout_p=0.0) "
               "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def("set_order(int order) -> ()");
+  library.def("set_architecture(str name) -> ()");
   library.def("run_diverging() -> ()");
   library.def("run_racing(Tensor(a!) out) -> ()");
 }
@@ -92,5 +95,6 @@ STABLE_TORCH_LIBRARY_IMPL(ptkernels_cuda_host, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(ptkernels_cuda_host, CompositeExplicitAutograd, library) {
   library.impl("set_order", TORCH_BOX(&set_order));
+  library.impl("set_architecture", TORCH_BOX(&ptk::cuda::set_newest_architecture));
   library.impl("run_diverging", TORCH_BOX(&run_diverging));
 }
