@@ -6,6 +6,8 @@
 ``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
 ``PTKERNELS_PACKED_MB``      MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
+``PTKERNELS_CUDA_ARCH``      newest CUDA C++ kernels to use, whether or not they have passed on a GPU: ``cuda_cores``,
+                             ``sm_80`` or ``sm_90a``. Default: the newest that have
 ``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
 ===========================  ==================================================================================
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+CUDA_ARCHITECTURES = ("cuda_cores", "sm_80", "sm_90a")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
@@ -29,6 +32,7 @@ class Settings:
     strict: bool = False
     max_isa: str | None = None
     packed_mb: int | None = None
+    cuda_arch: str | None = None
     library: Path | None = None
 
 
@@ -68,6 +72,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         strict=_flag(environ, "PTKERNELS_STRICT"),
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
         packed_mb=_count(environ, "PTKERNELS_PACKED_MB"),
+        cuda_arch=_choice(environ, "PTKERNELS_CUDA_ARCH", CUDA_ARCHITECTURES),
         library=Path(library) if library else None,
     )
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import ON_CUDA, RESULTS, assert_within_rule, differentiate, random_gradients
+from kernel_checks import RESULTS, assert_within_rule, differentiate, random_gradients
 from torch import Tensor
 
 import ptkernels as ptk
 from ptkernels._registry import Level, Sample
-from ptkernels.errors import FallbackError
 from ptkernels.ops.attention.spec import SPEC
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("strict", "_full_precision_products")]
@@ -39,7 +38,6 @@ def sample_names() -> list[Any]:
     return [
         pytest.param(sample.name, marks=[] if sample.name in quick else [pytest.mark.slow])
         for sample in SPEC.samples(torch.float32, "cpu", False, "full")
-        if not set(sample.kwargs) - ON_CUDA
     ]
 
 
@@ -120,15 +118,6 @@ def test_memory_is_linear_in_the_lengths() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     assert extra(16384) < 5 * extra(4096)
-
-
-def test_options_without_a_kernel_are_refused() -> None:
-    query, key, value = operands(*[(1, 2, 5, 4)] * 3)
-    mask = torch.zeros(5, 5, device="cuda", requires_grad=True)
-    for option in ({"window": (1, 0)}, {"softcap": 1.0}, {"dropout_p": 0.1}, {"attn_mask": mask}):
-        assert ptk.explain(ptk.attention, query, key, value, **option).backend == "reference"
-        with pytest.raises(FallbackError, match="has no kernel on cuda"):
-            ptk.attention(query, key, value, **option)
 
 
 @pytest.mark.slow

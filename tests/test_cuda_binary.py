@@ -110,13 +110,19 @@ def test_holds_code_for_the_architectures_asked_for() -> None:
 
 @needs_library
 def test_holds_every_kernel_for_every_architecture() -> None:
-    dtypes, head_dims = 4, 4
+    on_cores = 2 * 4 + 2  # wide dtypes with four head dims each, narrow ones with the largest
+    on_tensor_cores = 2 * 6
     expected = {
-        "AttentionForward": dtypes * head_dims,
-        "AttentionGradQuery": dtypes * head_dims,
-        "AttentionGradKeyValue": dtypes * head_dims,
-        "AttentionDelta": dtypes,
-        "AttentionWeightScale": dtypes,
+        "AttentionForward": on_cores,
+        "AttentionGradQuery": on_cores,
+        "AttentionGradKeyValue": on_cores,
+        "AttentionDelta": 4,
+        "AttentionWeightScale": 4,
+        "AttentionHeadSums": 4,
+        "AttentionForwardSm80": on_tensor_cores,
+        "AttentionGradQuerySm80": on_tensor_cores,
+        "AttentionGradKeyValueSm80": on_tensor_cores + 2 * 4,  # in two parts where the head dim is large
+        "AttentionGradMask": 4 + on_tensor_cores,
     }
     for arch, found in built().items():
         assert {name: sum(f"{len(name)}{name}I" in mangled for mangled in found) for name in expected} == expected, arch

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import ON_CUDA, RESULTS, assert_within_rule, random_gradients
+from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
 from ptkernels._registry import Sample
+from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
     flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
-    includes = [f"-I{ROOT}", "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    # The twins of the wrappers around instructions come before the wrappers.
+    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     source = str(ROOT / "tests/cuda_host/attention_host.cpp")
     link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     subprocess.run([COMPILER, *flags, *includes, source, *link], check=True)
@@ -43,12 +45,24 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.ops.ptkernels_cuda_host
 
 
-def options(sample: Sample) -> tuple[Tensor | None, bool, float | None]:
-    return sample.kwargs.get("attn_mask"), sample.kwargs.get("is_causal", False), sample.kwargs.get("scale")
+@pytest.fixture(autouse=True)
+def _defaults(host: Any) -> Iterator[None]:
+    host.set_architecture("cuda_cores")
+    yield
+    host.set_order(ORDERS["ascending"])
+
+
+def options(sample: Sample) -> tuple[Tensor | None, Options]:
+    names = ("dropout_p", "is_causal", "scale", "window", "softcap", "alibi_slopes", "sinks")
+    defaults = {"dropout_p": 0.0, "is_causal": False, "softcap": 0.0}
+    torch.manual_seed(0)  # of dropout
+    given = [sample.kwargs.get(name, defaults.get(name)) for name in names]
+    return resolve(sample.args[0].dtype, sample.kwargs.get("attn_mask"), *given)
 
 
 def forward(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    return host.attention(*(tensor.detach() for tensor in sample.args), *options(sample))
+    mask, rest = options(sample)
+    return host.attention(*(tensor.detach() for tensor in sample.args), mask, *rest)
 
 
 def gradients_for(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -56,26 +70,35 @@ def gradients_for(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
 
 
 def on_host(
-    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool] = (True, True, True)
+    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: tuple[bool, ...] | None = None
 ) -> SimpleNamespace:
     operands = [tensor.detach() for tensor in sample.args]
+    mask, rest = options(sample)
     out, lse = forward(host, sample)
-    gradients = host._attention_backward(*grads, *operands, out, lse, *options(sample), wanted)
-    return SimpleNamespace(out=out, lse=lse, **dict(zip(("query", "key", "value"), gradients[:3], strict=True)))
+    if wanted is None:
+        wanted = tuple(name in (sample.grad_inputs or LEARNED[:3]) for name in LEARNED)
+    gradients = host._attention_backward(*grads, *operands, out, lse, mask, *rest[:2], wanted, *rest[2:])
+    return SimpleNamespace(out=out, lse=lse, **dict(zip(LEARNED, gradients, strict=True)))
 
 
 def contract_samples() -> Iterator[Any]:
-    """Every quick sample in float32; the other dtypes, which differ in tile shape or in conversion, on a selection."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    """Every quick sample, on the CUDA cores in float32, on the tensor cores in bfloat16; on a selection other dtypes."""
+    for architecture, dtype in (
+        ("cuda_cores", torch.float64),
+        ("cuda_cores", torch.float32),
+        ("cuda_cores", torch.bfloat16),
+        ("sm_80", torch.bfloat16),
+        ("sm_80", torch.float16),
+    ):
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if set(sample.kwargs) - ON_CUDA:
-                continue
-            if dtype == torch.float32 or sample.name in SELECTION:
-                yield pytest.param(sample, dtype, id=f"{str(dtype)[6:]}-{sample.name}")
+            every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
+            if every or sample.name in SELECTION:
+                yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
 
 
-@pytest.mark.parametrize(("sample", "dtype"), list(contract_samples()))
-def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("sample", "dtype", "architecture"), list(contract_samples()))
+def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype, architecture: str) -> None:
+    host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
 
@@ -86,19 +109,81 @@ def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: 
     return Sample("made", tensors, kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_head_dim_of_the_tensor_cores(host: Any, dtype: torch.dtype, dim: int, dim_v: int) -> None:
+    sizes = ((1, 2, 70, dim), (1, 1, 99, dim), (1, 1, 99, dim_v))
+    sample = make(*sizes, dtype=dtype, is_causal=True, enable_gqa=True)
+    host.set_architecture("sm_80")
+    grads = gradients_for(host, sample)
+    assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),
+    [(torch.float64, "cuda_cores"), (torch.float32, "cuda_cores"), (torch.bfloat16, "sm_80")],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype, architecture: str) -> None:
+    """Nor, where work is asynchronous, on when it is done."""
     mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
-    sample = make((1, 4, 70, 130), (1, 2, 90, 130), (1, 2, 90, 70), dtype=dtype, attn_mask=mask, is_causal=True)
+    sizes = ((1, 4, 70, 130), (1, 2, 90, 130), (1, 2, 90, 70))
+    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=True, dropout_p=0.3)
+    host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     results = []
     for order in ORDERS.values():
         host.set_order(order)
         results.append(on_host(host, sample, grads))
-    host.set_order(0)
     for name in RESULTS:
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
         assert torch.equal(getattr(results[0], name), getattr(results[2], name)), name
+
+
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80"])
+def test_dropout_has_the_masks_of_the_cpu(host: Any, architecture: str) -> None:
+    """With equal scores and the identity for values, out shows which weights were kept."""
+    keys, seed = 64, torch.tensor([3, 4])
+    query, key = torch.zeros(4, 2, 83, 16, dtype=torch.bfloat16), torch.zeros(4, 2, keys, 16, dtype=torch.bfloat16)
+    value = torch.eye(keys, dtype=torch.bfloat16).expand(4, 2, keys, keys)
+    rest = Options(dropout_seed=seed, dropout_p=0.4)
+    host.set_architecture(architecture)
+    ours, _ = host.attention(query, key, value, None, *rest)
+    cpu, _ = torch.ops.ptkernels.attention(query, key, value, None, *rest)
+    assert torch.equal(ours != 0, cpu != 0)
+    assert 0.5 < (ours != 0).float().mean().item() < 0.7
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("cuda_cores", torch.float32), ("sm_80", torch.bfloat16)])
+def test_packed_sequences_are_those_of_a_batch(host: Any, architecture: str, dtype: torch.dtype) -> None:
+    host.set_architecture(architecture)
+    lengths_q, lengths_k = [37, 0, 70, 5], [64, 9, 0, 131]
+    starts = [torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
+    sample = make((1, 4, sum(lengths_q), 64), (1, 2, sum(lengths_k), 64), (1, 2, sum(lengths_k), 40), dtype=dtype)
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in sample.args)
+    rest = Options(is_causal=True, bottom_right=True, dropout_seed=torch.tensor([1, 2, 3, 4]), dropout_p=0.2)
+    out, lse = host.attention_varlen(query, key, value, *starts, -1, -1, *rest)
+    grad_out, grad_lse = random_gradients(out, lse)
+    packed = host._attention_varlen_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *starts, -1, -1, [True] * 3 + [False] * 2, *rest
+    )
+
+    def part(tensor: Tensor, bounds: Tensor, index: int) -> Tensor:
+        return tensor[bounds[index] : bounds[index + 1]].transpose(0, 1).unsqueeze(0)
+
+    for index in range(4):
+        rows = slice(int(starts[0][index]), int(starts[0][index + 1]))
+        operands = [part(query, starts[0], index), part(key, starts[1], index), part(value, starts[1], index)]
+        alone = rest._replace(dropout_seed=torch.tensor(index + 1))
+        one_out, one_lse = host.attention(*operands, None, *alone)
+        assert torch.equal(part(out, starts[0], index), one_out)
+        assert torch.equal(lse[:, rows], one_lse[0])
+        grads = host._attention_backward(
+            part(grad_out, starts[0], index), grad_lse[None, :, rows], *operands, one_out, one_lse, None, *alone[:2],
+            [True] * 3, *alone[2:],
+        )  # fmt: skip
+        for got, want, bounds in zip(packed, grads, (starts[0], starts[1], starts[1]), strict=False):
+            assert torch.equal(part(got, bounds, index), want)
 
 
 def test_layouts_put_heads_inside(host: Any) -> None:
@@ -116,7 +201,7 @@ def test_only_the_gradients_asked_for(host: Any, wanted: tuple[bool, bool, bool]
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
     grads = gradients_for(host, sample)
     everything = on_host(host, sample, grads)
-    some = on_host(host, sample, grads, wanted)
+    some = on_host(host, sample, grads, (*wanted, False, False, False))
     for name, asked in zip(("query", "key", "value"), wanted, strict=True):
         got = getattr(some, name)
         assert (got is not None) == asked
@@ -133,12 +218,10 @@ def test_without_the_gradient_of_lse(host: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(absent[:3], zero[:3], strict=True))
 
 
-def test_options_without_a_kernel_are_refused(host: Any) -> None:
-    sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
-    values = torch.ones(2)
-    for name, value in {"window_left": 3, "softcap": 1.0, "alibi_slopes": values, "sinks": values}.items():
-        with pytest.raises(RuntimeError, match=f"attention: {name.removesuffix('_left')}: got a value, expected none"):
-            host.attention(*sample.args, **{name: value})
+def test_nothing_runs_that_was_not_chosen(host: Any) -> None:
+    host.set_architecture("none")
+    with pytest.raises(RuntimeError, match="no CUDA kernel has passed on a GPU yet; PTKERNELS_CUDA_ARCH"):
+        host.attention(*[torch.ones(1, 1, 3, 4)] * 3)
 
 
 @pytest.mark.parametrize("large", ["batch", "length"])
@@ -182,6 +265,5 @@ def test_the_host_shows_a_race(host: Any) -> None:
         out = torch.empty(256)
         host.run_racing(out)
         results.append(out)
-    host.set_order(0)
     assert results[0].isnan().any()  # ascending: everybody reads what its neighbour has yet to write
     assert not torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))

@@ -39,19 +39,20 @@ public:
 
   // Compute capability of the current device, major * 10 + minor.
   int capability() const {
-    int device = 0, major = 0, minor = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    return major * 10 + minor;
+    return attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
   }
+
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
   template <typename Kernel>
   void run(const typename Kernel::Params& params) const {
     constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
     const int64_t blocks = Kernel::blocks(params);
-    PTK_CHECK(0 < blocks && blocks <= kMaxBlocks, "ptkernels: got a problem of ", blocks,
-              " thread blocks, expected 1 to ", kMaxBlocks);
+    PTK_CHECK(blocks <= kMaxBlocks, "ptkernels: got a problem of ", blocks, " thread blocks, expected at most ",
+              kMaxBlocks);
+    if (blocks == 0) {
+      return;
+    }
     constexpr int kShared = std::is_empty_v<typename Kernel::Shared> ? 0 : sizeof(typename Kernel::Shared);
     constexpr int kSharedByDefault = 48 << 10;
     if constexpr (kShared > kSharedByDefault) {
@@ -63,6 +64,13 @@ public:
   }
 
 private:
+  static int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -76,4 +76,10 @@ __device__ inline float divide_approximate(float a, float b) {
   return __fdividef(a, b);
 }
 
+// Keeps the compiler from computing a pointer in another way than the program does.
+template <typename Value>
+__device__ void hide_origin(const Value*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 }  // namespace ptk::cuda

@@ -88,7 +88,7 @@ template <int Threads, typename Scalar, int Rows, int Dim>
 __device__ void load_rows(RowTile<Scalar, Rows, Dim>& tile, const Matrix<Scalar>& matrix, int row0) {
   constexpr int kChunks = Dim / kChunkCols;
   const bool in_chunks = is_copied_in_chunks(matrix);
-#pragma unroll 4
+#pragma unroll 2
   for (int index = threadIdx.x; index < Rows * kChunks; index += Threads) {
     const int row = index / kChunks;
     const int col = index % kChunks * kChunkCols;

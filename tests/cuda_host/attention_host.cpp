@@ -5,6 +5,8 @@
 #include "csrc/ops/attention/attention_cuda_glue.h"
 #include "csrc/ops/attention/attention_dispatch.cuh"
 #include "csrc/ops/attention/attention_dispatch_sm80.cuh"
+#include "csrc/ops/attention/attention_dispatch_sm90.cuh"
+#include "csrc/ops/attention/attention_varlen_glue.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,6 +26,7 @@ struct HostLauncher {
     cuda_host::launch<Kernel>(params, order);
   }
   int capability() const { return 90; }
+  int multiprocessors() const { return 3; }
 };
 
 void set_order(int64_t value) {
@@ -80,6 +83,16 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
               "Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, bool bottom_right=False, "
               "float softcap=0.0, float dropout_p=0.0) "
               "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  library.def("attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+              "int max_seqlen_q, int max_seqlen_k, bool is_causal=False, float? scale=None, Tensor? alibi_slopes=None, "
+              "Tensor? sinks=None, Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, "
+              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0) -> (Tensor, Tensor)");
+  library.def("_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+              "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
+              "bool[] output_mask, bool is_causal=False, float? scale=None, Tensor? alibi_slopes=None, "
+              "Tensor? sinks=None, Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, "
+              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0) "
+              "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def("set_order(int order) -> ()");
   library.def("set_architecture(str name) -> ()");
   library.def("run_diverging() -> ()");
@@ -90,6 +103,8 @@ STABLE_TORCH_LIBRARY_IMPL(ptkernels_cuda_host, CPU, library) {
   using Backend = ptk::cuda::AttentionBackend<HostLauncher>;
   library.impl("attention", TORCH_BOX(&ptk::attention_forward<Backend>));
   library.impl("_attention_backward", TORCH_BOX(&ptk::attention_backward<Backend>));
+  library.impl("attention_varlen", TORCH_BOX(&ptk::varlen_forward<Backend>));
+  library.impl("_attention_varlen_backward", TORCH_BOX(&ptk::varlen_backward<Backend>));
   library.impl("run_racing", TORCH_BOX(&run_racing));
 }
 

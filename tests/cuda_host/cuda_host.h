@@ -101,8 +101,11 @@ public:
     }
   }
 
-  // Of one thread's copies: see csrc/cuda/async_copy.cuh.
-  std::deque<std::vector<std::function<void()>>>& copies() { return fibers_[current_].copies; }
+  // Groups of work that is under way, the last one open: copies of this thread, products of the warpgroup that is
+  // together.
+  using Groups = std::deque<std::vector<std::function<void()>>>;
+  Groups& copies() { return fibers_[current_].copies; }
+  Groups& products() { return products_[together_ / kWarpgroup]; }
 
   [[noreturn]] void fail(const std::string& message) {
     error_ = "cuda_host: " + message;
@@ -126,7 +129,7 @@ private:
     bool started = false;
     std::unique_ptr<char[]> stack{new char[kStack]};
     Wait wait;
-    std::deque<std::vector<std::function<void()>>> copies;
+    Groups copies;
   };
 
   struct NamedBarrier {
@@ -157,11 +160,14 @@ private:
   const std::function<void()>* body_ = nullptr;
   std::map<int, NamedBarrier> barriers_;
   std::deque<std::function<void()>> engine_;
+  std::map<size_t, Groups> products_;
+  size_t together_ = 0;  // first thread of the group that does something together
   int64_t events_ = 0;
   std::string error_;
 };
 
 inline Block* active = nullptr;
+inline char* shared_base = nullptr;
 
 }  // namespace cuda_host
 
@@ -257,6 +263,7 @@ inline bool Block::open(size_t first, size_t count, Wait::Kind kind) {
     arguments.push_back(begin[i].wait.argument);
   }
   if (together != nullptr) {
+    together_ = first;
     together(arguments.data());
   }
   std::for_each(begin, begin + count, [](Fiber& fiber) { fiber.wait = {}; });
@@ -298,6 +305,9 @@ inline void Block::run(const std::function<void()>& body) {
   body_ = &body;
   barriers_.clear();
   engine_.clear();
+  for (size_t group = 0; group * kWarpgroup < fibers_.size(); ++group) {
+    products_[group].assign(1, {});
+  }
   for (Fiber& fiber : fibers_) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -346,6 +356,7 @@ void launch(const typename Kernel::Params& params, Order order) {
   using Shared = typename Kernel::Shared;
   const std::unique_ptr<void, void (*)(void*)> memory(
       std::aligned_alloc(1024, (sizeof(Shared) + 1023) / 1024 * 1024), std::free);
+  shared_base = static_cast<char*>(memory.get());
   gridDim.x = static_cast<unsigned>(Kernel::blocks(params));
   for (int64_t index = 0; index < Kernel::blocks(params); ++index) {
     std::memset(memory.get(), 0xff, sizeof(Shared));

@@ -8,10 +8,10 @@
 // and are the left operand of the products with the streamed rows as they are: nothing is transposed or stored.
 //
 // Plan        streamed rows  stages  shared     registers
-//   64, 96         64          2     up to 96 KiB   up to 255
-//   128            32          2     64 KiB         up to 255
-//   192/128        32          2     80 KiB         up to 255
-//   192            32          2     96 KiB         up to 255, grad_key and grad_value in launches of their own
+//   64             64          2     48 KiB         up to 255
+//   96 and 128     32          2     64 KiB         up to 255
+//   192/128        32          2     80 KiB         up to 255, grad_key and grad_value in launches of their own
+//   192            32          2     96 KiB         up to 255, the same
 //   256            32          1     96 KiB         up to 255, the same
 #pragma once
 
@@ -26,7 +26,7 @@ struct BackwardPlanSm80 {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = 16;
   static constexpr int kBlockRows = kWarps * kWarpRows;
-  static constexpr int kBlockCols = DimQk <= 96 ? 64 : 32;
+  static constexpr int kBlockCols = DimQk <= 64 ? 64 : 32;
   static constexpr int kSharedLimit = 98 << 10;  // what every GPU from sm_80 on can give to one block
   using Tile = MmaTile<1, kBlockCols / 8>;
 
@@ -254,33 +254,33 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     const Dropout dropout(problem, sequence.batch, head);
     Stage& stage = shared.stages[stage_index];
     const auto statistics = [&](int j) { return shared.statistics[stage_index][Tile::col(j)]; };
-    Tile weights, tile, cap_slopes;
-    weights.clear();
-    product_of_rows(weights, shared.resident.qk, Plan::first_row(), stage.qk);
-    scores.template finish<true>(weights, row0, col0, &cap_slopes);
-    make_weights<true>(scores, weights, statistics);
     KeptEntries<Tile> kept;
     if (dropout.is_used()) {
       kept = dropout.template draw<true, Tile>(row0, col0);
     }
+    Tile weights, cap_slopes;
+    weights.clear();
+    product_of_rows(weights, shared.resident.qk, Plan::first_row(), stage.qk);
+    scores.template finish<true>(weights, row0, col0, &cap_slopes);
+    make_weights<true>(scores, weights, statistics);
+    if constexpr (HasValue) {
+      Tile dropped = weights;
+      if (dropout.is_used()) {
+        kept.apply(dropped, 1);
+      }
+      add_weighted_rows(gradients.value, dropped, stage.v);
+    }
     if constexpr (HasKey) {
+      if (scores.is_capped()) {
+        multiply_entries(weights, cap_slopes);  // early, so that its registers are free for what follows
+      }
+      Tile tile;
       tile.clear();
       product_of_rows(tile, shared.resident.v, Plan::first_row(), stage.v);
       if (dropout.is_used()) {
         kept.apply(tile, dropout.template factor<float>());
       }
       make_score_gradients<true>(weights, tile, statistics);
-      if (scores.is_capped()) {
-        multiply_entries(tile, cap_slopes);
-      }
-    }
-    if constexpr (HasValue) {
-      if (dropout.is_used()) {
-        kept.apply(weights, 1);
-      }
-      add_weighted_rows(gradients.value, weights, stage.v);
-    }
-    if constexpr (HasKey) {
       add_weighted_rows(gradients.key, tile, stage.qk);
     }
   }
@@ -341,7 +341,7 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
 // Both gradients of a key at once where they fit in registers.
 template <typename Scalar, int DimQk, int DimV, typename Launcher>
 void run_grad_key_value_sm80(const AttentionBackwardParams& params, const Launcher& launcher) {
-  if constexpr (DimQk + DimV <= 320) {
+  if constexpr (DimQk + DimV <= 192) {
     launcher.template run<AttentionGradKeyValueSm80<Scalar, DimQk, DimV, true, true>>(params);
   } else {
     if (params.base.grad_key.data != nullptr) {

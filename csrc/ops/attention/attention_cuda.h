@@ -55,10 +55,33 @@ constexpr bool fits_tensor_cores(const Problem& problem) {
   return has_narrow_type(problem) && fits(problem, kTensorCoreHeadDims[5]);
 }
 
-// The kernels for a problem on a GPU of the given compute capability (major * 10 + minor), none newer than `newest`.
-constexpr Architecture choose_architecture(const Problem& problem, int capability, Architecture newest) {
-  if (capability >= 80 && newest >= Architecture::sm_80 && fits_tensor_cores(problem)) {
-    return Architecture::sm_80;
+// Whether the copy engine of sm_90 can read rows: 16-byte strides, nothing expanded.
+constexpr bool is_row_mappable(const ConstView& view, int64_t batch, int64_t heads, int64_t length, bool is_aligned) {
+  const auto fits_engine = [](int64_t stride, int64_t size) {
+    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38));
+  };
+  return is_aligned && view.strides[3] == 1 && fits_engine(view.strides[2], length) &&
+         fits_engine(view.strides[1], heads) && fits_engine(view.strides[0], batch);
+}
+
+inline bool fits_copy_engine(const ForwardParams& params) {
+  const Problem& p = params.problem;
+  const auto fits_operand = [&](const ConstView& view, int64_t heads, int64_t length) {
+    return is_row_mappable(view, p.batch, heads, length, reinterpret_cast<uintptr_t>(view.data) % 16 == 0);
+  };
+  return p.first_q == nullptr && p.len_k > 0 && fits_operand(params.query, p.heads_q, p.len_q) &&
+         fits_operand(params.key, p.heads_kv, p.len_k) && fits_operand(params.value, p.heads_kv, p.len_k);
+}
+
+// The kernels for a problem on a GPU of the given compute capability (major * 10 + minor), none newer than `newest`. The
+// backward has none for sm_90a, and packed sequences neither: copies past a sequence's end would bring in the next one's
+// numbers, and with a weight of 0 a NaN among them is a NaN.
+constexpr Architecture choose_architecture(const Problem& problem, int capability, Architecture newest,
+                                           bool suits_copy_engine) {
+  if (newest >= Architecture::sm_80 && capability >= 80 && fits_tensor_cores(problem)) {
+    // sm_90a is code for compute capability 9.0 alone.
+    const bool has_newer = newest >= Architecture::sm_90a && capability == 90 && suits_copy_engine;
+    return has_newer ? Architecture::sm_90a : Architecture::sm_80;
   }
   return newest >= Architecture::cuda_cores ? Architecture::cuda_cores : Architecture::none;
 }
@@ -85,6 +108,8 @@ void run_attention_backward(const AttentionBackwardParams& params, const Launche
 // On the tensor cores.
 template <typename Scalar, typename Launcher>
 void run_attention_forward_sm80(const ForwardParams& params, const Launcher& launcher);
+template <typename Scalar, typename Launcher>
+void run_attention_forward_sm90(const ForwardParams& params, const Launcher& launcher);
 template <typename Scalar, typename Launcher>
 void run_attention_backward_sm80(const AttentionBackwardParams& params, const Launcher& launcher);
 

@@ -45,8 +45,16 @@ inline void check_length(const char* name, int64_t length) {
             " on cuda");
 }
 
-inline Architecture checked_architecture(const Problem& problem, int capability) {
-  const Architecture architecture = choose_architecture(problem, capability, newest_architecture);
+// What this library was built without cannot be chosen.
+#ifdef PTK_WITHOUT_SM90A
+inline constexpr bool kHasSm90a = false;
+#else
+inline constexpr bool kHasSm90a = true;
+#endif
+
+inline Architecture checked_architecture(const Problem& problem, int capability, bool suits_copy_engine) {
+  const Architecture architecture =
+      choose_architecture(problem, capability, newest_architecture, kHasSm90a && suits_copy_engine);
   PTK_CHECK(architecture != Architecture::none,
             "attention: query: got a tensor on cuda, expected one on the cpu: no CUDA kernel has passed on a GPU yet; "
             "PTKERNELS_CUDA_ARCH chooses those that have not");
@@ -96,10 +104,14 @@ struct AttentionBackend {
 
   static void forward(ForwardParams params, const Tensor& query) {
     const Launcher launcher(query.get_device_index());
-    const Architecture architecture = checked_architecture(params.problem, launcher.capability());
+    const Architecture architecture = 
+        checked_architecture(params.problem, launcher.capability(), fits_copy_engine(params));
     const DeviceProblem device(params.problem, query, launcher);
     params.problem = device.problem;
-    if (architecture == Architecture::sm_80) {
+    if (architecture == Architecture::sm_90a) {
+      with_narrow_scalar(params.problem.dtype,
+                         [&]<typename Scalar>() { run_attention_forward_sm90<Scalar>(params, launcher); });
+    } else if (architecture == Architecture::sm_80) {
       with_narrow_scalar(params.problem.dtype,
                          [&]<typename Scalar>() { run_attention_forward_sm80<Scalar>(params, launcher); });
     } else {
@@ -109,7 +121,7 @@ struct AttentionBackend {
 
   static void backward(BackwardParams params, const Tensor& query) {
     const Launcher launcher(query.get_device_index());
-    const Architecture architecture = checked_architecture(params.problem, launcher.capability());
+    const Architecture architecture = checked_architecture(params.problem, launcher.capability(), false);
     const DeviceProblem device(params.problem, query, launcher);
     params.problem = device.problem;
     const auto scratch = [&] {

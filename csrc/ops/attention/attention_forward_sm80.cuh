@@ -24,7 +24,7 @@ struct AttentionForwardSm80 {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kMTiles = DimV <= 128 && DimQk <= 128 ? 2 : 1;
+  static constexpr int kMTiles = DimQk <= 96 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kMTiles;
   static constexpr int kBlockRows = kWarps * kWarpRows;
   static constexpr int kBlockCols = 64;

@@ -6,6 +6,7 @@
 // only differences of such scores may be multiplied with anything.
 #pragma once
 
+#include "csrc/cuda/mma.cuh"
 #include "csrc/ops/attention/attention_tile.cuh"
 
 namespace ptk::cuda {
@@ -34,7 +35,7 @@ public:
 
   // What the gradient of a score has to be multiplied with to be that of slope.
   __device__ Acc distance(int query, int key) const {
-    return static_cast<Acc>(-std::fabs(static_cast<Acc>(query + sequence_.diagonal - key)));
+    return -std::fabs(static_cast<Acc>(int64_t{query} + sequence_.diagonal - key));
   }
 
   // Products become what the head of this file says; -inf where a row does not see a key. The tile begins at row0 and
@@ -92,20 +93,25 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void add_mask(Tile& tile, int row0, int col0) const {
+    const int64_t row_stride = problem_.mask.strides[2], col_stride = problem_.mask.strides[3];
     const auto add = [&](const auto* mask, const auto& combine) {
 #pragma unroll
       for (int a = 0; a < (Transposed ? Tile::kCols : Tile::kRows); ++a) {
         const int query = Transposed ? col0 + tile.col(a) : row0 + tile.row(a);
-        const auto* row = mask + mask_ + min(query, sequence_.len_q - 1) * problem_.mask.strides[2];
+        int key = Transposed ? row0 + tile.row(0) : col0 + tile.col(0);
+        const auto* place = mask + mask_ + min(query, sequence_.len_q - 1) * row_stride + key * col_stride;
 #pragma unroll
         for (int b = 0; b < (Transposed ? Tile::kRows : Tile::kCols); ++b) {
-          const int key = Transposed ? row0 + tile.row(b) : col0 + tile.col(b);
           Acc& score = Transposed ? tile.at(b, a) : tile.at(a, b);
           if (key < sequence_.len_k) {
-            score = combine(score, row[key * problem_.mask.strides[3]]);
+            score = combine(score, *place);
           }
+          const int step = Transposed ? tile.row(b + 1) - tile.row(b) : tile.col(b + 1) - tile.col(b);
+          key += step;
+          place += step * col_stride;
+          // One place at a time: those of a whole tile would take the registers of the products.
+          hide_origin(place);
         }
-        __syncwarp();  // a row's loads at a time: all of them in flight would take the registers of the products
       }
     };
     const auto sum = [](Acc score, auto bias) { return score + static_cast<Acc>(bias); };

@@ -49,12 +49,13 @@ struct Span {
   int end;
 };
 
-// One sequence of the batch: its lengths, its first rows in packed operands, and the band that its rows see.
+// One sequence of the batch: its lengths, its first rows in packed operands, and the band that its rows see: row i sees
+// the keys from i + low up to i + high.
 struct Sequence {
   int64_t batch;
-  int len_q, len_k;
   int64_t first_q, first_k;
-  int64_t diagonal, left, right;
+  int len_q, len_k;
+  int diagonal, low, high;
 
   __device__ static int within(int64_t index, int length) {
     return static_cast<int>(index < 0 ? 0 : index > length ? length : index);
@@ -65,7 +66,7 @@ struct Sequence {
     if (row >= len_q) {
       return {0, 0};
     }
-    return {within(row + diagonal - left, len_k), within(row + diagonal + right + 1, len_k)};
+    return {within(int64_t{row} + low, len_k), within(int64_t{row} + high, len_k)};
   }
 
   // Keys that rows from row0 up to row1 see between them.
@@ -75,7 +76,7 @@ struct Sequence {
 
   // Rows that see any of the keys from key0 up to key1.
   __device__ Span rows_of(int key0, int key1) const {
-    return {within(key0 - diagonal - right, len_q), within(min(key1, len_k) - diagonal + left, len_q)};
+    return {within(int64_t{key0} - high + 1, len_q), within(int64_t{min(key1, len_k)} - low, len_q)};
   }
 
   // Whether each of a tile's rows sees each of its keys. Rows outside count where they have nowhere to be written to.
@@ -98,8 +99,10 @@ __device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
     s.len_k = static_cast<int>(problem.first_k[batch + 1] - s.first_k);
   }
   s.diagonal = problem.bottom_right ? s.len_k - s.len_q : 0;
-  s.left = problem.left;
-  s.right = problem.is_causal ? 0 : problem.right;
+  // Bounds beyond the operands are all the same, and these fit an int.
+  const int64_t right = problem.is_causal ? 0 : problem.right;
+  s.low = static_cast<int>(max(s.diagonal - problem.left, -int64_t{s.len_q}));
+  s.high = static_cast<int>(min(s.diagonal + right + 1, int64_t{s.len_k}));
   return s;
 }
 

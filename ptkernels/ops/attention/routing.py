@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkernels import _backend, _loader, _triton
+from ptkernels import _backend, _cuda, _env, _loader, _triton
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
 from ptkernels.ops.attention.options import Options, resolve
-from ptkernels.ops.attention.register import MASK_GRADIENT_ON_CUDA
 from ptkernels.ops.attention.shapes import normalize
 
 _COMPOSITION = "plain torch composition"
@@ -24,7 +23,7 @@ def runs_on_triton(device_type: str) -> bool:
     """Whether a call goes to the Triton kernels: they were asked for, or the device has no other."""
     if _backend.state.backend == "triton":
         return True
-    no_other = device_type == "cuda" and device_type not in library.DEVICES
+    no_other = device_type == "cuda" and (device_type not in library.DEVICES or _cuda.newest() is None)
     return no_other and _backend.state.backend is None and _triton.unavailable() is None
 
 
@@ -49,8 +48,8 @@ def fallback_reason(
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
-    if query.device.type == "cuda" and (in_use := options.beyond_sdpa()):
-        return f"{in_use[0]} has no kernel on cuda"
+    if query.device.type == "cuda" and (reason := _cuda.unavailable()):
+        return reason
     return register.uncovered(query, key, value, attn_mask, options)
 
 
@@ -94,6 +93,15 @@ def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     return name
 
 
+def cuda_kernel(query: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
+    """Name of the CUDA kernel, and the reason with what is known of it."""
+    capability = torch.cuda.get_device_capability(query.device)
+    dtype = str(query.dtype).removeprefix("torch.")
+    architecture = _cuda.kernel(dtype, max(query.size(-1), value.size(-1)), capability)
+    cap = " by PTKERNELS_CUDA_ARCH" if _env.settings.cuda_arch is not None else ""
+    return f"cuda {architecture}", f"{reason}, up to {_cuda.newest()}{cap}; {_cuda.note(architecture)}"
+
+
 def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     hints = [
         f"{name}: its last dimension has stride {tensor.stride(-1)}; kernels read rows fastest with stride 1"
@@ -103,9 +111,6 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.device.type == "cpu":
         hints += _loader.isa_hints(query.dtype)
     return hints
-
-
-_REMEDIES = {MASK_GRADIENT_ON_CUDA: "attn_mask.detach() runs on the fused kernel"}
 
 
 def explain(
@@ -144,8 +149,7 @@ def explain(
     device = query.device.type
     _backend.check_requested(OP, device)
     if reason := fallback_reason(query, key, value, attn_mask, options):
-        faster = [_REMEDIES[reason]] if reason in _REMEDIES else []
-        return Explanation(OP, _COMPOSITION, "reference", reason, faster)
+        return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
@@ -156,7 +160,7 @@ def explain(
     if device == "cpu":
         kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
-        kernel = "libptkernels_cuda.so"
+        kernel, reason = cuda_kernel(call.query, call.value, reason)
     return Explanation(OP, kernel, device, reason, _hints(query, key, value))
 
 
@@ -172,7 +176,10 @@ def kernels() -> list[KernelInfo]:
     why_no_cuda, why_no_triton = _backend.unavailable("cuda"), _triton.unavailable()
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
-        KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
+        *(
+            KernelInfo(f"cuda {name}", "cuda", held, why_no_cuda is None, why_no_cuda or _cuda.note(name))
+            for name, held in (("cuda_cores", dtypes), ("sm_80", dtypes[2:]))
+        ),
         KernelInfo(
             "Triton",
             "triton",

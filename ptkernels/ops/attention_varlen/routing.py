@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkernels import _backend
+from ptkernels import _backend, _cuda
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import routing as dense
@@ -23,6 +23,8 @@ def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options)
     """Why no kernel covers a checked call, or None where one does."""
     if query.device.type not in (*library.DEVICES, "meta"):
         return f"no kernel for {query.device.type} tensors"
+    if query.device.type == "cuda" and (reason := _cuda.unavailable()):
+        return reason
     return FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
 
 
@@ -72,7 +74,9 @@ def explain(
     if uncovered := fallback_reason(query, key, value, options):
         return Explanation(OP, _LOOP, "reference", uncovered)
     # The choice of kernel is that of one batch as long as the longest sequence.
-    kernel = "shape propagation"
+    kernel, reason = "shape propagation", f"fused kernel for {device} tensors"
+    if device == "cuda":
+        kernel, reason = dense.cuda_kernel(query, value, reason)
     if device == "cpu":
         rows, keys = (
             int(offsets.diff().max()) if offsets.numel() > 1 else 0 for offsets in (cu_seqlens_q, cu_seqlens_k)
@@ -80,10 +84,10 @@ def explain(
         longest = (query[:rows], key[:keys], value[:keys])
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in longest)
         kernel = dense.cpu_kernel(q, k, v, None, is_causal)
-    return Explanation(OP, kernel, device, f"fused kernel for {device} tensors")
+    return Explanation(OP, kernel, device, reason)
 
 
 def kernels() -> list[KernelInfo]:
     """Every implementation of packed attention and whether it can run in this process."""
-    found = [info for info in dense.kernels() if info.backend == "cpu"]
+    found = [info for info in dense.kernels() if info.backend in ("cpu", "cuda")]
     return [*found, KernelInfo(_LOOP, "reference", found[0].dtypes, True)]

@@ -87,6 +87,10 @@ void multiply(void* const* arguments) {
 
 }  // namespace twin
 
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const char*>(shared) - cuda_host::shared_base);
+}
+
 inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
   twin::MatrixLoad mine{row, &matrices};
   cuda_host::active->with_warp(&twin::load_matrices<false>, &mine);
@@ -117,5 +121,8 @@ inline float exp2_approximate(float x) {
 inline float divide_approximate(float a, float b) {
   return a / b;
 }
+
+template <typename Value>
+void hide_origin(const Value*&) {}
 
 }  // namespace ptk::cuda
