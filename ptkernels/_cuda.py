@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ptkernels import _env
 
 NOT_YET_RUN = "not yet run on a GPU"
@@ -34,11 +37,27 @@ def note(architecture: str) -> str:
     return NOT_YET_RUN if verified is None else f"passed on {verified}"
 
 
-def kernel(dtype: str, head_dim: int, capability: tuple[int, int]) -> str:
-    """The architecture of the kernel that attention takes on a GPU of that compute capability.
+def _suits_copy_engine(tensor: Tensor) -> bool:
+    """Whether TMA can read the rows: 16-byte strides, nothing expanded."""
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)
+    )
 
-    Mirrors ``choose_architecture`` of ``csrc/ops/attention/attention_cuda.h``.
+
+def kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> str:
+    """The architecture of the kernel that attention's forward takes on a GPU of that compute capability.
+
+    Mirrors ``choose_architecture`` of ``csrc/ops/attention/attention_cuda.h``. Packed sequences have three dimensions.
     """
-    limit = newest() or "cuda_cores"
-    on_tensor_cores = dtype in ("bfloat16", "float16") and head_dim <= 256 and capability >= (8, 0)
-    return "sm_80" if on_tensor_cores and limit != "cuda_cores" else "cuda_cores"
+    limit = newest()
+    if limit is None:
+        return "none"
+    narrow = query.dtype in (torch.bfloat16, torch.float16)
+    if limit == "cuda_cores" or capability < (8, 0) or not narrow or max(query.size(-1), value.size(-1)) > 256:
+        return "cuda_cores"
+    operands = (query, key, value)
+    suits = query.dim() == 4 and key.size(2) > 0 and all(_suits_copy_engine(tensor) for tensor in operands)
+    return "sm_90a" if limit == "sm_90a" and capability == (9, 0) and suits else "sm_80"

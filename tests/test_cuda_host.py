@@ -17,9 +17,12 @@ import torch
 from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
+from ptkernels import _cuda
 from ptkernels._registry import Sample
+from ptkernels.ops import attention_kv_cache
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
+from ptkernels.ops.attention_kv_cache.spec import SPEC as CACHE_SPEC
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -89,9 +92,12 @@ def contract_samples() -> Iterator[Any]:
         ("cuda_cores", torch.bfloat16),
         ("sm_80", torch.bfloat16),
         ("sm_80", torch.float16),
+        ("sm_90a", torch.bfloat16),
     ):
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
             every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
+            # sm_90a has a forward of its own, and takes the backward of sm_80.
+            every = every or architecture == "sm_90a" and sample.args[0].size(-1) <= 128
             if every or sample.name in SELECTION:
                 yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
 
@@ -110,24 +116,35 @@ def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: 
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 200)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_head_dim_of_the_tensor_cores(host: Any, dtype: torch.dtype, dim: int, dim_v: int) -> None:
-    sizes = ((1, 2, 70, dim), (1, 1, 99, dim), (1, 1, 99, dim_v))
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),
+    [(torch.bfloat16, "sm_80"), (torch.float16, "sm_80"), (torch.bfloat16, "sm_90a"), (torch.float16, "sm_90a")],
+    ids=str,
+)
+def test_every_head_dim_of_the_tensor_cores(
+    host: Any, dtype: torch.dtype, architecture: str, dim: int, dim_v: int
+) -> None:
+    sizes = ((1, 2, 150, dim), (1, 1, 199, dim), (1, 1, 199, dim_v))
     sample = make(*sizes, dtype=dtype, is_causal=True, enable_gqa=True)
-    host.set_architecture("sm_80")
+    host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
 
 
 @pytest.mark.parametrize(
     ("dtype", "architecture"),
-    [(torch.float64, "cuda_cores"), (torch.float32, "cuda_cores"), (torch.bfloat16, "sm_80")],
+    [
+        (torch.float64, "cuda_cores"),
+        (torch.float32, "cuda_cores"),
+        (torch.bfloat16, "sm_80"),
+        (torch.bfloat16, "sm_90a"),
+    ],
     ids=str,
 )
 def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype, architecture: str) -> None:
     """Nor, where work is asynchronous, on when it is done."""
     mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
-    sizes = ((1, 4, 70, 130), (1, 2, 90, 130), (1, 2, 90, 70))
+    sizes = ((1, 4, 70, 136), (1, 2, 90, 136), (1, 2, 90, 72))
     sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=True, dropout_p=0.3)
     host.set_architecture(architecture)
     grads = gradients_for(host, sample)
@@ -140,12 +157,12 @@ def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtyp
         assert torch.equal(getattr(results[0], name), getattr(results[2], name)), name
 
 
-@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80"])
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
 def test_dropout_has_the_masks_of_the_cpu(host: Any, architecture: str) -> None:
     """With equal scores and the identity for values, out shows which weights were kept."""
     keys, seed = 64, torch.tensor([3, 4])
     query, key = torch.zeros(4, 2, 83, 16, dtype=torch.bfloat16), torch.zeros(4, 2, keys, 16, dtype=torch.bfloat16)
-    value = torch.eye(keys, dtype=torch.bfloat16).expand(4, 2, keys, keys)
+    value = torch.eye(keys, dtype=torch.bfloat16).repeat(4, 2, 1, 1)
     rest = Options(dropout_seed=seed, dropout_p=0.4)
     host.set_architecture(architecture)
     ours, _ = host.attention(query, key, value, None, *rest)
@@ -253,6 +270,39 @@ def test_nan_outside_the_tensors_stays_there(host: Any) -> None:
     assert all(getattr(result, name).isfinite().all() for name in RESULTS)
 
 
+@pytest.mark.parametrize(("heads", "tiles", "section"), [(1, 1, 1), (6, 5, 6), (7, 4, 3), (5, 3, 1)])
+def test_a_schedule_takes_every_tile_once_and_long_ones_first(host: Any, heads: int, tiles: int, section: int) -> None:
+    flat = host.tile_order(heads, tiles, section)
+    order = list(zip(flat[::2], flat[1::2], strict=True))
+    assert sorted(order) == [(head, tile) for head in range(heads) for tile in range(tiles)]
+    for first in range(0, heads, section):
+        part = [tile for head, tile in order if first <= head < first + section]
+        assert part == sorted(part, reverse=True)
+        assert max(index for index, (head, _) in enumerate(order) if head < first + section) < (first + section) * tiles
+
+
+def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:
+    assert host.split_count(1, 132, 1 << 20) == 264
+    assert host.split_count(1, 132, 1) == 1
+    assert host.split_count(8, 132, 4096) == 16  # of two steps each
+    assert host.split_count(300, 132, 1 << 20) == 1
+    for blocks in (1, 3, 100, 264, 5000):
+        assert host.split_count(blocks, 132, 1 << 16) * blocks < 264 + blocks
+
+
+@pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_explain_names_what_the_library_chooses(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capability: int, newest: str
+) -> None:
+    monkeypatch.setattr(_cuda, "newest", lambda: newest)
+    for dtype, dim in itertools.product((torch.float32, torch.bfloat16), (64, 59, 256, 257)):
+        query, key = torch.zeros(2, 4, 7, dim, dtype=dtype), torch.zeros(2, 2, 9, dim, dtype=dtype)
+        for value in (key, key[:1].expand(2, -1, -1, -1), key.transpose(1, 2).contiguous().transpose(1, 2)):
+            chosen = host.architecture_for(query, key, value, capability, newest)
+            assert _cuda.kernel(query, key, value, divmod(capability, 10)) == chosen
+
+
 def test_the_host_reports_a_barrier_that_a_thread_misses(host: Any) -> None:
     with pytest.raises(RuntimeError, match="same barrier"):
         host.run_diverging()
@@ -267,3 +317,61 @@ def test_the_host_shows_a_race(host: Any) -> None:
         results.append(out)
     assert results[0].isnan().any()  # ascending: everybody reads what its neighbour has yet to write
     assert not torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))
+
+
+def cache_samples() -> Iterator[Any]:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for sample in CACHE_SPEC.samples(dtype, "cpu", False, "quick"):
+            yield pytest.param(sample, dtype, id=f"{str(dtype)[6:]}-{sample.name}")
+
+
+def copied(sample: Sample) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, in the layouts that they have."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+
+    return [copy(value) for value in sample.args], {name: copy(value) for name, value in sample.kwargs.items()}
+
+
+@pytest.mark.parametrize(("sample", "dtype"), list(cache_samples()))
+def test_caches_are_those_of_the_cpu(
+    host: Any, monkeypatch: pytest.MonkeyPatch, sample: Sample, dtype: torch.dtype
+) -> None:
+    """Bit for bit what is stored; outputs to the rounding of sums in another order."""
+    expected_args, expected_kwargs = copied(sample)
+    expected = CACHE_SPEC.function(*expected_args, **expected_kwargs, return_lse=True)
+    monkeypatch.setattr(attention_kv_cache, "attend_op", host.attention_with_kv_cache)
+    monkeypatch.setattr(attention_kv_cache, "append_op", host.attention_with_kv_cache_append)
+    args, kwargs = copied(sample)
+    got = CACHE_SPEC.function(*args, **kwargs, return_lse=True)
+    for ours, theirs in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
+        if isinstance(ours, Tensor):
+            assert torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=(16 if dtype.itemsize > 2 else 4) * eps)
+
+
+def test_a_cache_that_is_too_short_stays_as_it_is(host: Any) -> None:
+    """Lengths are not read before the kernels run: what does not fit gives NaN and is not appended."""
+    query, new = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    k_cache, v_cache = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    out, lse = host.attention_with_kv_cache_append(query, k_cache, v_cache, new, new, torch.tensor([4, 2]))
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    assert not out[1].isnan().any()
+    assert not k_cache[0].any()
+    assert torch.equal(k_cache[1, :, 2], new[1, :, 0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, 2**40])
+def test_pages_outside_the_cache_are_not_touched(host: Any, wrong: int) -> None:
+    query, cache = torch.randn(1, 2, 1, 8), torch.randn(7, 2, 4, 8)
+    table = torch.tensor([[2, wrong, wrong]])
+    out, _ = host.attention_with_kv_cache(query, cache, cache, torch.tensor([4]), table)
+    assert out.isfinite().all()
+    out, _ = host.attention_with_kv_cache(query, cache, cache, torch.tensor([5]), table)
+    assert out.isnan().all()

@@ -12,7 +12,7 @@ namespace ptk::cuda {
 
 // A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of rows x 64 columns that is copied from it into a
 // panel of a RowTile. Passed to kernels by value.
-struct alignas(64) TensorMap {
+struct TensorMap {
   CUtensorMap map;
 };
 

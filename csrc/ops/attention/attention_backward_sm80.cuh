@@ -8,11 +8,12 @@
 // and are the left operand of the products with the streamed rows as they are: nothing is transposed or stored.
 //
 // Plan        streamed rows  stages  shared     registers
-//   64             64          2     48 KiB         up to 255
-//   96 and 128     32          2     64 KiB         up to 255
-//   192/128        32          2     80 KiB         up to 255, grad_key and grad_value in launches of their own
-//   192            32          2     96 KiB         up to 255, the same
-//   256            32          1     96 KiB         up to 255, the same
+//   64             64          2     50 KiB         up to 255
+//   96             32          2     65 KiB         up to 255
+//   128            32          2     65 KiB         up to 255, grad_key and grad_value in launches of their own
+//   192/128        32          2     81 KiB         up to 255, the same
+//   192            32          2     97 KiB         up to 255, the same
+//   256            32          1     97 KiB         up to 255, the same
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"

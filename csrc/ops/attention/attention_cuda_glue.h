@@ -127,10 +127,9 @@ struct AttentionBackend {
     const auto scratch = [&] {
       return empty_contiguous(query, {row_statistics_count(params.problem)}, lse_dtype(params.problem.dtype));
     };
-    const Tensor delta = scratch(), weight_scale = scratch();
-    const std::optional<Tensor> slope_sums = params.grad_alibi.data ? std::optional(scratch()) : std::nullopt;
+    const Tensor delta = scratch(), weight_scale = scratch(), slope_sums = scratch();
     const AttentionBackwardParams all{params, delta.mutable_data_ptr(), weight_scale.mutable_data_ptr(),
-                                      slope_sums ? slope_sums->mutable_data_ptr() : nullptr};
+                                      params.grad_alibi.data ? slope_sums.mutable_data_ptr() : nullptr};
     if (architecture == Architecture::none || architecture == Architecture::cuda_cores) {
       with_scalar(params.problem.dtype, [&]<typename Scalar>() { run_attention_backward<Scalar>(all, launcher); });
     } else {

@@ -26,6 +26,18 @@ void run_attention_forward_sm80(const ForwardParams& params, const Launcher& lau
   });
 }
 
+// In three head dims, to which the others are padded.
+template <typename Scalar, typename Launcher>
+void run_grad_mask_sm80(const AttentionBackwardParams& params, const Launcher& launcher) {
+  if (fits(params.base.problem, {64, 64})) {
+    launcher.template run<AttentionGradMaskSm80<Scalar, 64, 64>>(params);
+  } else if (fits(params.base.problem, {128, 128})) {
+    launcher.template run<AttentionGradMaskSm80<Scalar, 128, 128>>(params);
+  } else {
+    launcher.template run<AttentionGradMaskSm80<Scalar, 256, 256>>(params);
+  }
+}
+
 template <typename Scalar, typename Launcher>
 void run_attention_backward_sm80(const AttentionBackwardParams& params, const Launcher& launcher) {
   run_attention_row_statistics<Scalar>(params, launcher);
@@ -37,10 +49,10 @@ void run_attention_backward_sm80(const AttentionBackwardParams& params, const La
     if (base.grad_query.data != nullptr || params.slope_sums != nullptr) {
       launcher.template run<AttentionGradQuerySm80<Scalar, DimQk, DimV>>(params);
     }
-    if (base.grad_mask.data != nullptr) {
-      launcher.template run<AttentionGradMaskSm80<Scalar, DimQk, DimV>>(params);
-    }
   });
+  if (base.grad_mask.data != nullptr) {
+    run_grad_mask_sm80<Scalar>(params, launcher);
+  }
   run_attention_head_sums<Scalar>(params, launcher);
 }
 

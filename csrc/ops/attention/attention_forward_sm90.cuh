@@ -210,26 +210,38 @@ struct AttentionForwardSm90 {
     }
   }
 
-  // The scores of tile j, and behind them the outputs of the tile before where there is one.
+  // The scores of tile j, and behind them the outputs of the tile before where there is one. A branch at run time between
+  // the two would make the compiler wait for the first before the second.
+  template <bool HasWeights>
   __device__ static void take_turn(Shared& shared, int consumer, const Turn& turn, Tile& tile, Outputs& out,
-                                   const Weights& weights, bool has_weights) {
-    const Turn last{turn.count - 1};
+                                   const Weights& weights) {
     shared.key_full[turn.slot()].wait(turn.phase());
+    if constexpr (HasWeights) {
+      const Turn last{turn.count - 1};
+      shared.value_full[last.slot()].wait(last.phase());
+    }
     sync_some(kTurnBarrier + consumer, kConsumers * kWarpgroup);
-    pin_result(tile.tiles[0]);
-    pin_result(out.tiles[0]);
     fence_products();
     issue_scores(tile, shared, turn.slot(), consumer);
     commit_products();
-    if (has_weights) {
-      shared.value_full[last.slot()].wait(last.phase());
-      issue_outputs(out, weights, shared, last.slot());
+    if constexpr (HasWeights) {
+      issue_outputs(out, weights, shared, Turn{turn.count - 1}.slot());
+      commit_products();
     }
-    commit_products();
     arrive_some(kTurnBarrier + 1 - consumer, kConsumers * kWarpgroup);
-    wait_products<1>();
+    wait_products<HasWeights ? 1 : 0>();
     pin_result(tile.tiles[0]);
     release(shared.key_empty[turn.slot()]);
+  }
+
+  // Scores become weights, still in the tile.
+  __device__ static void soften(const HeadScores<Scalar>& scores, const Dropout& dropout, RowSoftmax<Tile>& softmax,
+                                Tile& tile, int row0, int col0, float (&shrink)[Tile::kRows]) {
+    scores.template finish<false>(tile, row0, col0);
+    softmax.update(scores, tile, shrink);
+    if (dropout.is_used()) {
+      dropout.template draw<false, Tile>(row0, col0).apply(tile, 1);
+    }
   }
 
   __device__ static void wait_for_outputs(Shared& shared, const Turn& turn, Outputs& out) {
@@ -256,40 +268,33 @@ struct AttentionForwardSm90 {
       Tile tile;
       Weights weights;
       if (work.tiles > 0) {
-        shared.query_full.wait(works++ % 2);
-      }
-      for (int step = 0; step < work.tiles; ++step, ++turn.count) {
-        const int row0 = work.row0 + warp_row, col0 = work.first_col + step * kBlockCols;
-        take_turn(shared, consumer, turn, tile, out, weights, step > 0);
-        if (step + 1 == work.tiles) {
-          release(shared.query_empty);
-        }
-        scores.template finish<false>(tile, row0, col0);
+        const int row0 = work.row0 + warp_row;
         float shrink[Tile::kRows];
-        softmax.update(scores, tile, shrink);
-        if (dropout.is_used()) {
-          dropout.template draw<false, Tile>(row0, col0).apply(tile, 1);
-        }
-        if (step > 0) {
-          wait_for_outputs(shared, Turn{turn.count - 1}, out);
-        }
-#pragma unroll
-        for (int i = 0; i < Outputs::kRows; ++i) {
-#pragma unroll
-          for (int j = 0; j < Outputs::kCols; ++j) {
-            out.at(i, j) *= shrink[i];
-          }
-        }
+        shared.query_full.wait(works++ % 2);
+        take_turn<false>(shared, consumer, turn, tile, out, weights);
+        soften(scores, dropout, softmax, tile, row0, work.first_col, shrink);
         pack(weights, tile);
-      }
-      if (work.tiles > 0) {
-        const Turn last{turn.count - 1};
-        shared.value_full[last.slot()].wait(last.phase());
-        pin_result(out.tiles[0]);
+        for (int step = 1; step < work.tiles; ++step) {
+          ++turn.count;
+          take_turn<true>(shared, consumer, turn, tile, out, weights);
+          soften(scores, dropout, softmax, tile, row0, work.first_col + step * kBlockCols, shrink);
+          wait_for_outputs(shared, Turn{turn.count - 1}, out);
+#pragma unroll
+          for (int i = 0; i < Outputs::kRows; ++i) {
+#pragma unroll
+            for (int j = 0; j < Outputs::kCols; ++j) {
+              out.at(i, j) *= shrink[i];
+            }
+          }
+          pack(weights, tile);
+        }
+        release(shared.query_empty);
+        shared.value_full[turn.slot()].wait(turn.phase());
         fence_products();
-        issue_outputs(out, weights, shared, last.slot());
+        issue_outputs(out, weights, shared, turn.slot());
         commit_products();
-        wait_for_outputs(shared, last, out);
+        wait_for_outputs(shared, turn, out);
+        ++turn.count;
       }
       finish(params.base, work, work.row0 + warp_row, softmax, out, scores.unit(), dropout.template factor<float>());
     }

@@ -93,13 +93,13 @@ def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     return name
 
 
-def cuda_kernel(query: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
+def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
     """Name of the CUDA kernel, and the reason with what is known of it."""
-    capability = torch.cuda.get_device_capability(query.device)
-    dtype = str(query.dtype).removeprefix("torch.")
-    architecture = _cuda.kernel(dtype, max(query.size(-1), value.size(-1)), capability)
-    cap = " by PTKERNELS_CUDA_ARCH" if _env.settings.cuda_arch is not None else ""
-    return f"cuda {architecture}", f"{reason}, up to {_cuda.newest()}{cap}; {_cuda.note(architecture)}"
+    architecture = _cuda.kernel(query, key, value, torch.cuda.get_device_capability(query.device))
+    if _env.settings.cuda_arch is not None:
+        reason = f"{reason}, PTKERNELS_CUDA_ARCH={_env.settings.cuda_arch}"
+    backward = "; its backward is that of sm_80" if architecture == "sm_90a" else ""
+    return f"cuda {architecture}", f"{reason}; {_cuda.note(architecture)}{backward}"
 
 
 def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
@@ -160,7 +160,7 @@ def explain(
     if device == "cpu":
         kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
-        kernel, reason = cuda_kernel(call.query, call.value, reason)
+        kernel, reason = cuda_kernel(call.query, call.key, call.value, reason)
     return Explanation(OP, kernel, device, reason, _hints(query, key, value))
 
 
@@ -178,7 +178,7 @@ def kernels() -> list[KernelInfo]:
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         *(
             KernelInfo(f"cuda {name}", "cuda", held, why_no_cuda is None, why_no_cuda or _cuda.note(name))
-            for name, held in (("cuda_cores", dtypes), ("sm_80", dtypes[2:]))
+            for name, held in (("cuda_cores", dtypes), ("sm_80", dtypes[2:]), ("sm_90a", dtypes[2:]))
         ),
         KernelInfo(
             "Triton",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _cuda, _loader
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention_kv_cache import library, register
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs, check_values
@@ -19,7 +19,9 @@ _DIRECT_ROWS = 16
 
 
 def _fallback_reason(device: str) -> str | None:
-    return None if device in (*library.DEVICES, "meta") else f"no kernel for {device} tensors"
+    if device not in (*library.DEVICES, "meta"):
+        return f"no kernel for {device} tensors"
+    return _cuda.unavailable() if device == "cuda" else None
 
 
 def runs_on_reference(query: Any) -> bool:
@@ -101,6 +103,8 @@ def explain(
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if device == "cuda":
+        return Explanation(OP, "cuda cuda_cores", device, f"{reason}; {_cuda.note('cuda_cores')}")
     if device != "cpu":
         return Explanation(OP, "shape propagation", device, reason)
     kernel = _cpu_kernel(query, k_cache)
@@ -119,7 +123,11 @@ def kernels() -> list[KernelInfo]:
                 )
                 by_name.setdefault(name, []).append(dtype)
     cpu = [KernelInfo(name, "cpu", tuple(dtypes), True) for name, dtypes in by_name.items()]
+    why_no_cuda = _backend.unavailable("cuda")
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", _DTYPES, True, "ptkernels._introspect is not built")]),
+        KernelInfo(
+            "cuda cuda_cores", "cuda", _DTYPES, why_no_cuda is None, why_no_cuda or _cuda.note("cuda_cores")
+        ),
         KernelInfo(_COMPOSITION, "reference", _DTYPES, True),
     ]

@@ -76,7 +76,7 @@ def explain(
     # The choice of kernel is that of one batch as long as the longest sequence.
     kernel, reason = "shape propagation", f"fused kernel for {device} tensors"
     if device == "cuda":
-        kernel, reason = dense.cuda_kernel(query, value, reason)
+        kernel, reason = dense.cuda_kernel(query, key, value, reason)
     if device == "cpu":
         rows, keys = (
             int(offsets.diff().max()) if offsets.numel() > 1 else 0 for offsets in (cu_seqlens_q, cu_seqlens_k)
