@@ -40,7 +40,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
     flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
     # The twins of the wrappers around instructions come before the wrappers.
-    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
+    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
     source = str(ROOT / "tests/cuda_host/attention_host.cpp")
     link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     subprocess.run([COMPILER, *flags, *includes, source, *link], check=True)
@@ -85,7 +86,7 @@ def on_host(
 
 
 def contract_samples() -> Iterator[Any]:
-    """Every quick sample, on the CUDA cores in float32, on the tensor cores in bfloat16; on a selection other dtypes."""
+    """Every quick sample on the CUDA cores in float32 and on tensor cores in bfloat16; a selection in other dtypes."""
     for architecture, dtype in (
         ("cuda_cores", torch.float64),
         ("cuda_cores", torch.float32),
@@ -97,7 +98,7 @@ def contract_samples() -> Iterator[Any]:
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
             every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
             # sm_90a has a forward of its own, and takes the backward of sm_80.
-            every = every or architecture == "sm_90a" and sample.args[0].size(-1) <= 128
+            every = every or (architecture == "sm_90a" and sample.args[0].size(-1) <= 128)
             if every or sample.name in SELECTION:
                 yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
 

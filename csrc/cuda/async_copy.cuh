@@ -16,7 +16,8 @@ __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most `Groups` of this thread's groups are under way. What other threads copied is seen after a barrier.
+// Waits until at most `Groups` of this thread's groups are under way. What other threads copied is seen after a
+// barrier.
 template <int Groups>
 __device__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");

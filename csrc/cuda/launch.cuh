@@ -56,8 +56,7 @@ public:
     constexpr int kShared = std::is_empty_v<typename Kernel::Shared> ? 0 : sizeof(typename Kernel::Shared);
     constexpr int kSharedByDefault = 48 << 10;
     if constexpr (kShared > kSharedByDefault) {
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
     }
     kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, kShared, stream_>>>(params);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,5 +1,5 @@
-// Tile products on the tensor cores, from sm_80 on: what a fused kernel needs to multiply tiles of 16-bit rows in shared
-// memory, accumulating in the registers of warps that each own 16 * MTiles rows of the result.
+// Tile products on the tensor cores, from sm_80 on: what a fused kernel needs to multiply tiles of 16-bit rows in
+// shared memory, accumulating in the registers of warps that each own 16 * MTiles rows of the result.
 //
 // A RowTile holds rows of up to Dim columns in panels of 64 columns. In a panel a row is 128 bytes, and chunk c of 16
 // bytes lies at c ^ (row % 8): eight rows of one chunk, which is what ldmatrix reads at a time, lie in eight different
@@ -69,9 +69,7 @@ struct MmaTile {
     return exp2_approximate(std::fma(product, unit * kLog2E, -(shift * kLog2E)));
   }
   // Absolute error below 2e-7.
-  __device__ static float tanh(float x) {
-    return 1 - divide_approximate(2, exp2_approximate(x * (2 * kLog2E)) + 1);
-  }
+  __device__ static float tanh(float x) { return 1 - divide_approximate(2, exp2_approximate(x * (2 * kLog2E)) + 1); }
 };
 
 // Whether rows can be copied 16 bytes at a time.
@@ -145,7 +143,7 @@ __device__ void add_weighted_rows(MmaTile<MTiles, Dim / 8>& outputs, const MmaTi
     for (int m = 0; m < MTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float(&w)[4] = weights.tiles[m][n + half];
+        const float (&w)[4] = weights.tiles[m][n + half];
         a[m][2 * half] = pack_pair<Scalar>(w[0], w[1]);
         a[m][2 * half + 1] = pack_pair<Scalar>(w[2], w[3]);
       }

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the generator of csrc/cpu/philox.h:
-// 128 random bits as a function of a 128-bit counter and a 64-bit key.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the generator of
+// csrc/cpu/philox.h: 128 random bits as a function of a 128-bit counter and a 64-bit key.
 #pragma once
 
 #include <cstdint>

@@ -125,7 +125,8 @@ struct ThreadTile {
   __device__ static Acc tanh(Acc x) { return std::tanh(x); }
 };
 
-// scores.at(i, j) += <left row, right row>, for the tile of left's rows from left_row0 and right's rows from right_row0.
+// scores.at(i, j) += <left row, right row>, for the tile of left's rows from left_row0 and right's rows from
+// right_row0.
 template <int Rows, int Cols, typename Acc, typename Scalar>
 __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scalar>& left, int left_row0,
                                 const Matrix<Scalar>& right, int right_row0, ThreadTile<Acc, Rows, Cols>& scores) {

@@ -10,8 +10,8 @@
 
 namespace ptk::cuda {
 
-// A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of rows x 64 columns that is copied from it into a
-// panel of a RowTile. Passed to kernels by value.
+// A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of rows x 64 columns that is copied from it into
+// a panel of a RowTile. Passed to kernels by value.
 struct TensorMap {
   CUtensorMap map;
 };
@@ -31,7 +31,8 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape, bool is_bfloat16) 
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    STD_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
     PTK_CHECK(found == cudaDriverEntryPointSuccess, "ptkernels: the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();

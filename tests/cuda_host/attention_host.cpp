@@ -83,9 +83,9 @@ std::string architecture_for(torch::stable::Tensor query, torch::stable::Tensor 
   params.query = ptk::view(query);
   params.key = ptk::view(key);
   params.value = ptk::view(value);
-  return ptk::cuda::architecture_name(
-      ptk::cuda::choose_architecture(params.problem, static_cast<int>(capability),
-                                     ptk::cuda::architecture_of(newest), ptk::cuda::fits_copy_engine(params)));
+  return ptk::cuda::architecture_name(ptk::cuda::choose_architecture(params.problem, static_cast<int>(capability),
+                                                                     ptk::cuda::architecture_of(newest),
+                                                                     ptk::cuda::fits_copy_engine(params)));
 }
 
 int64_t split_count(int64_t blocks, int64_t multiprocessors, int64_t capacity) {

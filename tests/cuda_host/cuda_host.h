@@ -354,8 +354,8 @@ template <typename Kernel>
 void launch(const typename Kernel::Params& params, Order order) {
   Block block(Kernel::kThreads, order);
   using Shared = typename Kernel::Shared;
-  const std::unique_ptr<void, void (*)(void*)> memory(
-      std::aligned_alloc(1024, (sizeof(Shared) + 1023) / 1024 * 1024), std::free);
+  const std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(1024, (sizeof(Shared) + 1023) / 1024 * 1024),
+                                                      std::free);
   shared_base = static_cast<char*>(memory.get());
   gridDim.x = static_cast<unsigned>(Kernel::blocks(params));
   for (int64_t index = 0; index < Kernel::blocks(params); ++index) {

@@ -1,4 +1,5 @@
-// Attention for the CUDA dispatch key. Its schemas are registered by libptkernels.so, but for the one that chooses kernels.
+// Attention for the CUDA dispatch key. Its schemas are registered by libptkernels.so, but for the one that chooses
+// kernels.
 #include "csrc/cuda/launch.cuh"
 #include "csrc/ops/attention/attention_cuda_glue.h"
 #include "csrc/ops/attention/attention_varlen_glue.h"

@@ -34,9 +34,7 @@ struct AttentionGradQuery {
     const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
     const HeadScores<Scalar> scores(problem, sequence, head);
     const Dropout dropout(problem, sequence.batch, head);
-    const auto statistics = [&](int i) {
-      return row_statistics<Acc>(params, sequence, head, row0 + Tile::row(i));
-    };
+    const auto statistics = [&](int i) { return row_statistics<Acc>(params, sequence, head, row0 + Tile::row(i)); };
     Tile weights;
     weights.clear();
     product_of_rows(tiles, query_matrix<Scalar>(base.query, sequence, head, problem.dim_qk), row0,
@@ -68,7 +66,8 @@ struct AttentionGradQuery {
     if (row0 >= sequence.len_q) {
       return;
     }
-    const auto key = key_matrix<Scalar>(base.key, sequence, head / (problem.heads_q / problem.heads_kv), problem.dim_qk);
+    const auto key =
+        key_matrix<Scalar>(base.key, sequence, head / (problem.heads_q / problem.heads_kv), problem.dim_qk);
     const HeadScores<Scalar> scores(problem, sequence, head);
 
     Acc grad[Geometry::kChunks][kRows][kQuad] = {};
@@ -165,9 +164,7 @@ struct AttentionGradKeyValue {
     const Span queries = sequence.rows_of(row0, row0 + Geometry::kBlockRows);
     for (int col0 = queries.begin / Geometry::kBlockCols * Geometry::kBlockCols; col0 < queries.end;
          col0 += Geometry::kBlockCols) {
-      const auto statistics = [&](int j) {
-        return row_statistics<Acc>(params, sequence, head, col0 + Tile::col(j));
-      };
+      const auto statistics = [&](int j) { return row_statistics<Acc>(params, sequence, head, col0 + Tile::col(j)); };
       Tile weights, cap_slopes;
       weights.clear();
       product_of_rows(tiles, key, row0, query, col0, weights);
@@ -232,9 +229,8 @@ struct AttentionGradKeyValue {
                     base.grad_key.strides[2], row0, key.rows, key.cols);
     }
     if (base.grad_value.data != nullptr) {
-      store_outputs(state.grad_value, kept_factor,
-                    head_data<Scalar>(base.grad_value, batch, head_kv, sequence.first_k), base.grad_value.strides[2],
-                    row0, key.rows, value.cols);
+      store_outputs(state.grad_value, kept_factor, head_data<Scalar>(base.grad_value, batch, head_kv, sequence.first_k),
+                    base.grad_value.strides[2], row0, key.rows, value.cols);
     }
   }
 };

@@ -2,13 +2,11 @@
 // launches around the big products. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile, and k[i,
 // j] = 1 / (1 - dropout_p) where a weight is kept, 0 where it is dropped:
 //
-//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])    delta[i] = <grad_out[i], out[i]> - grad_lse[i]
-//   grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i]
-//   grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j] key[j]
-//   grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i]
-//   grad_mask     = grad_s, summed over what the mask is broadcast along
-//   grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j]
-//   grad_sink     = sum over rows of -exp(sink - lse[i]) delta[i]
+//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])    delta[i] = <grad_out[i], out[i]> -
+//   grad_lse[i] grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i] grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j]
+//   key[j] grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i] grad_mask     = grad_s, summed over what the
+//   mask is broadcast along grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j] grad_sink     =
+//   sum over rows of -exp(sink - lse[i]) delta[i]
 //
 // Every entry of every gradient is summed by one thread, or one block, in a fixed order: no atomics, the same bits on
 // every run, and no memory but three numbers per row. The price: p and grad_s are computed once for grad_query, once
@@ -118,8 +116,7 @@ template <typename Tile>
 __device__ void store_slopes(const AttentionBackwardParams& params, const Sequence& sequence, int64_t head, int row0,
                              const typename Tile::Acc (&sum)[Tile::kRows]) {
   using Acc = typename Tile::Acc;
-  Acc* slope_sums =
-      static_cast<Acc*>(params.slope_sums) + row_statistics_offset(params.base.problem, sequence, head);
+  Acc* slope_sums = static_cast<Acc*>(params.slope_sums) + row_statistics_offset(params.base.problem, sequence, head);
 #pragma unroll
   for (int i = 0; i < Tile::kRows; ++i) {
     const Acc total = sum_over_lanes<Tile::kLanesPerRow>(sum[i]);
@@ -275,8 +272,7 @@ struct AttentionHeadSums {
       const Acc lse = static_cast<const Acc*>(params.base.lse)[rows + row];
       if (sink != nullptr && lse != -INFINITY) {
         const Acc weight = std::exp(*sink - lse) * static_cast<const Acc*>(params.weight_scale)[rows + row];
-        sinks -= static_cast<double>(weight > 1 ? Acc(1) : weight) *
-                 static_cast<const Acc*>(params.delta)[rows + row];
+        sinks -= static_cast<double>(weight > 1 ? Acc(1) : weight) * static_cast<const Acc*>(params.delta)[rows + row];
       }
     }
   }
@@ -352,7 +348,7 @@ struct AttentionGradMask {
 
   __host__ __device__ static Axes axes(const Params& params) {
     const Problem& problem = params.base.problem;
-    const int64_t(&strides)[4] = params.base.grad_mask.strides;
+    const int64_t (&strides)[4] = params.base.grad_mask.strides;
     return {{problem.batch, strides[0] == 0},
             {problem.heads_q, strides[1] == 0},
             {tile_count(problem.len_q, kBlockRows), strides[2] == 0},
@@ -372,7 +368,8 @@ struct AttentionGradMask {
       rest /= axis.blocks();
       return at;
     };
-    const int64_t first_col = place(all.cols), first_row = place(all.rows), first_head = place(all.head), first = place(all.batch);
+    const int64_t first_col = place(all.cols), first_row = place(all.rows), first_head = place(all.head),
+                  first = place(all.batch);
     const auto end = [](const Axis& axis, int64_t begin) { return axis.is_summed ? axis.size : begin + 1; };
 
     Tile sum;

@@ -2,10 +2,11 @@
 // attention_backward_common.cuh.
 //
 // A block of four warps owns 64 rows of what it computes a gradient of, 16 to a warp, and keeps them in shared memory
-// with their partner: (query, grad_out) for grad_query, (key, value) for grad_key and grad_value. The other pair streams
-// past in tiles of kBlockCols rows, the next tile on its way while one is used where two fit. Rows times streamed rows
-// gives scores (transposed for keys) and <grad_out, value>; both stay in registers, become gradients of scores there,
-// and are the left operand of the products with the streamed rows as they are: nothing is transposed or stored.
+// with their partner: (query, grad_out) for grad_query, (key, value) for grad_key and grad_value. The other pair
+// streams past in tiles of kBlockCols rows, the next tile on its way while one is used where two fit. Rows times
+// streamed rows gives scores (transposed for keys) and <grad_out, value>; both stay in registers, become gradients of
+// scores there, and are the left operand of the products with the streamed rows as they are: nothing is transposed or
+// stored.
 //
 // Plan        streamed rows  stages  shared     registers
 //   64             64          2     50 KiB         up to 255
@@ -54,13 +55,13 @@ template <typename Scalar, int DimQk, int DimV>
 struct AttentionGradQuerySm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
   using Plan = BackwardPlanSm80<Scalar, DimQk, DimV>;
   using Params = AttentionBackwardParams;
-  using typename Plan::Shared;
-  using typename Plan::Stage;
-  using typename Plan::Tile;
   using Plan::kBlockCols;
   using Plan::kBlockRows;
   using Plan::kStages;
   using Plan::kThreads;
+  using typename Plan::Shared;
+  using typename Plan::Stage;
+  using typename Plan::Tile;
   static constexpr int kBlocksPerMultiprocessor = 2;
 
   static int64_t blocks(const Params& params) {
@@ -71,8 +72,8 @@ struct AttentionGradQuerySm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
   __device__ static void load_resident(const Params& params, Shared& shared, const Sequence& sequence, int64_t head,
                                        int row0) {
     const BackwardParams& base = params.base;
-    load_rows<kThreads>(shared.resident.qk,
-                        query_matrix<Scalar>(base.query, sequence, head, base.problem.dim_qk), row0);
+    load_rows<kThreads>(shared.resident.qk, query_matrix<Scalar>(base.query, sequence, head, base.problem.dim_qk),
+                        row0);
     load_rows<kThreads>(shared.resident.v, query_matrix<Scalar>(base.grad_out, sequence, head, base.problem.dim_v),
                         row0);
   }
@@ -139,8 +140,8 @@ struct AttentionGradQuerySm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
         load_stage(params, shared.stages[(index + 1) % kStages], sequence, head, col0 + kBlockCols);
       }
       Tile tile, cap_slopes;
-      score_gradients(scores, dropout, shared, stage, warp_row0, col0, [&](int i) { return rows[i]; }, tile,
-                      cap_slopes);
+      score_gradients(
+          scores, dropout, shared, stage, warp_row0, col0, [&](int i) { return rows[i]; }, tile, cap_slopes);
       if (params.slope_sums != nullptr) {
         add_slopes(scores, tile, warp_row0, col0, slope_sum);
       }
@@ -189,9 +190,8 @@ struct ScoreGradientsSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     const int warp_row0 = row0 + Plan::first_row();
     Tile cap_slopes;
     Kernel::score_gradients(
-        HeadScores<Scalar>(problem, sequence, head), Dropout(problem, batch, head), shared, shared.stages[0],
-        warp_row0, col0,
-        [&](int i) { return row_statistics<float>(params, sequence, head, warp_row0 + Tile::row(i)); }, tile,
+        HeadScores<Scalar>(problem, sequence, head), Dropout(problem, batch, head), shared, shared.stages[0], warp_row0,
+        col0, [&](int i) { return row_statistics<float>(params, sequence, head, warp_row0 + Tile::row(i)); }, tile,
         cap_slopes);
     return true;
   }
@@ -205,13 +205,13 @@ template <typename Scalar, int DimQk, int DimV, bool HasKey, bool HasValue>
 struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
   using Plan = BackwardPlanSm80<Scalar, DimQk, DimV>;
   using Params = AttentionBackwardParams;
-  using typename Plan::Shared;
-  using typename Plan::Stage;
-  using typename Plan::Tile;
   using Plan::kBlockCols;
   using Plan::kBlockRows;
   using Plan::kStages;
   using Plan::kThreads;
+  using typename Plan::Shared;
+  using typename Plan::Stage;
+  using typename Plan::Tile;
   static constexpr int kBlocksPerMultiprocessor = 2;
 
   struct Gradients {

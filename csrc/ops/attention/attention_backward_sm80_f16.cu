@@ -3,6 +3,7 @@
 
 namespace ptk::cuda {
 
-template void run_attention_backward_sm80<torch::headeronly::Half>(const AttentionBackwardParams&, const StreamLauncher&);
+template void run_attention_backward_sm80<torch::headeronly::Half>(const AttentionBackwardParams&,
+                                                                   const StreamLauncher&);
 
 }  // namespace ptk::cuda

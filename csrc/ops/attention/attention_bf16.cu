@@ -6,6 +6,7 @@
 namespace ptk::cuda {
 
 template void run_attention_forward<torch::headeronly::BFloat16>(const ForwardParams&, const StreamLauncher&);
-template void run_attention_backward<torch::headeronly::BFloat16>(const AttentionBackwardParams&, const StreamLauncher&);
+template void run_attention_backward<torch::headeronly::BFloat16>(const AttentionBackwardParams&,
+                                                                  const StreamLauncher&);
 
 }  // namespace ptk::cuda

@@ -39,8 +39,7 @@ struct HeadDims {
   int qk;
   int v;
 };
-inline constexpr HeadDims kTensorCoreHeadDims[] = {{64, 64},   {96, 96},   {128, 128},
-                                                   {192, 128}, {192, 192}, {256, 256}};
+inline constexpr HeadDims kTensorCoreHeadDims[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
 
 constexpr bool fits(const Problem& problem, const HeadDims& dims) {
   return problem.dim_qk <= dims.qk && problem.dim_v <= dims.v;
@@ -73,9 +72,9 @@ inline bool fits_copy_engine(const ForwardParams& params) {
          fits_operand(params.key, p.heads_kv, p.len_k) && fits_operand(params.value, p.heads_kv, p.len_k);
 }
 
-// The kernels for a problem on a GPU of the given compute capability (major * 10 + minor), none newer than `newest`. The
-// backward has none for sm_90a, and packed sequences neither: copies past a sequence's end would bring in the next one's
-// numbers, and with a weight of 0 a NaN among them is a NaN.
+// The kernels for a problem on a GPU of the given compute capability (major * 10 + minor), none newer than `newest`.
+// The backward has none for sm_90a, and packed sequences neither: copies past a sequence's end would bring in the next
+// one's numbers, and with a weight of 0 a NaN among them is a NaN.
 constexpr Architecture choose_architecture(const Problem& problem, int capability, Architecture newest,
                                            bool suits_copy_engine) {
   if (newest >= Architecture::sm_80 && capability >= 80 && fits_tensor_cores(problem)) {

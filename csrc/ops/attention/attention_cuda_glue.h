@@ -104,7 +104,7 @@ struct AttentionBackend {
 
   static void forward(ForwardParams params, const Tensor& query) {
     const Launcher launcher(query.get_device_index());
-    const Architecture architecture = 
+    const Architecture architecture =
         checked_architecture(params.problem, launcher.capability(), fits_copy_engine(params));
     const DeviceProblem device(params.problem, query, launcher);
     params.problem = device.problem;

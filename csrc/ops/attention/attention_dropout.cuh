@@ -39,8 +39,8 @@ __device__ inline uint32_t exchange(uint32_t value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
-// Eight lanes that differ in bits 2 to 4 each hold eight 16-bit numbers, number n for the n-th of them, in words of two.
-// After it, halves[n] is what the n-th lane held for this one.
+// Eight lanes that differ in bits 2 to 4 each hold eight 16-bit numbers, number n for the n-th of them, in words of
+// two. After it, halves[n] is what the n-th lane held for this one.
 __device__ inline void transpose_halves(const uint32_t (&words)[4], uint32_t (&halves)[8]) {
   const int me = lane_index() / 4;
   const bool b2 = me & 4, b1 = me & 2, b0 = me & 1;

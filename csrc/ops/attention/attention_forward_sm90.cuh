@@ -1,8 +1,9 @@
 // Attention forward on Hopper (sm_90a), for 16-bit types. Equations as in attention_forward.cuh.
 //
 // A block stays on its multiprocessor and takes tile after tile of 128 query rows (attention_schedule.h). It has three
-// warpgroups. One thread of the first keeps the copy engine busy with tiles of queries, keys and values, two of keys and
-// of values in shared memory at a time. The other two own 64 rows each, with softmax, weights and outputs in registers:
+// warpgroups. One thread of the first keeps the copy engine busy with tiles of queries, keys and values, two of keys
+// and of values in shared memory at a time. The other two own 64 rows each, with softmax, weights and outputs in
+// registers:
 //
 //   turn        issue scores of tile j (Q K^T) and, behind it, outputs of tile j - 1 (P V): wgmma, asynchronous
 //   meanwhile   when the scores are there: softmax of tile j, while P V still runs
@@ -198,7 +199,7 @@ struct AttentionForwardSm90 {
   __device__ static void pack(Weights& weights, const Tile& tile) {
 #pragma unroll
     for (int n = 0; n < kBlockCols / 8; ++n) {
-      const float(&w)[4] = tile.tiles[0][n];
+      const float (&w)[4] = tile.tiles[0][n];
       weights[n / 2][n % 2 * 2] = pack_pair<Scalar>(w[0], w[1]);
       weights[n / 2][n % 2 * 2 + 1] = pack_pair<Scalar>(w[2], w[3]);
     }
@@ -210,8 +211,8 @@ struct AttentionForwardSm90 {
     }
   }
 
-  // The scores of tile j, and behind them the outputs of the tile before where there is one. A branch at run time between
-  // the two would make the compiler wait for the first before the second.
+  // The scores of tile j, and behind them the outputs of the tile before where there is one. A branch at run time
+  // between the two would make the compiler wait for the first before the second.
   template <bool HasWeights>
   __device__ static void take_turn(Shared& shared, int consumer, const Turn& turn, Tile& tile, Outputs& out,
                                    const Weights& weights) {

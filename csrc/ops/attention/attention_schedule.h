@@ -1,8 +1,8 @@
 // The order in which a persistent kernel takes the tiles of query rows. Torch-free and CUDA-free.
 //
-// Block b of B takes tiles b, b + B, b + 2 B, ... Within a section of heads the last rows of every head come first: under
-// causality they are the longest, and short tiles at the end even out what the blocks have got. Sections follow one
-// another, each of as many heads as have keys and values that fit in half of the L2 cache between them.
+// Block b of B takes tiles b, b + B, b + 2 B, ... Within a section of heads the last rows of every head come first:
+// under causality they are the longest, and short tiles at the end even out what the blocks have got. Sections follow
+// one another, each of as many heads as have keys and values that fit in half of the L2 cache between them.
 #pragma once
 
 #include "csrc/ops/attention/attention.h"

@@ -51,7 +51,8 @@ public:
       }
       add_mask<Transposed>(tile, row0, col0);
     }
-    const int rows = Transposed ? Tile::kTileCols : Tile::kTileRows, keys = Transposed ? Tile::kTileRows : Tile::kTileCols;
+    const int rows = Transposed ? Tile::kTileCols : Tile::kTileRows,
+              keys = Transposed ? Tile::kTileRows : Tile::kTileCols;
     const int query0 = Transposed ? col0 : row0, key0 = Transposed ? row0 : col0;
     if (!sequence_.sees_all(query0, query0 + rows, key0, key0 + keys)) {
       hide<Transposed>(tile, row0, col0);

@@ -70,9 +70,7 @@ struct Sequence {
   }
 
   // Keys that rows from row0 up to row1 see between them.
-  __device__ Span keys_of(int row0, int row1) const {
-    return {keys_of(row0).begin, keys_of(min(row1, len_q) - 1).end};
-  }
+  __device__ Span keys_of(int row0, int row1) const { return {keys_of(row0).begin, keys_of(min(row1, len_q) - 1).end}; }
 
   // Rows that see any of the keys from key0 up to key1.
   __device__ Span rows_of(int key0, int key1) const {

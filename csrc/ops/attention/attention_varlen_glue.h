@@ -104,16 +104,16 @@ inline View mutable_viewed(const std::optional<Tensor>& tensor) {
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q,
-                                          Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                          bool is_causal, std::optional<double> scale,
-                                          std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
-                                          std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
-                                          bool bottom_right, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor>
+varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
+               int64_t max_seqlen_k, bool is_causal, std::optional<double> scale, std::optional<Tensor> alibi_slopes,
+               std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed, int64_t window_left,
+               int64_t window_right, bool bottom_right, double softcap, double dropout_p) {
   Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
                   window_left,  window_right, bottom_right, softcap,      dropout_p};
   PackedProblem packed;
-  make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
+  make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                               options);
   const Problem& p = packed.problem;
   Tensor out = empty_packed(query, p.total_q, p.heads_q, p.dim_v, p.dtype);
   Tensor lse =
@@ -148,7 +148,8 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
   Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
                   window_left,  window_right, bottom_right, softcap,      dropout_p};
   PackedProblem packed;
-  make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
+  make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                               options);
   const Problem& p = packed.problem;
   const Shape3 out_shape = {p.total_q, p.heads_q, p.dim_v};
   const std::array<int64_t, 2> lse_shape = {p.heads_q, p.total_q};

@@ -1,7 +1,9 @@
 // Attention of new queries to a cache of keys and values on the CUDA cores: equations as in kv_cache.h.
 //
-//   place     reads lengths and tables, checks them, and writes where every sequence lies: nothing waits for the device,
-//             so that a step can be captured in a graph. A sequence that does not fit its cache gets NaN, its cache stays
+//   place     reads lengths and tables, checks them, and writes where every sequence lies: nothing waits for the
+//   device,
+//             so that a step can be captured in a graph. A sequence that does not fit its cache gets NaN, its cache
+//             stays
 //   append    one block per new token and key head: rotate, quantise, write
 //   split     one block per key head, eight of the rows that share it (the queries of all its heads), and part of the
 //             slots: a thread per slot for the scores, a thread per column for the weighted values, softmax between
@@ -94,8 +96,8 @@ struct E4m3 {
 };
 
 template <typename Scalar, CacheType Type>
-using StoredType = std::conditional_t<Type == CacheType::as_query, Scalar,
-                                      std::conditional_t<Type == CacheType::s8, int8_t, E4m3>>;
+using StoredType =
+    std::conditional_t<Type == CacheType::as_query, Scalar, std::conditional_t<Type == CacheType::s8, int8_t, E4m3>>;
 
 // Exponent bias 7, three mantissa bits, no infinity, 0x7f is NaN: as float bits they stand for 2^-120 of the number.
 template <typename Acc>
@@ -364,18 +366,19 @@ struct KvSplit {
       const Stored* key =
           static_cast<const Stored*>(p.key.data) + slot_offset(p, p.key, block.batch, block.head_kv, slot);
       multiply(shared, key, static_cast<int>(p.dim_qk), scores);
-      const Acc unit = p.key_scale.data == nullptr
-                           ? Acc(1)
-                           : static_cast<Acc>(p.key_scale.data[slot_offset(p, p.key_scale, block.batch, block.head_kv, slot)]);
+      const Acc unit =
+          p.key_scale.data == nullptr
+              ? Acc(1)
+              : static_cast<Acc>(p.key_scale.data[slot_offset(p, p.key_scale, block.batch, block.head_kv, slot)]);
       for (int r = 0; r < kRows; ++r) {
         scores[r] *= unit;
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      shared.weights[r][threadIdx.x] =
-          slot < end && r < block.rows ? finished(p, block.batch, block.row(p, r), slot, scores[r])
-                                       : static_cast<Acc>(-INFINITY);
+      shared.weights[r][threadIdx.x] = slot < end && r < block.rows
+                                           ? finished(p, block.batch, block.row(p, r), slot, scores[r])
+                                           : static_cast<Acc>(-INFINITY);
     }
   }
 
@@ -408,7 +411,8 @@ struct KvSplit {
     }
   }
 
-  __device__ static Acc finished(const KvCacheParams& p, int64_t batch, const CacheRow& row, int64_t slot, Acc product) {
+  __device__ static Acc finished(const KvCacheParams& p, int64_t batch, const CacheRow& row, int64_t slot,
+                                 Acc product) {
     const Slots seen = visible(p, batch, row.query);
     if (slot < seen.begin || slot >= seen.end) {
       return -INFINITY;
@@ -465,9 +469,10 @@ struct KvSplit {
       const int64_t slot = slot0 + j;
       const Stored* value =
           static_cast<const Stored*>(p.value.data) + slot_offset(p, p.value, block.batch, block.head_kv, slot);
-      const Acc unit = p.value_scale.data == nullptr ? Acc(1)
-                                                     : static_cast<Acc>(p.value_scale.data[slot_offset(
-                                                           p, p.value_scale, block.batch, block.head_kv, slot)]);
+      const Acc unit =
+          p.value_scale.data == nullptr
+              ? Acc(1)
+              : static_cast<Acc>(p.value_scale.data[slot_offset(p, p.value_scale, block.batch, block.head_kv, slot)]);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int64_t d = threadIdx.x + c * kThreads;
@@ -514,9 +519,7 @@ struct KvCombine {
   using Acc = AccumulatorOf<Scalar>;
   struct Shared {};
 
-  static int64_t blocks(const Params& params) {
-    return params.base.batch * params.base.heads_q * params.base.len_q;
-  }
+  static int64_t blocks(const Params& params) { return params.base.batch * params.base.heads_q * params.base.len_q; }
 
   __device__ static void run(const Params& params, Shared&) {
     const KvCacheParams& p = params.base;
@@ -538,8 +541,7 @@ struct KvCombine {
     }
     const Acc wrong = std::bit_cast<float>(0x7fc00000u);
     const auto& strides = p.out.strides;
-    Scalar* out =
-        static_cast<Scalar*>(p.out.data) + batch * strides[0] + head * strides[1] + query * strides[2];
+    Scalar* out = static_cast<Scalar*>(p.out.data) + batch * strides[0] + head * strides[1] + query * strides[2];
     for (int64_t d = threadIdx.x; d < p.dim_v; d += kThreads) {
       Acc value = 0;
       for (int64_t s = 0; s < params.work.splits && !is_wrong; ++s) {

@@ -110,14 +110,12 @@ struct KvCacheBackend {
                              window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale);
   }
 
-  static std::tuple<Tensor, Tensor> append(Tensor query, Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
-                                           Tensor cache_seqlens, OptionalTensor block_table,
-                                           OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad,
-                                           OptionalTensor rotary_cos, OptionalTensor rotary_sin,
-                                           bool rotary_interleaved, std::optional<double> scale, bool is_causal,
-                                           int64_t window_left, int64_t window_right, double softcap,
-                                           OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor k_scale,
-                                           OptionalTensor v_scale) {
+  static std::tuple<Tensor, Tensor>
+  append(Tensor query, Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_seqlens,
+         OptionalTensor block_table, OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad,
+         OptionalTensor rotary_cos, OptionalTensor rotary_sin, bool rotary_interleaved, std::optional<double> scale,
+         bool is_causal, int64_t window_left, int64_t window_right, double softcap, OptionalTensor alibi_slopes,
+         OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale) {
     return append_and_attend(query, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad,
                              rotary_cos, rotary_sin, rotary_interleaved, scale, is_causal, window_left, window_right,
                              softcap, alibi_slopes, sinks, k_scale, v_scale);

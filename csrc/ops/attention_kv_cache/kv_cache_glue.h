@@ -85,7 +85,7 @@ struct IntegerView {
 struct Placement {
   IntegerView seqlens, table, batch_idx, leftpad;
   int64_t num_blocks = 0;
-  int64_t capacity = 0;            // slots of a sequence
+  int64_t capacity = 0;           // slots of a sequence
   int64_t positions = INT64_MAX;  // that rotary_cos has
 };
 

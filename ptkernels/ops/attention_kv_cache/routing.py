@@ -126,8 +126,6 @@ def kernels() -> list[KernelInfo]:
     why_no_cuda = _backend.unavailable("cuda")
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", _DTYPES, True, "ptkernels._introspect is not built")]),
-        KernelInfo(
-            "cuda cuda_cores", "cuda", _DTYPES, why_no_cuda is None, why_no_cuda or _cuda.note("cuda_cores")
-        ),
+        KernelInfo("cuda cuda_cores", "cuda", _DTYPES, why_no_cuda is None, why_no_cuda or _cuda.note("cuda_cores")),
         KernelInfo(_COMPOSITION, "reference", _DTYPES, True),
     ]

@@ -78,7 +78,7 @@ void multiply(void* const* arguments) {
     }
   }
   for (int i = 0; i < 32; ++i) {
-    float(&sums)[4] = *static_cast<Multiply*>(arguments[i])->d;
+    float (&sums)[4] = *static_cast<Multiply*>(arguments[i])->d;
     for (int r = 0; r < 4; ++r) {
       sums[r] += d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
     }

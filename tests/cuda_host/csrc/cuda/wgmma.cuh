@@ -1,5 +1,5 @@
-// Twin of csrc/cuda/wgmma.cuh: operands are found through their descriptors, by the canonical layouts of the PTX ISA for a
-// swizzle over 128 bytes. A product is done when it is waited for, or at once.
+// Twin of csrc/cuda/wgmma.cuh: operands are found through their descriptors, by the canonical layouts of the PTX ISA
+// for a swizzle over 128 bytes. A product is done when it is waited for, or at once.
 #pragma once
 
 #include "csrc/cuda/descriptor.cuh"
