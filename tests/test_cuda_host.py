@@ -42,9 +42,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # The twins of the wrappers around instructions come before the wrappers.
     includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
     flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
-    source = str(ROOT / "tests/cuda_host/attention_host.cpp")
+    sources = ("tests/cuda_host/attention_host.cpp", "csrc/ops/attention_kv_cache/kv_cache_glue.cpp")
     link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *flags, *includes, source, *link], check=True)
+    subprocess.run([COMPILER, *flags, *includes, *(str(ROOT / source) for source in sources), *link], check=True)
     torch.ops.load_library(library)
     return torch.ops.ptkernels_cuda_host
 

@@ -6,7 +6,7 @@
 //             stays
 //   append    one block per new token and key head: rotate, quantise, write
 //   split     one block per key head, eight of the rows that share it (the queries of all its heads), and part of the
-//             slots: a thread per slot for the scores, a thread per column for the weighted values, softmax between
+//             slots: a thread per slot for the scores, softmax, a thread per eight columns of a slot for the values
 //   combine   one block per row: the parts' sums, in order, with the sink
 //
 // Sources: split keys: Dao et al., Flash-Decoding, 2023; pages: Kwon et al., 2023, arXiv:2309.06180.
@@ -240,32 +240,36 @@ struct KvSplitParams {
   CacheWorkspace work;
 };
 
-// Rows of a key head: row r is query r % len_q of the (r / len_q)-th of its query heads.
-struct CacheRow {
-  int64_t head, query;
-  __device__ int64_t index(const KvCacheParams& p, int64_t batch) const {
-    return (batch * p.heads_q + head) * p.len_q + query;
-  }
-};
-
 template <typename Scalar, CacheType Type>
 struct KvSplit {
   static constexpr int kThreads = kCacheThreads;
   static constexpr int kBlocksPerMultiprocessor = 2;
   static constexpr int kRows = kRowsPerBlock;
-  static constexpr int kColumns = kMaxDim / kThreads;
+  static constexpr int kColumns = 8;  // of values, to a thread
+  static constexpr int kMaxGroups = 16;
   using Params = KvSplitParams;
   using Acc = AccumulatorOf<Scalar>;
   using Stored = StoredType<Scalar, Type>;
 
-  struct alignas(16) Shared {
-    Acc query[kRows][kMaxDim];
-    Acc weights[kRows][kSlotsPerStep];
-    Acc max[kRows], sum[kRows], shrink[kRows];
+  // A row of the block: which one of the problem, what it sees, and where it stands.
+  struct Row {
+    int64_t index;
+    int64_t begin, end, position;
+    Acc slope;
   };
 
-  struct Slots {
-    int64_t begin, end;
+  struct alignas(16) Shared {
+    Acc query[kRows][kMaxDim];  // at the end the outputs
+    Acc weights[kRows][kSlotsPerStep];
+    Acc max[kRows], sum[kRows], shrink[kRows];
+    Row rows[kRows];
+    int64_t value_offset[kSlotsPerStep];
+    Acc value_unit[kSlotsPerStep];
+  };
+
+  struct Block {
+    int64_t batch, head_kv, first_row, split;
+    int rows;
   };
 
   __host__ __device__ static int64_t chunks(const KvCacheParams& p) {
@@ -275,25 +279,6 @@ struct KvSplit {
   static int64_t blocks(const Params& params) {
     return params.base.batch * params.base.heads_kv * chunks(params.base) * params.work.splits;
   }
-
-  __device__ static Slots visible(const KvCacheParams& p, int64_t batch, int64_t query) {
-    const int64_t total = p.total[batch], position = total - p.len_q + query;
-    Slots slots{p.leftpad[batch], total};
-    if (p.is_causal) slots.end = min(slots.end, position + 1);
-    if (p.window_right >= 0 && p.window_right < total) slots.end = min(slots.end, position + 1 + p.window_right);
-    if (p.window_left >= 0 && p.window_left < total) slots.begin = max(slots.begin, position - p.window_left);
-    slots.end = max(slots.begin, slots.end);
-    return slots;
-  }
-
-  struct Block {
-    int64_t batch, head_kv, first_row, split;
-    int rows;
-    __device__ CacheRow row(const KvCacheParams& p, int r) const {
-      const int64_t at = first_row + r;
-      return {head_kv * (p.heads_q / p.heads_kv) + at / p.len_q, at % p.len_q};
-    }
-  };
 
   __device__ static void run(const Params& params, Shared& shared) {
     const KvCacheParams& p = params.base;
@@ -307,15 +292,16 @@ struct KvSplit {
     if (p.total[block.batch] < 0) {
       return;
     }
+    stage_rows(p, shared, block);
     stage_queries(p, shared, block);
-    Slots all{INT64_MAX, 0};
+    int64_t first = p.total[block.batch], last = 0;
     for (int r = 0; r < block.rows; ++r) {
-      const Slots seen = visible(p, block.batch, block.row(p, r).query);
-      all = {min(all.begin, seen.begin), max(all.end, seen.end)};
+      first = min(first, shared.rows[r].begin);
+      last = max(last, shared.rows[r].end);
     }
-    const int64_t steps = (max(all.end - all.begin, int64_t{0}) + kSlotsPerStep - 1) / kSlotsPerStep;
+    const int64_t steps = (max(last - first, int64_t{0}) + kSlotsPerStep - 1) / kSlotsPerStep;
     const int64_t each = (steps + params.work.splits - 1) / params.work.splits * kSlotsPerStep;
-    const int64_t begin = all.begin + block.split * each, end = min(all.end, begin + each);
+    const int64_t begin = first + block.split * each, end = min(last, begin + each);
 
     Acc out[kColumns][kRows] = {};
     for (int64_t slot0 = begin; slot0 < end; slot0 += kSlotsPerStep) {
@@ -323,35 +309,54 @@ struct KvSplit {
       __syncthreads();
       soften(shared);
       __syncthreads();
-      add_values(p, shared, block, slot0, min(end - slot0, int64_t{kSlotsPerStep}), out);
+      add_values(p, shared, block, static_cast<int>(min(end - slot0, int64_t{kSlotsPerStep})), out);
       __syncthreads();
     }
     write(params, shared, block, out);
   }
 
+  // A thread per row. Row r of a key head is query r % len_q of the (r / len_q)-th of its query heads.
+  __device__ static void stage_rows(const KvCacheParams& p, Shared& shared, const Block& block) {
+    const int r = threadIdx.x;
+    if (r < kRows) {
+      shared.max[r] = -INFINITY;
+      shared.sum[r] = 0;
+    }
+    if (r < block.rows) {
+      const int64_t at = block.first_row + r;
+      const int64_t head = block.head_kv * (p.heads_q / p.heads_kv) + at / p.len_q, query = at % p.len_q;
+      const int64_t total = p.total[block.batch];
+      Row& row = shared.rows[r];
+      row.index = (block.batch * p.heads_q + head) * p.len_q + query;
+      row.position = total - p.len_q + query;
+      row.begin = p.leftpad[block.batch];
+      row.end = p.is_causal ? min(total, row.position + 1) : total;
+      if (p.window_right >= 0 && p.window_right < total) row.end = min(row.end, row.position + 1 + p.window_right);
+      if (p.window_left >= 0 && p.window_left < total) row.begin = max(row.begin, row.position - p.window_left);
+      row.end = max(row.begin, row.end);
+      row.slope = p.alibi == nullptr
+                      ? Acc(0)
+                      : static_cast<Acc>(p.alibi[block.batch * p.alibi_strides[0] + head * p.alibi_strides[1]]);
+    }
+    __syncthreads();
+  }
+
   __device__ static void stage_queries(const KvCacheParams& p, Shared& shared, const Block& block) {
     for (int r = 0; r < kRows; ++r) {
+      const int64_t row = r < block.rows ? shared.rows[r].index : 0;
+      const int64_t query = row % p.len_q, head = row / p.len_q % p.heads_q;
+      const auto& s = p.query.strides;
+      const Scalar* source = static_cast<const Scalar*>(p.query.data) + block.batch * s[0] + head * s[1] + query * s[2];
       for (int64_t d = threadIdx.x; d < kMaxDim; d += kThreads) {
-        Acc value = 0;
-        if (r < block.rows && d < p.dim_qk) {
-          const CacheRow row = block.row(p, r);
-          const auto& s = p.query.strides;
-          value = static_cast<Acc>(static_cast<const Scalar*>(
-              p.query.data)[block.batch * s[0] + row.head * s[1] + row.query * s[2] + d * s[3]]);
-        }
-        shared.query[r][d] = value;
+        shared.query[r][d] = r < block.rows && d < p.dim_qk ? static_cast<Acc>(source[d * s[3]]) : Acc(0);
       }
-    }
-    if (threadIdx.x < kRows) {
-      shared.max[threadIdx.x] = -INFINITY;
-      shared.sum[threadIdx.x] = 0;
     }
     __syncthreads();
     if (p.rotary.cos != nullptr) {
       // With a direction in the mask a query stands at its own slot, without one all stand at the first new one.
       const bool is_directed = p.is_causal || p.window_left >= 0 || p.window_right >= 0;
       for (int r = 0; r < block.rows; ++r) {
-        const int64_t offset = is_directed ? block.row(p, r).query : 0;
+        const int64_t offset = is_directed ? shared.rows[r].index % p.len_q : 0;
         rotate<Scalar>(p.rotary, p.total[block.batch] - p.len_new + offset, shared.query[r]);
       }
       __syncthreads();
@@ -363,70 +368,94 @@ struct KvSplit {
     const int64_t slot = slot0 + threadIdx.x;
     Acc scores[kRows] = {};
     if (slot < end) {
+      const auto unit_of = [&](const ScaleView& scale) {
+        return scale.data == nullptr
+                   ? Acc(1)
+                   : static_cast<Acc>(scale.data[slot_offset(p, scale, block.batch, block.head_kv, slot)]);
+      };
       const Stored* key =
           static_cast<const Stored*>(p.key.data) + slot_offset(p, p.key, block.batch, block.head_kv, slot);
       multiply(shared, key, static_cast<int>(p.dim_qk), scores);
-      const Acc unit =
-          p.key_scale.data == nullptr
-              ? Acc(1)
-              : static_cast<Acc>(p.key_scale.data[slot_offset(p, p.key_scale, block.batch, block.head_kv, slot)]);
+      const Acc unit = unit_of(p.key_scale);
+#pragma unroll
       for (int r = 0; r < kRows; ++r) {
         scores[r] *= unit;
       }
+      shared.value_offset[threadIdx.x] = slot_offset(p, p.value, block.batch, block.head_kv, slot);
+      shared.value_unit[threadIdx.x] = unit_of(p.value_scale);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      shared.weights[r][threadIdx.x] = slot < end && r < block.rows
-                                           ? finished(p, block.batch, block.row(p, r), slot, scores[r])
-                                           : static_cast<Acc>(-INFINITY);
+      shared.weights[r][threadIdx.x] =
+          slot < end && r < block.rows ? finished(p, shared.rows[r], slot, scores[r]) : static_cast<Acc>(-INFINITY);
     }
   }
 
-  // scores += <query, key>, 16 bytes of the key at a time where it is aligned to them.
-  __device__ static void multiply(Shared& shared, const Stored* key, int dim, Acc (&scores)[kRows]) {
+  // Eight numbers from memory, 16 bytes at a time where it is aligned to them.
+  struct Eight {
+    Stored at[8];
+  };
+  __device__ static Eight load_eight(const Stored* source, bool is_aligned) {
     constexpr int kWide = 16 / sizeof(Stored);
-    struct alignas(16) Chunk {
-      Stored at[kWide];
+    struct alignas(sizeof(Stored) == 1 ? 8 : 16) Chunk {
+      Stored at[sizeof(Stored) == 1 ? 8 : kWide];
     };
+    constexpr int kChunk = sizeof(Chunk) / sizeof(Stored);
+    Eight eight;
+#pragma unroll
+    for (int first = 0; first < 8; first += kChunk) {
+      Chunk chunk;
+      if (is_aligned) {
+        chunk = *reinterpret_cast<const Chunk*>(source + first);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          chunk.at[k] = source[first + k];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) {
+        eight.at[first + k] = chunk.at[k];
+      }
+    }
+    return eight;
+  }
+
+  // scores += <query, key>
+  __device__ static void multiply(Shared& shared, const Stored* key, int dim, Acc (&scores)[kRows]) {
+    const bool is_aligned = reinterpret_cast<uintptr_t>(key) % 16 == 0;
     int d = 0;
-    if (reinterpret_cast<uintptr_t>(key) % 16 == 0) {
-      for (; d + kWide <= dim; d += kWide) {
-        const Chunk chunk = *reinterpret_cast<const Chunk*>(key + d);
+#pragma unroll 2
+    for (; d + 8 <= dim; d += 8) {
+      const Eight numbers = load_eight(key + d, is_aligned);
 #pragma unroll
-        for (int k = 0; k < kWide; ++k) {
-          const Acc value = decode<Acc>(chunk.at[k]);
+      for (int k = 0; k < 8; ++k) {
+        const Acc number = decode<Acc>(numbers.at[k]);
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            scores[r] = std::fma(shared.query[r][d + k], value, scores[r]);
-          }
+        for (int r = 0; r < kRows; ++r) {
+          scores[r] = std::fma(shared.query[r][d + k], number, scores[r]);
         }
       }
     }
     for (; d < dim; ++d) {
-      const Acc value = decode<Acc>(key[d]);
+      const Acc number = decode<Acc>(key[d]);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        scores[r] = std::fma(shared.query[r][d], value, scores[r]);
+        scores[r] = std::fma(shared.query[r][d], number, scores[r]);
       }
     }
   }
 
-  __device__ static Acc finished(const KvCacheParams& p, int64_t batch, const CacheRow& row, int64_t slot,
-                                 Acc product) {
-    const Slots seen = visible(p, batch, row.query);
-    if (slot < seen.begin || slot >= seen.end) {
+  __device__ static Acc finished(const KvCacheParams& p, const Row& row, int64_t slot, Acc product) {
+    if (slot < row.begin || slot >= row.end) {
       return -INFINITY;
     }
     Acc score = static_cast<Acc>(p.scale) * product;
     if (p.softcap > 0) {
       score = static_cast<Acc>(p.softcap) * std::tanh(score / static_cast<Acc>(p.softcap));
     }
-    if (p.alibi != nullptr) {
-      const int64_t distance = p.total[batch] - p.len_q + row.query - slot;
-      score -= static_cast<Acc>(p.alibi[batch * p.alibi_strides[0] + row.head * p.alibi_strides[1]]) *
-               static_cast<Acc>(distance < 0 ? -distance : distance);
-    }
-    return score;
+    const int64_t distance = row.position - slot;
+    return score - row.slope * static_cast<Acc>(distance < 0 ? -distance : distance);
   }
 
   // Scores become weights relative to the largest so far. A warp takes two rows.
@@ -455,9 +484,24 @@ struct KvSplit {
     }
   }
 
-  // A thread per column.
-  __device__ static void add_values(const KvCacheParams& p, Shared& shared, const Block& block, int64_t slot0,
-                                    int64_t count, Acc (&out)[kColumns][kRows]) {
+  // Threads in groups: one group has a slot at a time, a thread of it eight columns.
+  struct Place {
+    int first_col, group, groups;
+    __device__ explicit Place(const KvCacheParams& p) {
+      const int lanes = static_cast<int>((p.dim_v + kColumns - 1) / kColumns);
+      groups = min(kThreads / lanes, kMaxGroups);
+      group = static_cast<int>(threadIdx.x) / lanes;
+      first_col = static_cast<int>(threadIdx.x) % lanes * kColumns;
+    }
+    __device__ bool is_used() const { return group < groups; }
+  };
+
+  __device__ static void add_values(const KvCacheParams& p, Shared& shared, const Block& block, int count,
+                                    Acc (&out)[kColumns][kRows]) {
+    const Place place(p);
+    if (!place.is_used()) {
+      return;
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
@@ -465,23 +509,25 @@ struct KvSplit {
         out[c][r] *= shared.shrink[r];
       }
     }
-    for (int j = 0; j < count; ++j) {
-      const int64_t slot = slot0 + j;
-      const Stored* value =
-          static_cast<const Stored*>(p.value.data) + slot_offset(p, p.value, block.batch, block.head_kv, slot);
-      const Acc unit =
-          p.value_scale.data == nullptr
-              ? Acc(1)
-              : static_cast<Acc>(p.value_scale.data[slot_offset(p, p.value_scale, block.batch, block.head_kv, slot)]);
+    const int cols = min(kColumns, static_cast<int>(p.dim_v) - place.first_col);
+#pragma unroll 2
+    for (int j = place.group; j < count; j += place.groups) {
+      const Stored* value = static_cast<const Stored*>(p.value.data) + shared.value_offset[j] + place.first_col;
+      Eight numbers = {};
+      if (cols == kColumns) {
+        numbers = load_eight(value, reinterpret_cast<uintptr_t>(value) % 16 == 0);
+      } else {
+        for (int c = 0; c < kColumns; ++c) {
+          if (c < cols) numbers.at[c] = value[c];
+        }
+      }
+      const Acc unit = shared.value_unit[j];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const int64_t d = threadIdx.x + c * kThreads;
-        if (d < p.dim_v) {
-          const Acc number = unit * decode<Acc>(value[d]);
+        const Acc number = unit * decode<Acc>(numbers.at[c]);
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            out[c][r] = std::fma(shared.weights[r][j], number, out[c][r]);
-          }
+        for (int r = 0; r < kRows; ++r) {
+          out[c][r] = std::fma(shared.weights[r][j], number, out[c][r]);
         }
       }
     }
@@ -490,22 +536,33 @@ struct KvSplit {
   __device__ static void write(const Params& params, Shared& shared, const Block& block,
                                const Acc (&out)[kColumns][kRows]) {
     const KvCacheParams& p = params.base;
-    const int64_t rows = p.batch * p.heads_q * p.len_q;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r < block.rows) {
-        const int64_t at = block.split * rows + block.row(p, r).index(p, block.batch);
-        if (threadIdx.x == 0) {
-          static_cast<Acc*>(params.work.max)[at] = shared.max[r];
-          static_cast<Acc*>(params.work.sum)[at] = shared.sum[r];
-        }
+    const Place place(p);
+    const int cols = min(kColumns, static_cast<int>(p.dim_v) - place.first_col);
+    __syncthreads();  // nobody still reads the queries
+    for (int group = 0; group < place.groups; ++group) {
+      if (place.group == group) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          const int64_t d = threadIdx.x + c * kThreads;
-          if (d < p.dim_v) {
-            static_cast<Acc*>(params.work.out)[at * p.dim_v + d] = out[c][r];
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            if (c < cols) {
+              Acc& sum = shared.query[r][place.first_col + c];
+              sum = group == 0 ? out[c][r] : sum + out[c][r];
+            }
           }
         }
+      }
+      __syncthreads();
+    }
+    const int64_t rows = p.batch * p.heads_q * p.len_q;
+    for (int r = 0; r < block.rows; ++r) {
+      const int64_t at = block.split * rows + shared.rows[r].index;
+      if (threadIdx.x == 0) {
+        static_cast<Acc*>(params.work.max)[at] = shared.max[r];
+        static_cast<Acc*>(params.work.sum)[at] = shared.sum[r];
+      }
+      for (int64_t d = threadIdx.x; d < p.dim_v; d += kThreads) {
+        static_cast<Acc*>(params.work.out)[at * p.dim_v + d] = shared.query[r][d];
       }
     }
   }
