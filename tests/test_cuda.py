@@ -142,3 +142,21 @@ def test_operands_on_two_devices_are_refused() -> None:
 
 def test_explain_names_the_library() -> None:
     assert "cuda" in ptk.explain(ptk.attention, *operands(*[(1, 2, 5, 4)] * 3)).kernel
+
+
+def test_decoding_is_captured_in_a_graph() -> None:
+    """A step reads its lengths on the device: the graph replays at any of them."""
+    query, k, v = operands((2, 8, 1, 64), (2, 2, 1, 64), (2, 2, 1, 64), dtype=torch.bfloat16)
+    caches = operands((2, 2, 512, 64), (2, 2, 512, 64), dtype=torch.bfloat16)
+    filled = torch.tensor([100, 7], device="cuda")
+    expected = [cache.clone() for cache in caches]
+    with torch.no_grad():
+        ptk.attention_with_kv_cache(query, *(cache.clone() for cache in caches), k, v, cache_seqlens=filled)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ptk.attention_with_kv_cache(query, *caches, k, v, cache_seqlens=filled)
+        filled.copy_(torch.tensor([300, 0]))
+        graph.replay()
+        wanted = ptk.attention_with_kv_cache(query, *expected, k, v, cache_seqlens=filled)
+    assert torch.equal(out, wanted)
+    assert torch.equal(caches[0], expected[0])

@@ -17,7 +17,7 @@ import torch
 from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
-from ptkernels import _cuda
+from ptkernels import _cuda, _env
 from ptkernels._registry import Sample
 from ptkernels.ops import attention_kv_cache
 from ptkernels.ops.attention.options import Options, resolve
@@ -289,6 +289,19 @@ def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:
     assert host.split_count(300, 132, 1 << 20) == 1
     for blocks in (1, 3, 100, 264, 5000):
         assert host.split_count(blocks, 132, 1 << 16) * blocks < 264 + blocks
+
+
+def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
+    monkeypatch.setattr(_env, "settings", _env.Settings())
+    assert _cuda.newest() is None
+    assert "PTKERNELS_CUDA_ARCH" in (_cuda.unavailable() or "")
+    monkeypatch.setattr(_env, "settings", _env.Settings(cuda_arch="sm_80"))
+    assert (_cuda.newest(), _cuda.unavailable()) == ("sm_80", None)
+    assert _cuda.note("sm_80") == "not yet run on a GPU"
+    monkeypatch.setattr(_env, "settings", _env.Settings())
+    monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
+    assert (_cuda.newest(), _cuda.note("cuda_cores")) == ("cuda_cores", "passed on an H200 at 1234567")
 
 
 @pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])

@@ -15,7 +15,7 @@
 // Barriers in shared memory: `full` counts the producer's one arrival and the bytes of a tile, `empty` one arrival of
 // each of the eight consumer warps. A tile's turn t in its pair of slots is slot t % 2 and phase t / 2 % 2.
 //
-// Plan        keys  shared            registers (producer 24, consumers 240)
+// Plan        keys  shared            registers (producer 40, consumers 232)
 //   64        128    80 KiB           outputs 32, scores 64, weights 32
 //   128       128   160 KiB           outputs 64, scores 64, weights 32
 //   192/128    64   128 KiB           outputs 64, scores 32, weights 16
@@ -102,12 +102,12 @@ struct AttentionForwardSm90 {
     __syncthreads();
     const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
     if (warpgroup == 0) {
-      release_registers<24>();
+      release_registers<40>();
       if (threadIdx.x == 0) {
         produce(params, shared);
       }
     } else {
-      acquire_registers<240>();
+      acquire_registers<232>();
       consume(params, shared, warpgroup - 1);
     }
 #else
