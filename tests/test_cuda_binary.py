@@ -158,8 +158,8 @@ def test_every_kernel_fits_a_multiprocessor() -> None:
         for name, kernel in found.items():
             threads = next(count for part, count in THREADS.items() if part in name)
             assert 0 < kernel.registers * threads <= REGISTERS, (arch, name)
-            # All of it is asked for at launch: the kernels' files state how much, and hold themselves to it.
-            assert kernel.shared == 0, (arch, name)
+            # All but what the driver keeps is asked for at launch; the kernels' files state how much, and hold to it.
+            assert kernel.shared <= 1024, (arch, name)
 
 
 INSTRUCTIONS = {

@@ -26,12 +26,19 @@ __device__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Groups) : "memory");
 }
 
-// Keeps the compiler from moving a result's registers across this place.
+// Keeps the compiler from computing operands in registers later, or reading results earlier, than here.
 template <int Tiles>
-__device__ void pin_result(float (&d)[Tiles][4]) {
+__device__ void pin(float (&d)[Tiles][4]) {
 #pragma unroll
   for (int i = 0; i < Tiles; ++i) {
     asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+  }
+}
+template <int Tiles>
+__device__ void pin(uint32_t (&a)[Tiles][4]) {
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
   }
 }
 

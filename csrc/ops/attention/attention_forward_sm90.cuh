@@ -215,13 +215,18 @@ struct AttentionForwardSm90 {
   // between the two would make the compiler wait for the first before the second.
   template <bool HasWeights>
   __device__ static void take_turn(Shared& shared, int consumer, const Turn& turn, Tile& tile, Outputs& out,
-                                   const Weights& weights) {
+                                   Weights& weights) {
     shared.key_full[turn.slot()].wait(turn.phase());
     if constexpr (HasWeights) {
       const Turn last{turn.count - 1};
       shared.value_full[last.slot()].wait(last.phase());
     }
     sync_some(kTurnBarrier + consumer, kConsumers * kWarpgroup);
+    pin(tile.tiles[0]);
+    if constexpr (HasWeights) {
+      pin(out.tiles[0]);
+      pin(weights);
+    }
     fence_products();
     issue_scores(tile, shared, turn.slot(), consumer);
     commit_products();
@@ -231,7 +236,7 @@ struct AttentionForwardSm90 {
     }
     arrive_some(kTurnBarrier + 1 - consumer, kConsumers * kWarpgroup);
     wait_products<HasWeights ? 1 : 0>();
-    pin_result(tile.tiles[0]);
+    pin(tile.tiles[0]);
     release(shared.key_empty[turn.slot()]);
   }
 
@@ -247,7 +252,7 @@ struct AttentionForwardSm90 {
 
   __device__ static void wait_for_outputs(Shared& shared, const Turn& turn, Outputs& out) {
     wait_products<0>();
-    pin_result(out.tiles[0]);
+    pin(out.tiles[0]);
     release(shared.value_empty[turn.slot()]);
   }
 
@@ -291,6 +296,8 @@ struct AttentionForwardSm90 {
         }
         release(shared.query_empty);
         shared.value_full[turn.slot()].wait(turn.phase());
+        pin(out.tiles[0]);
+        pin(weights);
         fence_products();
         issue_outputs(out, weights, shared, turn.slot());
         commit_products();

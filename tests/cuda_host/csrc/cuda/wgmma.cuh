@@ -134,8 +134,8 @@ void wait_products() {
   cuda_host::active->with_warpgroup(&twin::wait<Groups>, nullptr);
 }
 
-template <int Tiles>
-void pin_result(float (&)[Tiles][4]) {}
+template <typename Number, int Tiles>
+void pin(Number (&)[Tiles][4]) {}
 
 template <typename Scalar, int N, int First, int Tiles>
 void multiply_rows_async(float (&d)[Tiles][4], uint64_t a, uint64_t b, int accumulate) {
