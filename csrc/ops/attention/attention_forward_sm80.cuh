@@ -5,15 +5,17 @@
 // keys and one of values are in shared memory: values arrive while scores are computed, the next keys while the
 // softmax and the second product are (FlashAttention-2's order: Dao 2023, arXiv:2307.08691).
 //
-// Plan            rows  keys  shared   registers
-//   64 and 96      128    64  up to 64 KiB   up to 255: two blocks on a multiprocessor
-//   128            128    64  64 KiB         up to 255
-//   192/128, 192    64    64  up to 72 KiB   up to 255
-//   256             64    64  96 KiB         up to 255
+// Plan            rows  keys  shared    registers
+//   64             128    64   32 KiB   up to 255, as everywhere: two blocks on a multiprocessor
+//   96, 128         64    64   48 KiB
+//   192/128         64    64   64 KiB
+//   192             64    64   72 KiB
+//   256             64    64   96 KiB
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"
 #include "csrc/ops/attention/attention_dropout.cuh"
+#include "csrc/ops/attention/attention_outputs.cuh"
 #include "csrc/ops/attention/attention_scores.cuh"
 
 namespace ptk::cuda {
@@ -24,7 +26,7 @@ struct AttentionForwardSm80 {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kMTiles = DimQk <= 96 ? 2 : 1;
+  static constexpr int kMTiles = DimQk <= 64 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kMTiles;
   static constexpr int kBlockRows = kWarps * kWarpRows;
   static constexpr int kBlockCols = 64;
@@ -41,16 +43,6 @@ struct AttentionForwardSm80 {
   static int64_t blocks(const Params& params) {
     const Problem& problem = params.problem;
     return problem.batch * problem.heads_q * tile_count(problem.len_q, kBlockRows);
-  }
-
-  __device__ static void shrink_outputs(Outputs& out, const float (&shrink)[Tile::kRows]) {
-#pragma unroll
-    for (int i = 0; i < Outputs::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < Outputs::kCols; ++j) {
-        out.at(i, j) *= shrink[i];
-      }
-    }
   }
 
   __device__ static void run(const Params& params, Shared& shared) {
@@ -92,32 +84,14 @@ struct AttentionForwardSm80 {
       scores.template finish<false>(tile, row0 + warp_row, col0);
       float shrink[Tile::kRows];
       softmax.update(scores, tile, shrink);
-      shrink_outputs(out, shrink);
+      shrink_rows(out, shrink);
       if (dropout.is_used()) {
         dropout.template draw<false, Tile>(row0 + warp_row, col0).apply(tile, 1);
       }
       add_weighted_rows(out, tile, shared.value);
     }
-    finish(params, sequence, head, row0 + warp_row, softmax, out, scores.unit(), dropout.template factor<float>());
-  }
-
-  __device__ static void finish(const Params& params, const Sequence& sequence, int64_t head, int row0,
-                                const RowSoftmax<Tile>& softmax, Outputs& out, float unit, float factor) {
-    const Problem& problem = params.problem;
-    float* lse = static_cast<float*>(params.lse) + row_statistics_offset(problem, sequence, head);
-    const float* sink = head_sink<float>(problem, sequence.batch, head);
-    float normalise[Tile::kRows];
-#pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) {
-      float row_lse;
-      normalise[i] = factor * softmax.finish_row(i, unit, sink, row_lse);
-      const int row = row0 + Tile::row(i);
-      if (lane_index() % Tile::kLanesPerRow == 0 && row < sequence.len_q) {
-        lse[row] = row_lse;
-      }
-    }
-    store_outputs(out, normalise, head_data<Scalar>(params.out, sequence.batch, head, sequence.first_q),
-                  params.out.strides[2], row0, sequence.len_q, static_cast<int>(problem.dim_v));
+    write_rows<Scalar>(params, sequence, head, row0 + warp_row, softmax, out, scores.unit(),
+                       dropout.template factor<float>());
   }
 };
 

@@ -26,6 +26,7 @@
 #include "csrc/cuda/tma.cuh"
 #include "csrc/cuda/wgmma.cuh"
 #include "csrc/ops/attention/attention_dropout.cuh"
+#include "csrc/ops/attention/attention_outputs.cuh"
 #include "csrc/ops/attention/attention_schedule.h"
 #include "csrc/ops/attention/attention_scores.cuh"
 
@@ -285,13 +286,7 @@ struct AttentionForwardSm90 {
           take_turn<true>(shared, consumer, turn, tile, out, weights);
           soften(scores, dropout, softmax, tile, row0, work.first_col + step * kBlockCols, shrink);
           wait_for_outputs(shared, Turn{turn.count - 1}, out);
-#pragma unroll
-          for (int i = 0; i < Outputs::kRows; ++i) {
-#pragma unroll
-            for (int j = 0; j < Outputs::kCols; ++j) {
-              out.at(i, j) *= shrink[i];
-            }
-          }
+          shrink_rows(out, shrink);
           pack(weights, tile);
         }
         release(shared.query_empty);
@@ -304,28 +299,9 @@ struct AttentionForwardSm90 {
         wait_for_outputs(shared, turn, out);
         ++turn.count;
       }
-      finish(params.base, work, work.row0 + warp_row, softmax, out, scores.unit(), dropout.template factor<float>());
+      write_rows<Scalar>(params.base, work.sequence, work.head, work.row0 + warp_row, softmax, out, scores.unit(),
+                         dropout.template factor<float>());
     }
-  }
-
-  __device__ static void finish(const ForwardParams& params, const Work& work, int row0,
-                                const RowSoftmax<Tile>& softmax, Outputs& out, float unit, float factor) {
-    const Problem& problem = params.problem;
-    const Sequence& sequence = work.sequence;
-    float* lse = static_cast<float*>(params.lse) + row_statistics_offset(problem, sequence, work.head);
-    const float* sink = head_sink<float>(problem, sequence.batch, work.head);
-    float normalise[Tile::kRows];
-#pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) {
-      float row_lse;
-      normalise[i] = factor * softmax.finish_row(i, unit, sink, row_lse);
-      const int row = row0 + Tile::row(i);
-      if (lane_index() % Tile::kLanesPerRow == 0 && row < sequence.len_q) {
-        lse[row] = row_lse;
-      }
-    }
-    store_outputs(out, normalise, head_data<Scalar>(params.out, sequence.batch, work.head, 0), params.out.strides[2],
-                  row0, sequence.len_q, static_cast<int>(problem.dim_v));
   }
 };
 
