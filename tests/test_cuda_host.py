@@ -114,7 +114,7 @@ def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype, ar
 def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: Any) -> Sample:
     generator = torch.Generator().manual_seed(0)
     tensors = tuple(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
-    return Sample("made", tensors, kwargs)
+    return Sample("made", tensors, kwargs, LEARNED[:3])
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 200)])
