@@ -42,7 +42,13 @@ test -f ptkernels/lib/libptkernels.so || step build 600 "$PYTHON" setup.py -q bu
 for slice in "${slices[@]}"; do
   case $slice in
   env) step env 60 "$PYTHON" -m ptkernels env ;;
-  cuda) pytest cuda 120 -m cuda $(grep -rlE 'mark\.cuda' tests --include='test_*.py') tests/test_cuda_binary.py ;;
+  cuda)
+    # Each architecture's kernels, whether or not they have passed before: ptkernels/_cuda.py holds what is known of them.
+    for arch in cuda_cores sm_80 sm_90a; do
+      PTKERNELS_CUDA_ARCH=$arch pytest "cuda, $arch" 90 -m cuda $(grep -rlE 'mark\.cuda' tests --include='test_*.py')
+    done
+    pytest binary 60 tests/test_cuda_binary.py
+    ;;
   triton)
     if "$PYTHON" -c 'from ptkernels import _triton; reason = _triton.unavailable(); reason and exit(reason)'; then
       pytest triton 240 tests/triton
@@ -54,14 +60,14 @@ for slice in "${slices[@]}"; do
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck synccheck initcheck; do
         # Without torch's cache every tensor is an allocation of its own, and reading past one is seen.
-        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PTKERNELS_CUDA_ARCH=sm_90a \
           compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" bench/gpu_small_case.py
       done
     else
       echo "== compute-sanitizer is not installed: left out"
     fi
     ;;
-  *) step "benchmark of $slice" 150 "$PYTHON" bench/gpu_bench.py --op "$slice" --out "$out" --seconds 60 ;;
+  *) step "benchmark of $slice" 150 env PTKERNELS_CUDA_ARCH=sm_90a "$PYTHON" bench/gpu_bench.py --op "$slice" --out "$out" --seconds 60 ;;
   esac
 done
 

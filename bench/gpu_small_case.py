@@ -20,4 +20,14 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 (out, lse), (query, key, value), (torch.ones_like(out), torch.ones_like(lse))
             )
             assert all(gradient.isfinite().all() for gradient in gradients)
+# The options of the kernels on the tensor cores, whose copies and barriers are what a sanitizer should see.
+for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
+    query, key, value = (
+        torch.randn(1, 2, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for length, width in ((200, dim), (330, dim), (330, dim_v))
+    )
+    mask, slopes, sinks = (torch.randn(size, device="cuda", requires_grad=True) for size in ((200, 330), 2, 2))
+    options = {"softcap": 5.0, "alibi_slopes": slopes, "sinks": sinks, "dropout_p": 0.1, "window": (150, 20)}
+    out = ptk.attention(query, key, value, mask, **options)
+    torch.autograd.grad(out.sum(), (query, key, value, mask, slopes, sinks))
 torch.cuda.synchronize()

@@ -37,9 +37,13 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
-add_library(ptkernels_cuda SHARED ${cuda_sources} csrc/core/manylinux.cpp)
+add_library(ptkernels_cuda SHARED ${cuda_sources} csrc/core/manylinux.cpp
+            csrc/ops/attention_kv_cache/kv_cache_glue.cpp)
 target_include_directories(ptkernels_cuda PRIVATE ${CMAKE_SOURCE_DIR})
 target_compile_definitions(ptkernels_cuda PRIVATE USE_CUDA)
+if(NOT "90a-real" IN_LIST PTK_CUDA_ARCHITECTURES AND NOT "90a" IN_LIST PTK_CUDA_ARCHITECTURES)
+  target_compile_definitions(ptkernels_cuda PRIVATE PTK_WITHOUT_SM90A)  # its kernels are empty in any other code
+endif()
 target_compile_options(ptkernels_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall>)
 target_link_libraries(ptkernels_cuda PRIVATE ptk::torch)

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from ptkernels import _env, _loader, _triton
+from ptkernels import _cuda, _env, _loader, _triton
 from ptkernels.errors import BackendError, FallbackError, FallbackWarning
 
 
@@ -103,14 +103,19 @@ def runs_on_triton(device_type: str, devices: Sequence[str]) -> bool:
     """
     if state.backend == "triton":
         return True
-    return (
-        device_type == "cuda" and device_type not in devices and state.backend is None and unavailable("triton") is None
-    )
+    on_cuda_alone = device_type == "cuda" and not has_kernel(device_type, devices)
+    return on_cuda_alone and state.backend is None and unavailable("triton") is None
 
 
-def no_kernel(device_type: str) -> str:
-    """Why a device without compiled kernels has no others either."""
-    reason = f"no kernel for {device_type} tensors"
+def has_kernel(device_type: str, devices: Sequence[str]) -> bool:
+    """Whether an operator that has compiled kernels for ``devices`` may run one of them."""
+    return device_type in devices and (device_type != "cuda" or _cuda.newest() is not None)
+
+
+def no_kernel(device_type: str, devices: Sequence[str] = ()) -> str:
+    """Why a device without compiled kernels, or with such as may not be chosen, has no others either."""
+    reason = _cuda.unavailable() if device_type in devices else None
+    reason = reason or f"no kernel for {device_type} tensors"
     if device_type == "cuda" and state.backend is None:
         reason += f"; Triton's cannot run: {unavailable('triton')}"
     return reason

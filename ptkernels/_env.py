@@ -7,6 +7,8 @@
                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
 ``PTKERNELS_PACKED_MB``      MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
 ``PTKERNELS_WINOGRAD``       ``0``: no convolution is computed by Winograd's transforms
+``PTKERNELS_CUDA_ARCH``      newest CUDA C++ kernels to use, whether or not they have passed on a GPU: ``cuda_cores``,
+                             ``sm_80`` or ``sm_90a``. Default: the newest that have
 ``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
 ===========================  ==================================================================================
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+CUDA_ARCHITECTURES = ("cuda_cores", "sm_80", "sm_90a")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
@@ -31,6 +34,7 @@ class Settings:
     max_isa: str | None = None
     packed_mb: int | None = None
     winograd: bool = True
+    cuda_arch: str | None = None
     library: Path | None = None
 
 
@@ -71,6 +75,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
         packed_mb=_count(environ, "PTKERNELS_PACKED_MB"),
         winograd=_choice(environ, "PTKERNELS_WINOGRAD", ("0", "1")) != "0",
+        cuda_arch=_choice(environ, "PTKERNELS_CUDA_ARCH", CUDA_ARCHITECTURES),
         library=Path(library) if library else None,
     )
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import _env
+from . import _cuda, _env
 
 _PACKAGED = Path(__file__).parent / "lib"
 
@@ -74,6 +74,8 @@ def _load_cuda() -> Library:
     if not path.is_file():
         return result(False, "not built: no nvcc was found, or PTKERNELS_CUDA=0")
     _load(path)
+    if (newest := _cuda.newest()) is not None:
+        torch.ops.ptkernels._set_cuda_architecture(newest)
     return result(True, "packaged")
 
 

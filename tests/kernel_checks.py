@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ptkernels._registry import OpSpec, Sample
 
-# Options that the CUDA kernels know.
-ON_CUDA = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 RESULTS = ("out", "lse", "query", "key", "value")
+# In the order of the operator's output_mask.
+LEARNED = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
 
 
 def random_gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,15 @@ def random_gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def differentiate(call: Any, sample: Sample, dtype: torch.dtype, grads: tuple[Tensor, Tensor]) -> SimpleNamespace:
     """out, lse and the gradients of a function with the public signature, its operands taken in `dtype`."""
-    operands = [tensor.detach().to(dtype).requires_grad_() for tensor in sample.args]
-    out, lse = call(*operands, **sample.kwargs, return_lse=True)
+    named = {**dict(zip(LEARNED, sample.args, strict=False)), **sample.kwargs}
+    for name in sample.grad_inputs:
+        held = dtype if name in LEARNED[:3] else torch.promote_types(named[name].dtype, dtype)
+        named[name] = named[name].detach().to(held).requires_grad_()
+    torch.manual_seed(0)  # of dropout
+    out, lse = call(**named, return_lse=True)
     wanted = [grad.to(t.dtype) for grad, t in zip(grads, (out, lse), strict=True)]
-    query, key, value = torch.autograd.grad((out, lse), operands, wanted)
-    return SimpleNamespace(out=out.detach(), lse=lse.detach(), query=query, key=key, value=value)
+    found = torch.autograd.grad((out, lse), [named[name] for name in sample.grad_inputs], wanted)
+    return SimpleNamespace(out=out.detach(), lse=lse.detach(), **dict(zip(sample.grad_inputs, found, strict=True)))
 
 
 def magnitude(tensor: Tensor) -> float:
@@ -45,8 +49,8 @@ def assert_within_rule(
     """The rule of the spec; infinities, which lse has where a row is blocked, must be in the same places."""
     expected = differentiate(spec.reference, sample, torch.float64, grads)
     peer = differentiate(spec.baseline, sample, dtype, grads)
-    outputs, gradients = RESULTS[:2], RESULTS[2:]
-    for name in RESULTS:
+    outputs, gradients = RESULTS[:2], sample.grad_inputs
+    for name in (*outputs, *gradients):
         got, want = getattr(ours, name).double(), getattr(expected, name)
         assert got.shape == want.shape, name
         assert torch.equal(got.isinf(), want.isinf()), name
@@ -55,7 +59,7 @@ def assert_within_rule(
             peer_error=magnitude((getattr(peer, name).double() - want)[finite]),
             magnitude=magnitude(want),
             largest=max(magnitude(getattr(expected, other)) for other in (outputs if name in outputs else gradients)),
-            dtype=torch.promote_types(dtype, torch.float32) if name == "lse" else dtype,
+            dtype=torch.promote_types(dtype, torch.float32) if name in ("lse", *LEARNED[4:]) else dtype,
             gradient=name in gradients,
         )
         difference = (got - want)[finite].abs()

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import ON_CUDA, RESULTS, assert_within_rule, differentiate, random_gradients
+from kernel_checks import RESULTS, assert_within_rule, differentiate, random_gradients
 from torch import Tensor
 
 import ptkernels as ptk
 from ptkernels._registry import Level, Sample
-from ptkernels.errors import FallbackError
 from ptkernels.ops.attention.spec import SPEC
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("strict", "_full_precision_products")]
@@ -39,7 +38,6 @@ def sample_names() -> list[Any]:
     return [
         pytest.param(sample.name, marks=[] if sample.name in quick else [pytest.mark.slow])
         for sample in SPEC.samples(torch.float32, "cpu", False, "full")
-        if not set(sample.kwargs) - ON_CUDA
     ]
 
 
@@ -122,15 +120,6 @@ def test_memory_is_linear_in_the_lengths() -> None:
     assert extra(16384) < 5 * extra(4096)
 
 
-def test_options_without_a_kernel_are_refused() -> None:
-    query, key, value = operands(*[(1, 2, 5, 4)] * 3)
-    mask = torch.zeros(5, 5, device="cuda", requires_grad=True)
-    for option in ({"window": (1, 0)}, {"softcap": 1.0}, {"dropout_p": 0.1}, {"attn_mask": mask}):
-        assert ptk.explain(ptk.attention, query, key, value, **option).backend == "reference"
-        with pytest.raises(FallbackError, match="has no kernel on cuda"):
-            ptk.attention(query, key, value, **option)
-
-
 @pytest.mark.slow
 def test_offsets_beyond_31_bits() -> None:
     """A batch stride of more than 2**31 elements."""
@@ -153,3 +142,21 @@ def test_operands_on_two_devices_are_refused() -> None:
 
 def test_explain_names_the_library() -> None:
     assert "cuda" in ptk.explain(ptk.attention, *operands(*[(1, 2, 5, 4)] * 3)).kernel
+
+
+def test_decoding_is_captured_in_a_graph() -> None:
+    """A step reads its lengths on the device: the graph replays at any of them."""
+    query, k, v = operands((2, 8, 1, 64), (2, 2, 1, 64), (2, 2, 1, 64), dtype=torch.bfloat16)
+    caches = operands((2, 2, 512, 64), (2, 2, 512, 64), dtype=torch.bfloat16)
+    filled = torch.tensor([100, 7], device="cuda")
+    expected = [cache.clone() for cache in caches]
+    with torch.no_grad():
+        ptk.attention_with_kv_cache(query, *(cache.clone() for cache in caches), k, v, cache_seqlens=filled)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ptk.attention_with_kv_cache(query, *caches, k, v, cache_seqlens=filled)
+        filled.copy_(torch.tensor([300, 0]))
+        graph.replay()
+        wanted = ptk.attention_with_kv_cache(query, *expected, k, v, cache_seqlens=filled)
+    assert torch.equal(out, wanted)
+    assert torch.equal(caches[0], expected[0])

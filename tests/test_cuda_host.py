@@ -14,16 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import ON_CUDA, RESULTS, assert_within_rule, random_gradients
+from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 
+from ptkernels import _cuda, _env
 from ptkernels._registry import Sample
+from ptkernels.ops import attention_kv_cache
+from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
+from ptkernels.ops.attention_kv_cache.spec import SPEC as CACHE_SPEC
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
-SELECTION = ("113x203-causal", "dim-111", "dim-512", "dims-192-128", "grouped-heads", "empty-rows", "bias", "no-keys")
+SELECTION = (
+    "113x203-causal", "dim-111", "dim-512", "dims-192-128", "grouped-heads", "empty-rows", "bias", "no-keys", "window",
+    "slopes", "sinks", "dropout", "everything",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +42,34 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
     flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
-    includes = [f"-I{ROOT}", "-isystem", str(torch_dir / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    source = str(ROOT / "tests/cuda_host/attention_host.cpp")
+    # The twins of the wrappers around instructions come before the wrappers.
+    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
+    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+    sources = ("tests/cuda_host/attention_host.cpp", "csrc/ops/attention_kv_cache/kv_cache_glue.cpp")
     link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *flags, *includes, source, *link], check=True)
+    subprocess.run([COMPILER, *flags, *includes, *(str(ROOT / source) for source in sources), *link], check=True)
     torch.ops.load_library(library)
     return torch.ops.ptkernels_cuda_host
 
 
-def options(sample: Sample) -> tuple[Tensor | None, bool, float | None]:
-    return sample.kwargs.get("attn_mask"), sample.kwargs.get("is_causal", False), sample.kwargs.get("scale")
+@pytest.fixture(autouse=True)
+def _defaults(host: Any) -> Iterator[None]:
+    host.set_architecture("cuda_cores")
+    yield
+    host.set_order(ORDERS["ascending"])
+
+
+def options(sample: Sample) -> tuple[Tensor | None, Options]:
+    names = ("dropout_p", "is_causal", "scale", "window", "softcap", "alibi_slopes", "sinks")
+    defaults = {"dropout_p": 0.0, "is_causal": False, "softcap": 0.0}
+    torch.manual_seed(0)  # of dropout
+    given = [sample.kwargs.get(name, defaults.get(name)) for name in names]
+    return resolve(sample.args[0].dtype, sample.kwargs.get("attn_mask"), *given)
 
 
 def forward(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    return host.attention(*(tensor.detach() for tensor in sample.args), *options(sample))
+    mask, rest = options(sample)
+    return host.attention(*(tensor.detach() for tensor in sample.args), mask, *rest)
 
 
 def gradients_for(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -56,26 +77,36 @@ def gradients_for(host: Any, sample: Sample) -> tuple[Tensor, Tensor]:
 
 
 def on_host(
-    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool] = (True, True, True)
+    host: Any, sample: Sample, grads: tuple[Tensor, Tensor], wanted: tuple[bool, ...] | None = None
 ) -> SimpleNamespace:
     operands = [tensor.detach() for tensor in sample.args]
+    mask, rest = options(sample)
     out, lse = forward(host, sample)
-    gradients = host._attention_backward(*grads, *operands, out, lse, *options(sample), wanted)
-    return SimpleNamespace(out=out, lse=lse, **dict(zip(("query", "key", "value"), gradients[:3], strict=True)))
+    if wanted is None:
+        wanted = tuple(name in (sample.grad_inputs or LEARNED[:3]) for name in LEARNED)
+    gradients = host._attention_backward(*grads, *operands, out, lse, mask, *rest[:2], wanted, *rest[2:])
+    return SimpleNamespace(out=out, lse=lse, **dict(zip(LEARNED, gradients, strict=True)))
 
 
 def contract_samples() -> Iterator[Any]:
-    """Every quick sample in float32; the other dtypes, which differ in tile shape or in conversion, on a selection."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    """Every quick sample on the CUDA cores in float32 and on tensor cores in bfloat16; a selection in other dtypes."""
+    for architecture, dtype in (
+        ("cuda_cores", torch.float64),
+        ("cuda_cores", torch.float32),
+        ("cuda_cores", torch.bfloat16),
+        ("sm_80", torch.bfloat16),
+        ("sm_80", torch.float16),
+        ("sm_90a", torch.bfloat16),
+    ):
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if set(sample.kwargs) - ON_CUDA:
-                continue
-            if dtype == torch.float32 or sample.name in SELECTION:
-                yield pytest.param(sample, dtype, id=f"{str(dtype)[6:]}-{sample.name}")
+            every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
+            if every or sample.name in SELECTION:
+                yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
 
 
-@pytest.mark.parametrize(("sample", "dtype"), list(contract_samples()))
-def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("sample", "dtype", "architecture"), list(contract_samples()))
+def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype, architecture: str) -> None:
+    host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
 
@@ -83,22 +114,95 @@ def test_matches_the_reference(host: Any, sample: Sample, dtype: torch.dtype) ->
 def make(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, **kwargs: Any) -> Sample:
     generator = torch.Generator().manual_seed(0)
     tensors = tuple(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
-    return Sample("made", tensors, kwargs)
+    return Sample("made", tensors, kwargs, LEARNED[:3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 200)])
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),
+    [(torch.bfloat16, "sm_80"), (torch.float16, "sm_80"), (torch.bfloat16, "sm_90a"), (torch.float16, "sm_90a")],
+    ids=str,
+)
+def test_every_head_dim_of_the_tensor_cores(
+    host: Any, dtype: torch.dtype, architecture: str, dim: int, dim_v: int
+) -> None:
+    sizes = ((1, 2, 150, dim), (1, 1, 199, dim), (1, 1, 199, dim_v))
+    sample = make(*sizes, dtype=dtype, is_causal=True, enable_gqa=True)
+    host.set_architecture(architecture)
+    grads = gradients_for(host, sample)
+    assert_within_rule(SPEC, on_host(host, sample, grads), sample, dtype, grads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),
+    [
+        (torch.float64, "cuda_cores"),
+        (torch.float32, "cuda_cores"),
+        (torch.bfloat16, "sm_80"),
+        (torch.bfloat16, "sm_90a"),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype, architecture: str) -> None:
+    """Nor, where work is asynchronous, on when it is done."""
     mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
-    sample = make((1, 4, 70, 130), (1, 2, 90, 130), (1, 2, 90, 70), dtype=dtype, attn_mask=mask, is_causal=True)
+    sizes = ((1, 4, 70, 136), (1, 2, 90, 136), (1, 2, 90, 72))
+    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=True, dropout_p=0.3)
+    host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     results = []
     for order in ORDERS.values():
         host.set_order(order)
         results.append(on_host(host, sample, grads))
-    host.set_order(0)
     for name in RESULTS:
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
         assert torch.equal(getattr(results[0], name), getattr(results[2], name)), name
+
+
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
+def test_dropout_has_the_masks_of_the_cpu(host: Any, architecture: str) -> None:
+    """With equal scores and the identity for values, out shows which weights were kept."""
+    keys, seed = 64, torch.tensor([3, 4])
+    query, key = torch.zeros(4, 2, 83, 16, dtype=torch.bfloat16), torch.zeros(4, 2, keys, 16, dtype=torch.bfloat16)
+    value = torch.eye(keys, dtype=torch.bfloat16).repeat(4, 2, 1, 1)
+    rest = Options(dropout_seed=seed, dropout_p=0.4)
+    host.set_architecture(architecture)
+    ours, _ = host.attention(query, key, value, None, *rest)
+    cpu, _ = torch.ops.ptkernels.attention(query, key, value, None, *rest)
+    assert torch.equal(ours != 0, cpu != 0)
+    assert 0.5 < (ours != 0).float().mean().item() < 0.7
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("cuda_cores", torch.float32), ("sm_80", torch.bfloat16)])
+def test_packed_sequences_are_those_of_a_batch(host: Any, architecture: str, dtype: torch.dtype) -> None:
+    host.set_architecture(architecture)
+    lengths_q, lengths_k = [37, 0, 70, 5], [64, 9, 0, 131]
+    starts = [torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
+    sample = make((1, 4, sum(lengths_q), 64), (1, 2, sum(lengths_k), 64), (1, 2, sum(lengths_k), 40), dtype=dtype)
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in sample.args)
+    rest = Options(is_causal=True, bottom_right=True, dropout_seed=torch.tensor([1, 2, 3, 4]), dropout_p=0.2)
+    out, lse = host.attention_varlen(query, key, value, *starts, -1, -1, *rest)
+    grad_out, grad_lse = random_gradients(out, lse)
+    packed = host._attention_varlen_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *starts, -1, -1, [True] * 3 + [False] * 2, *rest
+    )
+
+    def part(tensor: Tensor, bounds: Tensor, index: int) -> Tensor:
+        return tensor[bounds[index] : bounds[index + 1]].transpose(0, 1).unsqueeze(0)
+
+    for index in range(4):
+        rows = slice(int(starts[0][index]), int(starts[0][index + 1]))
+        operands = [part(query, starts[0], index), part(key, starts[1], index), part(value, starts[1], index)]
+        alone = rest._replace(dropout_seed=torch.tensor(index + 1))
+        one_out, one_lse = host.attention(*operands, None, *alone)
+        assert torch.equal(part(out, starts[0], index), one_out)
+        assert torch.equal(lse[:, rows], one_lse[0])
+        grads = host._attention_backward(
+            part(grad_out, starts[0], index), grad_lse[None, :, rows], *operands, one_out, one_lse, None, *alone[:2],
+            [True] * 3, *alone[2:],
+        )  # fmt: skip
+        for got, want, bounds in zip(packed, grads, (starts[0], starts[1], starts[1]), strict=False):
+            assert torch.equal(part(got, bounds, index), want)
 
 
 def test_layouts_put_heads_inside(host: Any) -> None:
@@ -116,7 +220,7 @@ def test_only_the_gradients_asked_for(host: Any, wanted: tuple[bool, bool, bool]
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
     grads = gradients_for(host, sample)
     everything = on_host(host, sample, grads)
-    some = on_host(host, sample, grads, wanted)
+    some = on_host(host, sample, grads, (*wanted, False, False, False))
     for name, asked in zip(("query", "key", "value"), wanted, strict=True):
         got = getattr(some, name)
         assert (got is not None) == asked
@@ -133,13 +237,16 @@ def test_without_the_gradient_of_lse(host: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(absent[:3], zero[:3], strict=True))
 
 
-def test_options_without_a_kernel_are_refused(host: Any) -> None:
+def test_a_bias_by_distance_is_refused(host: Any) -> None:
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
-    values = torch.ones(2)
-    refused = {"window_left": 3, "softcap": 1.0, "alibi_slopes": values, "sinks": values}
-    for name, value in {**refused, "relative_bias": torch.ones(2, 56)}.items():
-        with pytest.raises(RuntimeError, match=f"attention: {name.removesuffix('_left')}: got a value, expected none"):
-            host.attention(*sample.args, **{name: value})
+    with pytest.raises(RuntimeError, match="attention: relative_bias: got a value, expected none"):
+        host.attention(*sample.args, relative_bias=torch.ones(2, 56))
+
+
+def test_nothing_runs_that_was_not_chosen(host: Any) -> None:
+    host.set_architecture("none")
+    with pytest.raises(RuntimeError, match="no CUDA kernel has passed on a GPU yet; PTKERNELS_CUDA_ARCH"):
+        host.attention(*[torch.ones(1, 1, 3, 4)] * 3)
 
 
 @pytest.mark.parametrize("large", ["batch", "length"])
@@ -171,6 +278,52 @@ def test_nan_outside_the_tensors_stays_there(host: Any) -> None:
     assert all(getattr(result, name).isfinite().all() for name in RESULTS)
 
 
+@pytest.mark.parametrize(("heads", "tiles", "section"), [(1, 1, 1), (6, 5, 6), (7, 4, 3), (5, 3, 1)])
+def test_a_schedule_takes_every_tile_once_and_long_ones_first(host: Any, heads: int, tiles: int, section: int) -> None:
+    flat = host.tile_order(heads, tiles, section)
+    order = list(zip(flat[::2], flat[1::2], strict=True))
+    assert sorted(order) == [(head, tile) for head in range(heads) for tile in range(tiles)]
+    for first in range(0, heads, section):
+        part = [tile for head, tile in order if first <= head < first + section]
+        assert part == sorted(part, reverse=True)
+        assert max(index for index, (head, _) in enumerate(order) if head < first + section) < (first + section) * tiles
+
+
+def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:
+    assert host.split_count(1, 132, 1 << 20) == 264
+    assert host.split_count(1, 132, 1) == 1
+    assert host.split_count(8, 132, 4096) == 16  # of two steps each
+    assert host.split_count(300, 132, 1 << 20) == 1
+    for blocks in (1, 3, 100, 264, 5000):
+        assert host.split_count(blocks, 132, 1 << 16) * blocks < 264 + blocks
+
+
+def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
+    monkeypatch.setattr(_env, "settings", _env.Settings())
+    assert _cuda.newest() is None
+    assert "PTKERNELS_CUDA_ARCH" in (_cuda.unavailable() or "")
+    monkeypatch.setattr(_env, "settings", _env.Settings(cuda_arch="sm_80"))
+    assert (_cuda.newest(), _cuda.unavailable()) == ("sm_80", None)
+    assert _cuda.note("sm_80") == "not yet run on a GPU"
+    monkeypatch.setattr(_env, "settings", _env.Settings())
+    monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
+    assert (_cuda.newest(), _cuda.note("cuda_cores")) == ("cuda_cores", "passed on an H200 at 1234567")
+
+
+@pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_explain_names_what_the_library_chooses(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capability: int, newest: str
+) -> None:
+    monkeypatch.setattr(_cuda, "newest", lambda: newest)
+    for dtype, dim in itertools.product((torch.float32, torch.bfloat16), (64, 59, 256, 257)):
+        query, key = torch.zeros(2, 4, 7, dim, dtype=dtype), torch.zeros(2, 2, 9, dim, dtype=dtype)
+        for value in (key, key[:1].expand(2, -1, -1, -1), key.transpose(1, 2).contiguous().transpose(1, 2)):
+            chosen = host.architecture_for(query, key, value, capability, newest)
+            assert _cuda.kernel(query, key, value, divmod(capability, 10)) == chosen
+
+
 def test_the_host_reports_a_barrier_that_a_thread_misses(host: Any) -> None:
     with pytest.raises(RuntimeError, match="same barrier"):
         host.run_diverging()
@@ -183,6 +336,63 @@ def test_the_host_shows_a_race(host: Any) -> None:
         out = torch.empty(256)
         host.run_racing(out)
         results.append(out)
-    host.set_order(0)
     assert results[0].isnan().any()  # ascending: everybody reads what its neighbour has yet to write
     assert not torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))
+
+
+def cache_samples() -> Iterator[Any]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for sample in CACHE_SPEC.samples(dtype, "cpu", False, "quick"):
+            yield pytest.param(sample, dtype, id=f"{str(dtype)[6:]}-{sample.name}")
+
+
+def copied(sample: Sample) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, in the layouts that they have."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+
+    return [copy(value) for value in sample.args], {name: copy(value) for name, value in sample.kwargs.items()}
+
+
+@pytest.mark.parametrize(("sample", "dtype"), list(cache_samples()))
+def test_caches_are_those_of_the_cpu(
+    host: Any, monkeypatch: pytest.MonkeyPatch, sample: Sample, dtype: torch.dtype
+) -> None:
+    """Bit for bit what is stored; outputs to the rounding of sums in another order."""
+    expected_args, expected_kwargs = copied(sample)
+    expected = CACHE_SPEC.function(*expected_args, **expected_kwargs, return_lse=True)
+    monkeypatch.setattr(attention_kv_cache, "attend_op", host.attention_with_kv_cache)
+    monkeypatch.setattr(attention_kv_cache, "append_op", host.attention_with_kv_cache_append)
+    args, kwargs = copied(sample)
+    got = CACHE_SPEC.function(*args, **kwargs, return_lse=True)
+    for ours, theirs in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
+        if isinstance(ours, Tensor):
+            assert torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * eps, atol=(16 if dtype.itemsize > 2 else 4) * eps)
+
+
+def test_a_cache_that_is_too_short_stays_as_it_is(host: Any) -> None:
+    """Lengths are not read before the kernels run: what does not fit gives NaN and is not appended."""
+    query, new = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    k_cache, v_cache = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    out, lse = host.attention_with_kv_cache_append(query, k_cache, v_cache, new, new, torch.tensor([4, 2]))
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    assert not out[1].isnan().any()
+    assert not k_cache[0].any()
+    assert torch.equal(k_cache[1, :, 2], new[1, :, 0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, 2**40])
+def test_pages_outside_the_cache_are_not_touched(host: Any, wrong: int) -> None:
+    query, cache = torch.randn(1, 2, 1, 8), torch.randn(7, 2, 4, 8)
+    table = torch.tensor([[2, wrong, wrong]])
+    out, _ = host.attention_with_kv_cache(query, cache, cache, torch.tensor([4]), table)
+    assert out.isfinite().all()
+    out, _ = host.attention_with_kv_cache(query, cache, cache, torch.tensor([5]), table)
+    assert out.isnan().all()

@@ -74,7 +74,13 @@ def test_library_that_does_not_load(content: bytes | None, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PTKERNELS_BACKEND", "gpu"), ("PTKERNELS_STRICT", "yes"), ("PTKERNELS_MAX_ISA", "sse9")]
+    ("name", "value"),
+    [
+        ("PTKERNELS_BACKEND", "gpu"),
+        ("PTKERNELS_STRICT", "yes"),
+        ("PTKERNELS_MAX_ISA", "sse9"),
+        ("PTKERNELS_CUDA_ARCH", "sm_75"),
+    ],
 )
 def test_environment_is_checked(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got '{value}', expected one of"):

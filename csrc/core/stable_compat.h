@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 namespace ptk {
@@ -94,6 +95,24 @@ inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& s
     strides[i] = stride;
   }
   return empty_strided(like, sizes, strides, dtype);
+}
+
+// The tensor itself, or a copy of it on the CPU, for which the host waits.
+inline Tensor on_cpu(const Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    return tensor;
+  }
+  std::vector<int64_t> strides(tensor.dim());
+  int64_t stride = 1;
+  for (size_t i = strides.size(); i-- > 0; stride *= tensor.size(static_cast<int64_t>(i))) {
+    strides[i] = stride;
+  }
+  AtenTensorHandle handle = nullptr;
+  PTK_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes().data(), strides.data(), shim_dtype(tensor),
+                                     aoti_torch_device_type_cpu(), 0, &handle) == TORCH_SUCCESS,
+            "ptkernels: cannot allocate a tensor of shape ", shape_text(tensor.sizes()));
+  Tensor copy(handle);
+  return torch::stable::copy_(copy, tensor);
 }
 
 }  // namespace ptk

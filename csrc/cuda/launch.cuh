@@ -1,14 +1,14 @@
 // Launching kernels on torch's current stream, over the stable ABI.
 //
-// A kernel is a struct: `Params` (passed by value), `Shared` (what a block shares), `static int64_t blocks(const
-// Params&)` and `__device__ static void run(const Params&, Shared&)`, run by kThreads threads. What it does is then
-// free of launch syntax, and any executor of the CUDA model can run it.
+// A kernel is a struct: `Params` (passed by value), `Shared` (what a block shares), `kThreads`, `static int64_t
+// blocks(const Params&)` and `__device__ static void run(const Params&, Shared&)`. What it does is then free of launch
+// syntax, and any executor of the CUDA model can run it.
 #pragma once
 
 #include "csrc/core/checks.h"
-#include "csrc/cuda/tile.cuh"
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -18,10 +18,10 @@
 namespace ptk::cuda {
 
 template <typename Kernel>
-__global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiprocessor)
     kernel_entry(const __grid_constant__ typename Kernel::Params params) {
-  __shared__ typename Kernel::Shared shared;
-  Kernel::run(params, shared);
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Kernel::run(params, *reinterpret_cast<typename Kernel::Shared*>(shared));
 }
 
 // Makes a device current for its lifetime and launches on the stream that torch has current there.
@@ -37,17 +37,39 @@ public:
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  // Compute capability of the current device, major * 10 + minor.
+  int capability() const {
+    return attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
+  }
+
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
   template <typename Kernel>
   void run(const typename Kernel::Params& params) const {
     constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
     const int64_t blocks = Kernel::blocks(params);
-    PTK_CHECK(0 < blocks && blocks <= kMaxBlocks, "ptkernels: got a problem of ", blocks,
-              " thread blocks, expected 1 to ", kMaxBlocks);
-    kernel_entry<Kernel><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(params);
+    PTK_CHECK(blocks <= kMaxBlocks, "ptkernels: got a problem of ", blocks, " thread blocks, expected at most ",
+              kMaxBlocks);
+    if (blocks == 0) {
+      return;
+    }
+    constexpr int kShared = std::is_empty_v<typename Kernel::Shared> ? 0 : sizeof(typename Kernel::Shared);
+    constexpr int kSharedByDefault = 48 << 10;
+    if constexpr (kShared > kSharedByDefault) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    }
+    kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, kShared, stream_>>>(params);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
 private:
+  static int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -2,7 +2,7 @@
 // tiles in shared memory, accumulating in registers.
 //
 // A block is kThreads threads seen as a grid of kGrid x kGrid. The thread at (ty, tx) holds
-//   scores [i][j]    = entry (ty * Rows + i, tx + kGrid * j)                of a score tile (product_of_rows),
+//   scores.at(i, j)  = entry (ty * Rows + i, tx + kGrid * j)                of a score tile (product_of_rows),
 //   outputs[c][i][j] = entry (ty * Rows + i, c * kChunk + tx * kQuad + j)   of an output (add_weighted_rows).
 // Interleaved columns in the one and quads in the other keep all reads of shared memory 16 bytes wide and free of bank
 // conflicts. A row of scores lives in kGrid consecutive lanes of one warp.
@@ -92,10 +92,44 @@ __device__ void load_tile(Tile<Acc, Height, Width>& tile, const Matrix<Scalar>& 
   }
 }
 
-// scores[i][j] += <left row, right row>, for the tile of left's rows from left_row0 and right's rows from right_row0.
+// Scores of a block: entry (row(i), col(j)) of its tile is at(i, j) of the thread.
+template <typename Number, int Rows, int Cols>
+struct ThreadTile {
+  using Acc = Number;
+  static constexpr int kRows = Rows;
+  static constexpr int kCols = Cols;
+  static constexpr int kLanesPerRow = kGrid;
+  static constexpr int kTileRows = kGrid * Rows;
+  static constexpr int kTileCols = kGrid * Cols;
+  Acc entries[Rows][Cols];
+
+  __device__ Acc& at(int i, int j) { return entries[i][j]; }
+  __device__ static int row(int i) { return thread_row() * Rows + i; }
+  __device__ static int col(int j) { return thread_col() + kGrid * j; }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Rows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Cols; ++j) {
+        entries[i][j] = 0;
+      }
+    }
+  }
+
+  __device__ static Acc exp(Acc x) { return std::exp(x); }
+  // exp(unit * product - shift)
+  __device__ static Acc exp_of_product(Acc product, Acc unit, Acc shift) {
+    return std::exp(std::fma(unit, product, -shift));
+  }
+  __device__ static Acc tanh(Acc x) { return std::tanh(x); }
+};
+
+// scores.at(i, j) += <left row, right row>, for the tile of left's rows from left_row0 and right's rows from
+// right_row0.
 template <int Rows, int Cols, typename Acc, typename Scalar>
 __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scalar>& left, int left_row0,
-                                const Matrix<Scalar>& right, int right_row0, Acc (&scores)[Rows][Cols]) {
+                                const Matrix<Scalar>& right, int right_row0, ThreadTile<Acc, Rows, Cols>& scores) {
   for (int depth0 = 0; depth0 < left.cols; depth0 += kDepth) {
     __syncthreads();  // nobody still reads the tiles that are about to be overwritten
     load_tile<kGrid * Rows, kDepth>(tiles.left, left, left_row0, depth0);
@@ -115,7 +149,7 @@ __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scal
         for (int j = 0; j < Cols; ++j) {
 #pragma unroll
           for (int k = 0; k < kQuad; ++k) {
-            scores[i][j] = std::fma(a.at[k], b[j].at[k], scores[i][j]);
+            scores.entries[i][j] = std::fma(a.at[k], b[j].at[k], scores.entries[i][j]);
           }
         }
       }
@@ -125,12 +159,12 @@ __device__ void product_of_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Scal
 
 // No barrier of its own: between the add_weighted_rows that read the last weights and this lies a product_of_rows.
 template <int Rows, int Cols, typename Acc>
-__device__ void store_weights(Tiles<Acc, Rows, Cols>& tiles, const Acc (&weights)[Rows][Cols]) {
+__device__ void store_weights(Tiles<Acc, Rows, Cols>& tiles, const ThreadTile<Acc, Rows, Cols>& weights) {
 #pragma unroll
   for (int i = 0; i < Rows; ++i) {
 #pragma unroll
     for (int j = 0; j < Cols; ++j) {
-      tiles.weight(i, j) = weights[i][j];
+      tiles.weight(i, j) = weights.entries[i][j];
     }
   }
 }
@@ -169,20 +203,20 @@ __device__ void add_weighted_rows(Tiles<Acc, Rows, Cols>& tiles, const Matrix<Sc
   }
 }
 
-// Largest `value` among the kGrid lanes that share a row. A NaN does not win here; it reaches the result through exp.
-template <typename Acc>
-__device__ Acc row_max(Acc value) {
+// Largest `value` among groups of Lanes neighbouring lanes. A NaN does not win here; it reaches the result through exp.
+template <int Lanes, typename Acc>
+__device__ Acc max_over_lanes(Acc value) {
 #pragma unroll
-  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
+  for (int lane = Lanes / 2; lane > 0; lane /= 2) {
     value = std::fmax(value, __shfl_xor_sync(0xffffffffu, value, lane));
   }
   return value;
 }
 
-template <typename Acc>
-__device__ Acc row_sum(Acc value) {
+template <int Lanes, typename Acc>
+__device__ Acc sum_over_lanes(Acc value) {
 #pragma unroll
-  for (int lane = kGrid / 2; lane > 0; lane /= 2) {
+  for (int lane = Lanes / 2; lane > 0; lane /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, lane);
   }
   return value;

@@ -1,204 +1,129 @@
-// Attention backward on the CUDA cores. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile:
-//
-//   grad_value[j] = sum_i p[i, j] grad_out[i]
-//   grad_s[i, j]  = p[i, j] (<grad_out[i], value[j]> - delta[i])        delta[i] = <grad_out[i], out[i]> - grad_lse[i]
-//   grad_query[i] = scale sum_j grad_s[i, j] key[j]                     grad_key[j] = scale sum_i grad_s[i, j] query[i]
-//
-// Four launches: delta; what rounding of lse does to p; one block per tile of keys for grad_key and grad_value, walking
-// over the queries of every query head that shares them; one block per tile of queries for grad_query. Each gradient
-// entry is summed by one thread in a fixed order: no atomics, the same bits on every run. The price: p and grad_s are
-// computed twice.
-// Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
+// Attention backward on the CUDA cores: the equations of attention_backward_common.cuh, one block per tile of queries
+// for grad_query, one block per tile of keys for grad_key and grad_value, walking over the queries of every query head
+// that shares them.
 #pragma once
 
-#include "csrc/ops/attention/attention_cuda.h"
-#include "csrc/ops/attention/attention_tile.cuh"
+#include "csrc/ops/attention/attention_backward_common.cuh"
 
 namespace ptk::cuda {
-
-// A row with nothing to attend to has lse = -inf and every weight 0.
-template <typename Acc>
-__device__ Acc attention_weight(Acc score, Acc lse) {
-  return lse == -INFINITY ? Acc(0) : std::exp(score - lse);
-}
-
-// What the weights of a row have to be multiplied by to sum to 1. An lse of -1e9, from a mask that blocks the row with
-// a large number, has no digit left for the logarithm of the sum: exp(s - lse) is then 1 for every key. Rows whose lse
-// is within kExact of 0 have a weight_scale of 1, and a tile of nothing but such rows costs nothing.
-template <typename Scalar>
-struct AttentionWeightScale {
-  using Params = AttentionBackwardParams;
-  using Acc = AccumulatorOf<Scalar>;
-  using Geometry = AttentionTile<Acc, kChunk, 1>;
-  static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
-  static constexpr int kRows = Geometry::kRows;
-  static constexpr int kCols = Geometry::kCols;
-  static constexpr Acc kExact = 64;  // rounding of lse then changes the weights by 32 ulp at most
-  using Shared = Tiles<Acc, kRows, kCols>;
-
-  static int64_t blocks(const Params& params) {
-    const Problem& problem = params.base.problem;
-    return problem.batch * problem.heads_q * tile_count(problem.len_q, Geometry::kBlockRows);
-  }
-
-  __device__ static bool exact(Acc lse) { return lse == -INFINITY || std::fabs(lse) <= kExact; }
-
-  __device__ static void run(const Params& params, Shared& tiles) {
-    const BackwardParams& base = params.base;
-    const Problem& problem = base.problem;
-    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
-    const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
-    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
-    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
-    const int64_t mask = mask_offset(problem, batch, head);
-    const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
-
-    bool all_exact = true;  // the same in every thread, as the barriers below require
-    for (int row = row0; row < min(query.rows, row0 + Geometry::kBlockRows); ++row) {
-      all_exact = all_exact && exact(lse[row]);
-    }
-    const int keys = problem.is_causal ? min(key.rows, row0 + Geometry::kBlockRows) : key.rows;
-    Acc sum[kRows] = {};
-    for (int col0 = 0; col0 < keys && !all_exact; col0 += Geometry::kBlockCols) {
-      Acc products[kRows][kCols] = {};
-      product_of_rows(tiles, query, row0, key, col0, products);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = row0 + thread_row() * kRows + i;
-#pragma unroll
-        for (int j = 0; j < kCols; ++j) {
-          const int col = col0 + thread_col() + kGrid * j;
-          const Acc score = masked_score<Scalar>(problem, mask, row, col, products[i][j]);
-          sum[i] += attention_weight(score, lse[min(row, query.rows - 1)]);
-        }
-      }
-    }
-
-    Acc* weight_scale = static_cast<Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int row = row0 + thread_row() * kRows + i;
-      const Acc total = row_sum(sum[i]);
-      if (thread_col() == 0 && row < query.rows) {
-        weight_scale[row] = exact(lse[row]) ? Acc(1) : 1 / total;
-      }
-    }
-  }
-};
-
-// One warp per row.
-template <typename Scalar>
-struct AttentionDelta {
-  using Params = AttentionBackwardParams;
-  using Acc = AccumulatorOf<Scalar>;
-  struct Shared {};
-  static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kWarp = 32;
-  static constexpr int kBlockRows = kThreads / kWarp;
-
-  static int64_t blocks(const Params& params) {
-    const Problem& problem = params.base.problem;
-    return problem.batch * problem.heads_q * tile_count(problem.len_q, kBlockRows);
-  }
-
-  __device__ static void run(const Params& params, Shared&) {
-    const BackwardParams& base = params.base;
-    const Problem& problem = base.problem;
-    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, kBlockRows);
-    const int row = row0 + static_cast<int>(threadIdx.x) / kWarp;
-    const int lane = threadIdx.x % kWarp;
-    const auto out = head_matrix<Scalar>(base.out, batch, head, problem.len_q, problem.dim_v);
-    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
-    Acc delta = 0;
-    if (row < out.rows) {
-      for (int col = lane; col < out.cols; col += kWarp) {
-        delta += static_cast<Acc>(out.data[row * out.row_stride + col * out.col_stride]) *
-                 static_cast<Acc>(grad_out.data[row * grad_out.row_stride + col * grad_out.col_stride]);
-      }
-    }
-#pragma unroll
-    for (int other = kWarp / 2; other > 0; other /= 2) {
-      delta += __shfl_xor_sync(0xffffffffu, delta, other);
-    }
-    if (row < out.rows && lane == 0) {
-      const int64_t offset = row_statistics_offset(problem, batch, head) + row;
-      if (base.grad_lse != nullptr) {
-        delta -= static_cast<const Acc*>(base.grad_lse)[offset];
-      }
-      const bool fully_masked = static_cast<const Acc*>(base.lse)[offset] == -INFINITY;
-      static_cast<Acc*>(params.delta)[offset] = fully_masked ? Acc(0) : delta;
-    }
-  }
-};
 
 template <typename Scalar, int HeadDim>
 struct AttentionGradQuery {
   using Params = AttentionBackwardParams;
   using Acc = AccumulatorOf<Scalar>;
   using Geometry = AttentionTile<Acc, HeadDim, 1>;
+  static constexpr int kThreads = ptk::cuda::kThreads;
   static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
+  static constexpr int kBlockRows = Geometry::kBlockRows;
+  static constexpr int kBlockCols = Geometry::kBlockCols;
   using Shared = Tiles<Acc, kRows, kCols>;
+  using Tile = ThreadTile<Acc, kRows, kCols>;
 
   static int64_t blocks(const Params& params) {
     const Problem& problem = params.base.problem;
-    return problem.batch * problem.heads_q * tile_count(problem.len_q, Geometry::kBlockRows);
+    return problem.batch * problem.heads_q * tile_count(problem.len_q, kBlockRows);
+  }
+
+  // grad_s of one tile, before the cap's derivative, which goes to cap_slopes.
+  __device__ static void score_gradients(const Params& params, Shared& tiles, const Sequence& sequence, int64_t head,
+                                         int row0, int col0, Tile& tile, Tile& cap_slopes) {
+    const BackwardParams& base = params.base;
+    const Problem& problem = base.problem;
+    const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
+    const HeadScores<Scalar> scores(problem, sequence, head);
+    const Dropout dropout(problem, sequence.batch, head);
+    const auto statistics = [&](int i) { return row_statistics<Acc>(params, sequence, head, row0 + Tile::row(i)); };
+    Tile weights;
+    weights.clear();
+    product_of_rows(tiles, query_matrix<Scalar>(base.query, sequence, head, problem.dim_qk), row0,
+                    key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk), col0, weights);
+    scores.template finish<false>(weights, row0, col0, &cap_slopes);
+    make_weights<false>(scores, weights, statistics);
+    store_weights(tiles, weights);  // read back below: they do not fit in registers beside the gradients
+    tile.clear();
+    product_of_rows(tiles, query_matrix<Scalar>(base.grad_out, sequence, head, problem.dim_v), row0,
+                    key_matrix<Scalar>(base.value, sequence, head_kv, problem.dim_v), col0, tile);
+    if (dropout.is_used()) {
+      dropout.template draw<false, Tile>(row0, col0).apply(tile, dropout.template factor<Acc>());
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        weights.at(i, j) = tiles.weight(i, j);
+      }
+    }
+    make_score_gradients<false>(weights, tile, statistics);
   }
 
   __device__ static void run(const Params& params, Shared& tiles) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
-    const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
-    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
-    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
-    const auto value = head_matrix<Scalar>(base.value, batch, head_kv, problem.len_k, problem.dim_v);
-    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
-    const int64_t mask = mask_offset(problem, batch, head);
-    const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
-    const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
-    const Acc* weight_scale =
-        static_cast<const Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
+    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, kBlockRows);
+    const Sequence sequence = sequence_of(problem, batch);
+    if (row0 >= sequence.len_q) {
+      return;
+    }
+    const auto key =
+        key_matrix<Scalar>(base.key, sequence, head / (problem.heads_q / problem.heads_kv), problem.dim_qk);
+    const HeadScores<Scalar> scores(problem, sequence, head);
 
     Acc grad[Geometry::kChunks][kRows][kQuad] = {};
-    const int keys = problem.is_causal ? min(key.rows, row0 + Geometry::kBlockRows) : key.rows;
-    for (int col0 = 0; col0 < keys; col0 += Geometry::kBlockCols) {
-      Acc weights[kRows][kCols] = {};
-      product_of_rows(tiles, query, row0, key, col0, weights);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = row0 + thread_row() * kRows + i;
-#pragma unroll
-        for (int j = 0; j < kCols; ++j) {
-          const int col = col0 + thread_col() + kGrid * j;
-          const Acc score = masked_score<Scalar>(problem, mask, row, col, weights[i][j]);
-          const int inside = min(row, query.rows - 1);
-          weights[i][j] = attention_weight(score, lse[inside]) * weight_scale[inside];
-        }
+    Acc slope_sum[kRows] = {};
+    const Span keys = sequence.keys_of(row0, row0 + kBlockRows);
+    for (int col0 = keys.begin / kBlockCols * kBlockCols; col0 < keys.end; col0 += kBlockCols) {
+      Tile tile, cap_slopes;
+      score_gradients(params, tiles, sequence, head, row0, col0, tile, cap_slopes);
+      if (params.slope_sums != nullptr) {
+        add_slopes(scores, tile, row0, col0, slope_sum);
       }
-      store_weights(tiles, weights);  // read back below: they do not fit in registers beside grad_scores
-      Acc grad_scores[kRows][kCols] = {};
-      product_of_rows(tiles, grad_out, row0, value, col0, grad_scores);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = row0 + thread_row() * kRows + i;
-#pragma unroll
-        for (int j = 0; j < kCols; ++j) {
-          grad_scores[i][j] = tiles.weight(i, j) * (grad_scores[i][j] - delta[min(row, query.rows - 1)]);
-        }
+      if (scores.is_capped()) {
+        multiply_entries(tile, cap_slopes);
       }
-      store_weights(tiles, grad_scores);
-      add_weighted_rows(tiles, key, col0, grad);
+      if (base.grad_query.data != nullptr) {
+        store_weights(tiles, tile);
+        add_weighted_rows(tiles, key, col0, grad);
+      }
     }
+    if (params.slope_sums != nullptr) {
+      store_slopes<Tile>(params, sequence, head, row0, slope_sum);
+    }
+    if (base.grad_query.data != nullptr) {
+      Acc scale[kRows];
+      for (Acc& factor : scale) {
+        factor = static_cast<Acc>(problem.scale);
+      }
+      store_outputs(grad, scale, head_data<Scalar>(base.grad_query, batch, head, sequence.first_q),
+                    base.grad_query.strides[2], row0, sequence.len_q, static_cast<int>(problem.dim_qk));
+    }
+  }
+};
 
-    Acc scale[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      scale[i] = static_cast<Acc>(problem.scale);
+// What AttentionGradMask needs, on the CUDA cores.
+template <typename Scalar>
+struct ThreadScoreGradients {
+  using Kernel = AttentionGradQuery<Scalar, kChunk>;
+  using Tile = typename Kernel::Tile;
+  using Shared = typename Kernel::Shared;
+  static constexpr int kThreads = Kernel::kThreads;
+  static constexpr int kBlocksPerMultiprocessor = 1;
+  static constexpr int kBlockRows = Kernel::kBlockRows;
+  static constexpr int kBlockCols = Kernel::kBlockCols;
+
+  __device__ static int first_row() { return 0; }
+
+  __device__ static bool tile(const AttentionBackwardParams& params, Shared& shared, int64_t batch, int64_t head,
+                              int row0, int col0, Tile& tile) {
+    const Sequence sequence = sequence_of(params.base.problem, batch);
+    const Span keys = sequence.keys_of(row0, row0 + kBlockRows);
+    if (col0 >= keys.end || col0 + kBlockCols <= keys.begin) {
+      return false;
     }
-    store_outputs(grad, scale, head_data<Scalar>(base.grad_query, batch, head), base.grad_query.strides[2], row0,
-                  query.rows, query.cols);
+    Tile cap_slopes;
+    Kernel::score_gradients(params, shared, sequence, head, row0, col0, tile, cap_slopes);
+    return true;
   }
 };
 
@@ -208,11 +133,13 @@ struct AttentionGradKeyValue {
   using Params = AttentionBackwardParams;
   using Acc = AccumulatorOf<Scalar>;
   using Geometry = AttentionTile<Acc, HeadDim, 2>;
+  static constexpr int kThreads = ptk::cuda::kThreads;
   static constexpr int kBlocksPerMultiprocessor = Geometry::kBlocksPerMultiprocessor;
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
   using Shared = Tiles<Acc, kRows, kCols>;
+  using Tile = ThreadTile<Acc, kRows, kCols>;
 
   struct State {
     Acc grad_key[kChunks][kRows][kQuad] = {};
@@ -224,51 +151,51 @@ struct AttentionGradKeyValue {
     return problem.batch * problem.heads_kv * tile_count(problem.len_k, Geometry::kBlockRows);
   }
 
-  __device__ static void add_query_head(const Params& params, Shared& tiles, State& state, int64_t batch, int64_t head,
-                                        const Matrix<Scalar>& key, const Matrix<Scalar>& value, int row0) {
+  __device__ static void add_query_head(const Params& params, Shared& tiles, State& state, const Sequence& sequence,
+                                        int64_t head, const Matrix<Scalar>& key, const Matrix<Scalar>& value,
+                                        int row0) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto query = head_matrix<Scalar>(base.query, batch, head, problem.len_q, problem.dim_qk);
-    const auto grad_out = head_matrix<Scalar>(base.grad_out, batch, head, problem.len_q, problem.dim_v);
-    const int64_t mask = mask_offset(problem, batch, head);
-    const Acc* lse = static_cast<const Acc*>(base.lse) + row_statistics_offset(problem, batch, head);
-    const Acc* delta = static_cast<const Acc*>(params.delta) + row_statistics_offset(problem, batch, head);
-    const Acc* weight_scale =
-        static_cast<const Acc*>(params.weight_scale) + row_statistics_offset(problem, batch, head);
+    const auto query = query_matrix<Scalar>(base.query, sequence, head, problem.dim_qk);
+    const auto grad_out = query_matrix<Scalar>(base.grad_out, sequence, head, problem.dim_v);
+    const HeadScores<Scalar> scores(problem, sequence, head);
+    const Dropout dropout(problem, sequence.batch, head);
 
-    const int first = problem.is_causal ? row0 / Geometry::kBlockCols * Geometry::kBlockCols : 0;
-    for (int col0 = first; col0 < query.rows; col0 += Geometry::kBlockCols) {
-      Acc weights[kRows][kCols] = {};
+    const Span queries = sequence.rows_of(row0, row0 + Geometry::kBlockRows);
+    for (int col0 = queries.begin / Geometry::kBlockCols * Geometry::kBlockCols; col0 < queries.end;
+         col0 += Geometry::kBlockCols) {
+      const auto statistics = [&](int j) { return row_statistics<Acc>(params, sequence, head, col0 + Tile::col(j)); };
+      Tile weights, cap_slopes;
+      weights.clear();
       product_of_rows(tiles, key, row0, query, col0, weights);
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        const int col = col0 + thread_col() + kGrid * j;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int row = row0 + thread_row() * kRows + i;
-          const Acc score = masked_score<Scalar>(problem, mask, col, row, weights[i][j]);
-          const int inside = min(col, query.rows - 1);
-          weights[i][j] = attention_weight(score, lse[inside]) * weight_scale[inside];
-        }
+      scores.template finish<true>(weights, row0, col0, &cap_slopes);
+      make_weights<true>(scores, weights, statistics);
+      KeptEntries<Tile> kept;
+      if (dropout.is_used()) {
+        kept = dropout.template draw<true, Tile>(row0, col0);
       }
-      store_weights(tiles, weights);
       if (base.grad_value.data != nullptr) {
+        Tile dropped = weights;
+        if (dropout.is_used()) {
+          kept.apply(dropped, 1);
+        }
+        store_weights(tiles, dropped);
         add_weighted_rows(tiles, grad_out, col0, state.grad_value);
       }
       if (base.grad_key.data == nullptr) {
         continue;
       }
-      Acc grad_scores[kRows][kCols] = {};
-      product_of_rows(tiles, value, row0, grad_out, col0, grad_scores);
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        const int col = col0 + thread_col() + kGrid * j;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          grad_scores[i][j] = tiles.weight(i, j) * (grad_scores[i][j] - delta[min(col, query.rows - 1)]);
-        }
+      Tile gradients;
+      gradients.clear();
+      product_of_rows(tiles, value, row0, grad_out, col0, gradients);
+      if (dropout.is_used()) {
+        kept.apply(gradients, dropout.template factor<Acc>());
       }
-      store_weights(tiles, grad_scores);
+      make_score_gradients<true>(weights, gradients, statistics);
+      if (scores.is_capped()) {
+        multiply_entries(gradients, cap_slopes);
+      }
+      store_weights(tiles, gradients);
       add_weighted_rows(tiles, query, col0, state.grad_key);
     }
   }
@@ -277,28 +204,32 @@ struct AttentionGradKeyValue {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
     const auto [batch, head_kv, row0] = block_position(problem.heads_kv, problem.len_k, Geometry::kBlockRows);
-    const auto key = head_matrix<Scalar>(base.key, batch, head_kv, problem.len_k, problem.dim_qk);
-    const auto value = head_matrix<Scalar>(base.value, batch, head_kv, problem.len_k, problem.dim_v);
+    const Sequence sequence = sequence_of(problem, batch);
+    if (row0 >= sequence.len_k) {
+      return;
+    }
+    const auto key = key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk);
+    const auto value = key_matrix<Scalar>(base.value, sequence, head_kv, problem.dim_v);
 
     State state;
     const int64_t group = problem.heads_q / problem.heads_kv;
     for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
-      add_query_head(params, tiles, state, batch, head, key, value, row0);
+      add_query_head(params, tiles, state, sequence, head, key, value, row0);
     }
 
     Acc scale[kRows];
-    Acc one[kRows];
+    Acc kept_factor[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       scale[i] = static_cast<Acc>(problem.scale);
-      one[i] = 1;
+      kept_factor[i] = Dropout(problem, batch, 0).template factor<Acc>();
     }
     if (base.grad_key.data != nullptr) {
-      store_outputs(state.grad_key, scale, head_data<Scalar>(base.grad_key, batch, head_kv), base.grad_key.strides[2],
-                    row0, key.rows, key.cols);
+      store_outputs(state.grad_key, scale, head_data<Scalar>(base.grad_key, batch, head_kv, sequence.first_k),
+                    base.grad_key.strides[2], row0, key.rows, key.cols);
     }
     if (base.grad_value.data != nullptr) {
-      store_outputs(state.grad_value, one, head_data<Scalar>(base.grad_value, batch, head_kv),
+      store_outputs(state.grad_value, kept_factor, head_data<Scalar>(base.grad_value, batch, head_kv, sequence.first_k),
                     base.grad_value.strides[2], row0, key.rows, value.cols);
     }
   }

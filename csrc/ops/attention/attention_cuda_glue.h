@@ -1,6 +1,7 @@
 // Backend of attention's torch glue that runs the CUDA kernels through a Launcher: StreamLauncher on a GPU.
 #pragma once
 
+#include "csrc/cuda/values.cuh"
 #include "csrc/ops/attention/attention_cuda.h"
 #include "csrc/ops/attention/attention_glue.h"
 
@@ -8,6 +9,13 @@
 #include <torch/headeronly/util/Half.h>
 
 namespace ptk::cuda {
+
+// Kernels that may be chosen: none until Python says which.
+inline Architecture newest_architecture = Architecture::none;
+
+inline void set_newest_architecture(std::string name) {
+  newest_architecture = architecture_of(name);
+}
 
 // Calls run.template operator()<Scalar>() with the type of dtype.
 template <typename Run>
@@ -24,25 +32,69 @@ void with_scalar(DType dtype, Run&& run) {
   }
 }
 
+template <typename Run>
+void with_narrow_scalar(DType dtype, Run&& run) {
+  return dtype == DType::bf16 ? run.template operator()<torch::headeronly::BFloat16>()
+                              : run.template operator()<torch::headeronly::Half>();
+}
+
 // The kernels index rows with int, and step past the end by at most one tile.
 inline void check_length(const char* name, int64_t length) {
-  constexpr int64_t kMaxLength = (int64_t{1} << 31) - 128;
+  constexpr int64_t kMaxLength = (int64_t{1} << 31) - 256;
   PTK_CHECK(length <= kMaxLength, "attention: ", name, ": got length ", length, ", expected at most ", kMaxLength,
             " on cuda");
 }
 
-// What the kernels here do not compute; Python sends such calls to the reference.
-inline void check_options(const Problem& p) {
-  const auto refuse = [](bool used, const char* name) {
-    PTK_CHECK(!used, "attention: ", name, ": got a value, expected none on cuda, which has no kernel for it");
-  };
-  refuse(p.left < kUnbounded || p.right < kUnbounded, "window");
-  refuse(p.bottom_right, "bottom_right");
-  refuse(p.softcap != 0, "softcap");
-  refuse(p.alibi.data != nullptr, "alibi_slopes");
-  refuse(p.sinks.data != nullptr, "sinks");
-  refuse(p.seeds != nullptr, "dropout_p");
+// What this library was built without cannot be chosen.
+#ifdef PTK_WITHOUT_SM90A
+inline constexpr bool kHasSm90a = false;
+#else
+inline constexpr bool kHasSm90a = true;
+#endif
+
+inline Architecture checked_architecture(const Problem& problem, int capability, bool suits_copy_engine) {
+  const Architecture architecture =
+      choose_architecture(problem, capability, newest_architecture, kHasSm90a && suits_copy_engine);
+  PTK_CHECK(architecture != Architecture::none,
+            "attention: query: got a tensor on cuda, expected one on the cpu: no CUDA kernel has passed on a GPU yet; "
+            "PTKERNELS_CUDA_ARCH chooses those that have not");
+  check_length("query", problem.len_q);
+  check_length("key", problem.len_k);
+  return architecture;
 }
+
+// A copy on the device of query of numbers that are on the host.
+template <typename Launcher>
+Tensor on_device(const int64_t* values, int64_t count, const Tensor& query, const Launcher& launcher) {
+  const Tensor copy = empty_contiguous(query, {count}, DType::f64);  // as wide as an int64
+  WriteValues::Params params;
+  for (int64_t first = 0; first < count; first += WriteValues::kThreads) {
+    params.count = static_cast<int>(std::min<int64_t>(count - first, WriteValues::kThreads));
+    std::copy_n(values + first, params.count, params.values);
+    params.out = static_cast<int64_t*>(copy.mutable_data_ptr()) + first;
+    launcher.template run<WriteValues>(params);
+  }
+  return copy;
+}
+
+// A problem whose seeds and sequences are on the device.
+struct DeviceProblem {
+  Problem problem;
+  std::optional<Tensor> seeds, first_q, first_k;
+
+  template <typename Launcher>
+  DeviceProblem(const Problem& host, const Tensor& query, const Launcher& launcher) : problem(host) {
+    const auto move = [&](const int64_t*& values, int64_t count, std::optional<Tensor>& copy) {
+      if (values != nullptr) {
+        copy = on_device(values, count, query, launcher);
+        values = static_cast<const int64_t*>(copy->const_data_ptr());
+      }
+    };
+    move(problem.seeds, problem.batch / problem.batch_per_seed, seeds);
+    move(problem.first_q, problem.batch + 1, first_q);
+    move(problem.first_k, problem.batch + 1, first_k);
+  }
+};
 
 template <typename Launcher>
 struct AttentionBackend {
@@ -50,27 +102,40 @@ struct AttentionBackend {
 
   static bool owns(const Tensor& tensor) { return Launcher::owns(tensor); }
 
-  static void forward(const ForwardParams& params, const Tensor& query) {
-    check_options(params.problem);
-    check_length("query", params.problem.len_q);
-    check_length("key", params.problem.len_k);
+  static void forward(ForwardParams params, const Tensor& query) {
     const Launcher launcher(query.get_device_index());
-    with_scalar(params.problem.dtype, [&]<typename Scalar>() { run_attention_forward<Scalar>(params, launcher); });
+    const Architecture architecture =
+        checked_architecture(params.problem, launcher.capability(), fits_copy_engine(params));
+    const DeviceProblem device(params.problem, query, launcher);
+    params.problem = device.problem;
+    if (architecture == Architecture::sm_90a) {
+      with_narrow_scalar(params.problem.dtype,
+                         [&]<typename Scalar>() { run_attention_forward_sm90<Scalar>(params, launcher); });
+    } else if (architecture == Architecture::sm_80) {
+      with_narrow_scalar(params.problem.dtype,
+                         [&]<typename Scalar>() { run_attention_forward_sm80<Scalar>(params, launcher); });
+    } else {
+      with_scalar(params.problem.dtype, [&]<typename Scalar>() { run_attention_forward<Scalar>(params, launcher); });
+    }
   }
 
-  static void backward(const BackwardParams& params, const Tensor& query) {
-    check_options(params.problem);
-    PTK_CHECK(params.grad_mask.data == nullptr,
-              "attention: output_mask: got true for attn_mask, which has no kernel on "
-              "cuda");
-    check_length("query", params.problem.len_q);
-    check_length("key", params.problem.len_k);
+  static void backward(BackwardParams params, const Tensor& query) {
     const Launcher launcher(query.get_device_index());
-    const Tensor delta = empty_lse(query, params.problem);
-    const Tensor weight_scale = empty_lse(query, params.problem);
-    const AttentionBackwardParams with_scratch{params, delta.mutable_data_ptr(), weight_scale.mutable_data_ptr()};
-    with_scalar(params.problem.dtype,
-                [&]<typename Scalar>() { run_attention_backward<Scalar>(with_scratch, launcher); });
+    const Architecture architecture = checked_architecture(params.problem, launcher.capability(), false);
+    const DeviceProblem device(params.problem, query, launcher);
+    params.problem = device.problem;
+    const auto scratch = [&] {
+      return empty_contiguous(query, {row_statistics_count(params.problem)}, lse_dtype(params.problem.dtype));
+    };
+    const Tensor delta = scratch(), weight_scale = scratch(), slope_sums = scratch();
+    const AttentionBackwardParams all{params, delta.mutable_data_ptr(), weight_scale.mutable_data_ptr(),
+                                      params.grad_alibi.data ? slope_sums.mutable_data_ptr() : nullptr};
+    if (architecture == Architecture::none || architecture == Architecture::cuda_cores) {
+      with_scalar(params.problem.dtype, [&]<typename Scalar>() { run_attention_backward<Scalar>(all, launcher); });
+    } else {
+      with_narrow_scalar(params.problem.dtype,
+                         [&]<typename Scalar>() { run_attention_backward_sm80<Scalar>(all, launcher); });
+    }
   }
 };
 

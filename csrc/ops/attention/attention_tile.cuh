@@ -1,4 +1,4 @@
-// What the CUDA kernels of attention share: which tile a block works on, how many entries a thread holds, and the mask.
+// What the CUDA kernels of attention share: which tile a block works on, where a sequence lies, and what its rows see.
 #pragma once
 
 #include "csrc/cuda/tile.cuh"
@@ -10,9 +10,9 @@
 
 namespace ptk::cuda {
 
-// Score tile of a block, as entries per thread, when the block also accumulates `Outputs` head-dim-wide results in
-// registers: as many rows as let those take at most 128 of the 255 that a thread can have. Where they take 32 or fewer,
-// two blocks fit a multiprocessor.
+// Score tile of a block on the CUDA cores, as entries per thread, when the block also accumulates `Outputs`
+// head-dim-wide results in registers: as many rows as let those take at most 128 of the 255 that a thread can have.
+// Where they take 32 or fewer, two blocks fit a multiprocessor.
 template <typename Acc, int HeadDim, int Outputs>
 struct AttentionTile {
   static constexpr int kChunks = HeadDim / kChunk;
@@ -43,61 +43,114 @@ __device__ inline BlockPosition block_position(int64_t heads, int64_t length, in
   return {sequence / heads, sequence % heads, static_cast<int>(tiles - 1 - blockIdx.x % tiles) * tile};
 }
 
-template <typename Scalar>
-__device__ Matrix<Scalar> head_matrix(const ConstView& view, int64_t batch, int64_t head, int64_t rows, int64_t cols) {
-  return {static_cast<const Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1], view.strides[2],
-          view.strides[3], static_cast<int>(rows), static_cast<int>(cols)};
-}
+// Indices from begin up to end.
+struct Span {
+  int begin;
+  int end;
+};
 
-template <typename Scalar>
-__device__ Scalar* head_data(const View& view, int64_t batch, int64_t head) {
-  return static_cast<Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1];
-}
+// One sequence of the batch: its lengths, its first rows in packed operands, and the band that its rows see: row i sees
+// the keys from i + low up to i + high.
+struct Sequence {
+  int64_t batch;
+  int64_t first_q, first_k;
+  int len_q, len_k;
+  int diagonal, low, high;
 
-// Of lse and of what is laid out like it.
-__device__ inline int64_t row_statistics_offset(const Problem& problem, int64_t batch, int64_t head) {
-  return (batch * problem.heads_q + head) * problem.len_q;
-}
-
-// Scaled and masked score of one (row, col) of a head; -inf where row may not attend to col or either is outside.
-// The same bits in every kernel, so that exp(score - lse) cannot overflow however large the mask is.
-template <typename Scalar, typename Acc>
-__device__ Acc masked_score(const Problem& problem, int64_t mask_offset, int row, int col, Acc product) {
-  if (row >= problem.len_q || col >= problem.len_k || (problem.is_causal && col > row)) {
-    return -INFINITY;
+  __device__ static int within(int64_t index, int length) {
+    return static_cast<int>(index < 0 ? 0 : index > length ? length : index);
   }
-  const Acc scale = static_cast<Acc>(problem.scale);
-  const int64_t offset = mask_offset + row * problem.mask.strides[2] + col * problem.mask.strides[3];
-  switch (problem.mask_kind) {
-  case MaskKind::boolean:
-    return static_cast<const uint8_t*>(problem.mask.data)[offset] ? scale * product : static_cast<Acc>(-INFINITY);
-  case MaskKind::same_dtype:
-    return std::fma(scale, product, static_cast<Acc>(static_cast<const Scalar*>(problem.mask.data)[offset]));
-  case MaskKind::f32:
-    return std::fma(scale, product, static_cast<Acc>(static_cast<const float*>(problem.mask.data)[offset]));
-  case MaskKind::none:
-    break;
+
+  // Keys that a row sees; none where it lies outside.
+  __device__ Span keys_of(int row) const {
+    if (row >= len_q) {
+      return {0, 0};
+    }
+    return {within(int64_t{row} + low, len_k), within(int64_t{row} + high, len_k)};
   }
-  return scale * product;
+
+  // Keys that rows from row0 up to row1 see between them.
+  __device__ Span keys_of(int row0, int row1) const { return {keys_of(row0).begin, keys_of(min(row1, len_q) - 1).end}; }
+
+  // Rows that see any of the keys from key0 up to key1.
+  __device__ Span rows_of(int key0, int key1) const {
+    return {within(int64_t{key0} - high + 1, len_q), within(int64_t{min(key1, len_k)} - low, len_q)};
+  }
+
+  // Whether each of a tile's rows sees each of its keys. Rows outside count where they have nowhere to be written to.
+  __device__ bool sees_all(int row0, int row1, int key0, int key1) const {
+    return row1 <= len_q && key1 <= keys_of(row0).end && keys_of(row1 - 1).begin <= key0;
+  }
+};
+
+__device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
+  Sequence s;
+  s.batch = batch;
+  s.first_q = 0;
+  s.first_k = 0;
+  s.len_q = static_cast<int>(problem.len_q);
+  s.len_k = static_cast<int>(problem.len_k);
+  if (problem.first_q != nullptr) {
+    s.first_q = problem.first_q[batch];
+    s.first_k = problem.first_k[batch];
+    s.len_q = static_cast<int>(problem.first_q[batch + 1] - s.first_q);
+    s.len_k = static_cast<int>(problem.first_k[batch + 1] - s.first_k);
+  }
+  s.diagonal = problem.bottom_right ? s.len_k - s.len_q : 0;
+  // Bounds beyond the operands are all the same, and these fit an int.
+  const int64_t right = problem.is_causal ? 0 : problem.right;
+  s.low = static_cast<int>(max(s.diagonal - problem.left, -int64_t{s.len_q}));
+  s.high = static_cast<int>(min(s.diagonal + right + 1, int64_t{s.len_k}));
+  return s;
 }
 
-__device__ inline int64_t mask_offset(const Problem& problem, int64_t batch, int64_t head) {
-  return batch * problem.mask.strides[0] + head * problem.mask.strides[1];
+template <typename Scalar>
+__device__ Matrix<Scalar> head_matrix(const ConstView& view, int64_t batch, int64_t head, int64_t first, int rows,
+                                      int64_t cols) {
+  return {static_cast<const Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
+              first * view.strides[2],
+          view.strides[2], view.strides[3], rows, static_cast<int>(cols)};
 }
 
-// Calls run.template operator()<HeadDim>() with the smallest head dim that the kernels are built for and both fit in.
-template <typename Run>
+// Rows of query, or of what is laid out like it, of one sequence and head.
+template <typename Scalar>
+__device__ Matrix<Scalar> query_matrix(const ConstView& view, const Sequence& s, int64_t head, int64_t cols) {
+  return head_matrix<Scalar>(view, s.batch, head, s.first_q, s.len_q, cols);
+}
+
+template <typename Scalar>
+__device__ Matrix<Scalar> key_matrix(const ConstView& view, const Sequence& s, int64_t head, int64_t cols) {
+  return head_matrix<Scalar>(view, s.batch, head, s.first_k, s.len_k, cols);
+}
+
+template <typename Scalar>
+__device__ Scalar* head_data(const View& view, int64_t batch, int64_t head, int64_t first) {
+  return static_cast<Scalar*>(view.data) + batch * view.strides[0] + head * view.strides[1] + first * view.strides[2];
+}
+
+// Of lse and of what is laid out like it: [batch, heads, length], or [heads, rows] of packed sequences.
+__device__ inline int64_t row_statistics_offset(const Problem& problem, const Sequence& s, int64_t head) {
+  return problem.first_q != nullptr ? head * problem.total_q + s.first_q
+                                    : (s.batch * problem.heads_q + head) * problem.len_q;
+}
+
+// Calls run.template operator()<HeadDim>() with the smallest head dim that the kernels on the CUDA cores are built for
+// and both fit in. Narrow types have kernels of their own below 512.
+template <typename Scalar, typename Run>
 void with_head_dim(const Problem& problem, Run&& run) {
   const int64_t head_dim = problem.dim_qk > problem.dim_v ? problem.dim_qk : problem.dim_v;
-  if (head_dim <= 64) {
-    run.template operator()<64>();
-  } else if (head_dim <= 128) {
-    run.template operator()<128>();
-  } else if (head_dim <= 256) {
-    run.template operator()<256>();
-  } else {
-    run.template operator()<512>();
+  if constexpr (sizeof(Scalar) > 2) {
+    if (head_dim <= 64) {
+      return run.template operator()<64>();
+    }
+    if (head_dim <= 128) {
+      return run.template operator()<128>();
+    }
+    if (head_dim <= 256) {
+      return run.template operator()<256>();
+    }
   }
+  run.template operator()<512>();
 }
 
 }  // namespace ptk::cuda

@@ -17,18 +17,8 @@ namespace {
 
 using kv_cache::OptionalTensor;
 
-// As attention allocates its results: shape [batch, heads, length, dim] over memory [batch, length, heads, dim].
-Tensor empty_out(const Tensor& query, const KvCacheParams& p) {
-  const int64_t token = p.dim_v * std::max<int64_t>(p.heads_q, 1);
-  return empty_strided<4>(query, {p.batch, p.heads_q, p.len_q, p.dim_v},
-                          {token * std::max<int64_t>(p.len_q, 1), p.dim_v, token, 1}, p.dtype);
-}
-
-Tensor empty_lse(const Tensor& query, const KvCacheParams& p) {
-  const int64_t head = std::max<int64_t>(p.len_q, 1);
-  return empty_strided<3>(query, {p.batch, p.heads_q, p.len_q}, {head * std::max<int64_t>(p.heads_q, 1), head, 1},
-                          p.dtype == DType::f64 ? DType::f64 : DType::f32);
-}
+using kv_cache::empty_lse;
+using kv_cache::empty_out;
 
 std::tuple<Tensor, Tensor> append_and_attend(Tensor query, Tensor k_cache, Tensor v_cache, OptionalTensor k,
                                              OptionalTensor v, Tensor cache_seqlens, OptionalTensor block_table,
@@ -38,7 +28,7 @@ std::tuple<Tensor, Tensor> append_and_attend(Tensor query, Tensor k_cache, Tenso
                                              int64_t window_left, int64_t window_right, double softcap,
                                              OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor k_scale,
                                              OptionalTensor v_scale) {
-  kv_cache::Call call;
+  kv_cache::Call call(query);
   call.check_operands(query, k_cache, v_cache);
   call.check_scales(k_cache, v_cache, k_scale, v_scale);
   call.check_new(k, v, k_cache, v_cache, k_scale, v_scale);

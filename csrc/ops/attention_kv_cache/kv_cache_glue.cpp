@@ -2,6 +2,23 @@
 
 namespace ptk::kv_cache {
 
+void Call::check_device(const char* name, const Tensor& tensor) const {
+  PTK_KV_CHECK(tensor.is_cpu() == query.is_cpu() && tensor.get_device_index() == query.get_device_index(), name,
+               ": got a tensor on another device, expected it on the ", query.is_cpu() ? "cpu" : "cuda",
+               " device of query");
+}
+
+void Call::check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* form) const {
+  check_device(name, tensor);
+  PTK_KV_CHECK(tensor.dim() == rank, name, ": got ", tensor.dim(), " dimensions, expected ", rank, ": ", form);
+}
+
+void Call::check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) const {
+  check_device(name, tensor);
+  PTK_KV_CHECK(std::ranges::equal(tensor.sizes(), expected), name, ": got shape ", shape_text(tensor.sizes()),
+               ", expected ", shape_text(expected));
+}
+
 void Call::check_operands(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache) {
   check_rank("query", query, 4, "[batch, heads, length, dim]");
   check_rank("k_cache", k_cache, 4, "[batch or blocks, kv heads, capacity or page size, dim]");
@@ -48,7 +65,7 @@ void Call::check_scales(const Tensor& k_cache, const Tensor& v_cache, const Opti
     if (!scale) {
       return {};
     }
-    check_cpu(name, *scale);
+    check_device(name, *scale);
     check_dtype(name, *scale, DType::f32);
     ScaleView v;
     v.data = static_cast<float*>(const_cast<void*>(scale->const_data_ptr()));
@@ -149,6 +166,47 @@ void Call::place(const Tensor& k_cache, const Tensor& cache_seqlens, const Optio
   p.leftpad = leftpad.data();
 }
 
+Placement Call::place_unread(const Tensor& k_cache, const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                             const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad) {
+  KvCacheParams& p = params;
+  const auto view_of = [](const char* name, const Tensor& tensor) {
+    const bool is_wide = shim_dtype(tensor) == aoti_torch_dtype_int64();
+    PTK_KV_CHECK(is_wide || shim_dtype(tensor) == aoti_torch_dtype_int32(), name,
+                 ": got another dtype, expected int32 or int64");
+    IntegerView v{tensor.const_data_ptr(), {}, is_wide};
+    std::ranges::copy(tensor.strides(), v.strides);
+    return v;
+  };
+  Placement placement;
+  check_shape("cache_seqlens", cache_seqlens, {p.batch});
+  placement.seqlens = view_of("cache_seqlens", cache_seqlens);
+  if (cache_leftpad) {
+    check_shape("cache_leftpad", *cache_leftpad, {p.batch});
+    placement.leftpad = view_of("cache_leftpad", *cache_leftpad);
+  }
+  PTK_KV_CHECK(!(block_table && cache_batch_idx),
+               "cache_batch_idx: got a tensor, expected None where block_table says where sequences lie");
+  placement.num_blocks = k_cache.size(0);
+  p.page = std::max<int64_t>(k_cache.size(2), 1);
+  p.blocks_per_sequence = 1;
+  if (block_table) {
+    check_rank("block_table", *block_table, 2, "[batch, blocks of a sequence]");
+    check_shape("block_table", *block_table, {p.batch, block_table->size(1)});
+    PTK_KV_CHECK(1 <= k_cache.size(2) && k_cache.size(2) <= 512, "k_cache: got page size ", k_cache.size(2),
+                 ", expected 1 to 512");
+    placement.table = view_of("block_table", *block_table);
+    p.blocks_per_sequence = block_table->size(1);
+  } else if (cache_batch_idx) {
+    check_shape("cache_batch_idx", *cache_batch_idx, {p.batch});
+    placement.batch_idx = view_of("cache_batch_idx", *cache_batch_idx);
+  } else {
+    PTK_KV_CHECK(k_cache.size(0) == p.batch, "k_cache: got batch size ", k_cache.size(0), ", expected ", p.batch,
+                 " like query; cache_batch_idx chooses rows of a larger cache");
+  }
+  placement.capacity = k_cache.size(2) * p.blocks_per_sequence;
+  return placement;
+}
+
 // Entries of pages that hold no slot yet are not read.
 void Call::place_pages(const Tensor& table, int64_t num_blocks) {
   KvCacheParams& p = params;
@@ -204,6 +262,7 @@ void Call::check_rotary(const OptionalTensor& cos, const OptionalTensor& sin, bo
   check_dtype("rotary_sin", *sin, *dtype);
   PTK_KV_CHECK(2 * cos->size(1) <= p.dim_qk, "rotary_cos: got ", cos->size(1), " angles, expected at most half of ",
                p.dim_qk);
+  // Nothing where lengths are not read here.
   const int64_t needed = total.empty() ? 0 : *std::ranges::max_element(total);
   PTK_KV_CHECK(needed <= cos->size(0), "rotary_cos: got ", cos->size(0), " positions, expected at least ", needed);
   if (cos->size(1) == 0) {
@@ -231,7 +290,7 @@ void Call::check_options(std::optional<double> scale, bool is_causal, int64_t wi
   p.window_left = window_left;
   p.window_right = window_right;
   if (alibi_slopes) {
-    check_cpu("alibi_slopes", *alibi_slopes);
+    check_device("alibi_slopes", *alibi_slopes);
     check_dtype("alibi_slopes", *alibi_slopes, DType::f32);
     if (alibi_slopes->dim() == 1) {
       check_shape("alibi_slopes", *alibi_slopes, {p.heads_q});

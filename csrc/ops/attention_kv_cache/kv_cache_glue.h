@@ -20,21 +20,6 @@ inline constexpr int64_t kMaxHeadDim = 512;
 
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_cpu(const char* name, const Tensor& tensor) {
-  PTK_KV_CHECK(tensor.is_cpu(), name, ": got a tensor on another device, expected it on the cpu device of query");
-}
-
-inline void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* form) {
-  check_cpu(name, tensor);
-  PTK_KV_CHECK(tensor.dim() == rank, name, ": got ", tensor.dim(), " dimensions, expected ", rank, ": ", form);
-}
-
-inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
-  check_cpu(name, tensor);
-  PTK_KV_CHECK(std::ranges::equal(tensor.sizes(), expected), name, ": got shape ", shape_text(tensor.sizes()),
-               ", expected ", shape_text(expected));
-}
-
 inline void check_dtype(const char* name, const Tensor& tensor, DType expected) {
   const std::optional<DType> dtype = float_dtype(tensor);
   PTK_KV_CHECK(dtype == expected, name, ": got ", dtype ? dtype_name(*dtype) : "another dtype", ", expected ",
@@ -68,6 +53,19 @@ inline CacheView cache_view(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// As attention allocates its results: shape [batch, heads, length, dim] over memory [batch, length, heads, dim].
+inline Tensor empty_out(const Tensor& query, const KvCacheParams& p) {
+  const int64_t token = p.dim_v * std::max<int64_t>(p.heads_q, 1);
+  return empty_strided<4>(query, {p.batch, p.heads_q, p.len_q, p.dim_v},
+                          {token * std::max<int64_t>(p.len_q, 1), p.dim_v, token, 1}, p.dtype);
+}
+
+inline Tensor empty_lse(const Tensor& query, const KvCacheParams& p) {
+  const int64_t head = std::max<int64_t>(p.len_q, 1);
+  return empty_strided<3>(query, {p.batch, p.heads_q, p.len_q}, {head * std::max<int64_t>(p.heads_q, 1), head, 1},
+                          p.dtype == DType::f64 ? DType::f64 : DType::f32);
+}
+
 // Distinct elements at distinct places, for what is written: no expanded dimension.
 inline void check_writable(const char* name, const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -76,10 +74,33 @@ inline void check_writable(const char* name, const Tensor& tensor) {
   }
 }
 
+// Integers in memory of the device: int64 where is_wide, int32 elsewhere. data is null where there are none.
+struct IntegerView {
+  const void* data = nullptr;
+  int64_t strides[2] = {};
+  bool is_wide = false;
+};
+
+// Where sequences lie, as the call says it.
+struct Placement {
+  IntegerView seqlens, table, batch_idx, leftpad;
+  int64_t num_blocks = 0;
+  int64_t capacity = 0;           // slots of a sequence
+  int64_t positions = INT64_MAX;  // that rotary_cos has
+};
+
 // The problem of a call, and the integers that its pointers refer to.
 struct Call {
+  explicit Call(const Tensor& query) : query(query) {}
+
+  const Tensor& query;
   KvCacheParams params;
   std::vector<int64_t> total, leftpad, blocks;
+
+  // On the device of query.
+  void check_device(const char* name, const Tensor& tensor) const;
+  void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* form) const;
+  void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) const;
 
   void check_operands(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache);
   void check_scales(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
@@ -88,6 +109,9 @@ struct Call {
                  const OptionalTensor& k_scale, const OptionalTensor& v_scale);
   void place(const Tensor& k_cache, const Tensor& cache_seqlens, const OptionalTensor& block_table,
              const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad);
+  // The same without a look at any number: what is out of range is for the kernels to find.
+  Placement place_unread(const Tensor& k_cache, const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                         const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad);
   void check_rotary(const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved, bool has_new);
   void check_options(std::optional<double> scale, bool is_causal, int64_t window_left, int64_t window_right,
                      double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks);

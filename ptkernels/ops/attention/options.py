@@ -56,19 +56,6 @@ class Options(NamedTuple):
         """Of 65536 equally likely numbers, how many let a weight survive dropout."""
         return round((1.0 - self.dropout_p) * KEEP_ALL)
 
-    def beyond_sdpa(self) -> list[str]:
-        """Names of the options in use that only the CPU kernels have."""
-        in_use = {
-            "window": self.window_left != UNBOUNDED or self.window_right != UNBOUNDED,
-            "causal_lower_right": self.bottom_right,
-            "softcap": self.softcap != 0.0,
-            "alibi_slopes": self.alibi_slopes is not None,
-            "sinks": self.sinks is not None,
-            "dropout_p > 0": self.dropout_p > 0.0,
-            "relative_bias": self.relative_bias is not None,
-        }
-        return [name for name, used in in_use.items() if used]
-
 
 # Positions in the arguments of ``ptkernels::_attention_backward``: seven tensors, attn_mask, is_causal, scale, then
 # output_mask, then what is left of the options.

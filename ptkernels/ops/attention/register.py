@@ -29,7 +29,6 @@ from ptkernels.ops.attention.options import (
 )
 
 FORWARD_MODE = "forward-mode differentiation has no kernel"
-MASK_GRADIENT_ON_CUDA = "the gradient of attn_mask has no kernel on cuda"
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -135,8 +134,6 @@ class _AttentionBackward(Function):
 
 def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Options) -> str | None:
     """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
-    if attn_mask is not None and query.is_cuda and attn_mask.requires_grad and torch.is_grad_enabled():
-        return MASK_GRADIENT_ON_CUDA
     return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.learned) else None
 
 
@@ -163,8 +160,7 @@ def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     :func:`_autograd_attention`, which does the same.
     """
     seen_above = torch._C._is_any_autocast_enabled() or has_torch_function((query, key, value, attn_mask))
-    has_no_kernel = attn_mask is not None and attn_mask.requires_grad and query.is_cuda
-    if seen_above or has_no_kernel:
+    if seen_above:
         result: tuple[Tensor, Tensor] = attention_op(query, key, value, attn_mask, *options)
     else:
         result = _Attention.apply(None, query, key, value, attn_mask, *options)  # type: ignore[attr-defined]

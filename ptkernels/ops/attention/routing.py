@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader, _triton
+from ptkernels import _backend, _cuda, _env, _loader, _triton
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs, refuse_nested
 from ptkernels.ops.attention.options import Options, resolve
-from ptkernels.ops.attention.register import MASK_GRADIENT_ON_CUDA
 from ptkernels.ops.attention.shapes import normalize
 
 _COMPOSITION = "plain torch composition"
@@ -47,10 +46,10 @@ def fallback_reason(
             return "the Triton kernels have no relative_bias"
         return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
-    if query.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {query.device.type} tensors"
-    if query.device.type == "cuda" and (in_use := options.beyond_sdpa()):
-        return f"{in_use[0]} has no kernel on cuda"
+    if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):
+        return _backend.no_kernel(query.device.type, library.DEVICES)
+    if query.is_cuda and options.relative_bias is not None:
+        return "the CUDA kernels have no relative_bias"
     return register.uncovered(query, key, value, attn_mask, options)
 
 
@@ -94,6 +93,15 @@ def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     return name
 
 
+def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
+    """Name of the CUDA kernel, and the reason with what is known of it."""
+    architecture = _cuda.kernel(query, key, value, torch.cuda.get_device_capability(query.device))
+    if _env.settings.cuda_arch is not None:
+        reason = f"{reason}, PTKERNELS_CUDA_ARCH={_env.settings.cuda_arch}"
+    backward = "; its backward is that of sm_80" if architecture == "sm_90a" else ""
+    return f"cuda {architecture}", f"{reason}; {_cuda.note(architecture)}{backward}"
+
+
 def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     hints = [
         f"{name}: its last dimension has stride {tensor.stride(-1)}; kernels read rows fastest with stride 1"
@@ -106,9 +114,6 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         if query.dtype == torch.float32 and precision != "highest":
             hints.append(f"float32 precision {precision!r} changes nothing: the kernels multiply float32 as float32")
     return hints
-
-
-_REMEDIES = {MASK_GRADIENT_ON_CUDA: "attn_mask.detach() runs on the fused kernel"}
 
 
 def explain(
@@ -149,8 +154,7 @@ def explain(
     device = query.device.type
     _backend.check_requested(OP, device)
     if reason := fallback_reason(query, key, value, attn_mask, options):
-        faster = [_REMEDIES[reason]] if reason in _REMEDIES else []
-        return Explanation(OP, _COMPOSITION, "reference", reason, faster)
+        return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
@@ -161,7 +165,7 @@ def explain(
     if device == "cpu":
         kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
-        kernel = "libptkernels_cuda.so"
+        kernel, reason = cuda_kernel(call.query, call.key, call.value, reason)
     return Explanation(OP, kernel, device, reason, _hints(query, key, value))
 
 
@@ -177,7 +181,10 @@ def kernels() -> list[KernelInfo]:
     why_no_cuda = _backend.unavailable("cuda")
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
-        KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
+        *(
+            KernelInfo(f"cuda {name}", "cuda", held, why_no_cuda is None, why_no_cuda or _cuda.note(name))
+            for name, held in (("cuda_cores", dtypes), ("sm_80", dtypes[2:]), ("sm_90a", dtypes[2:]))
+        ),
         triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader, _triton
+from ptkernels import _backend, _cuda, _loader, _triton
 from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.attention_kv_cache import library, register
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs, check_values
@@ -24,7 +24,9 @@ def _fallback_reason(query: Tensor, k_cache: Any) -> str | None:
         if isinstance(k_cache, Tensor) and k_cache.dtype == torch.float8_e4m3fn:
             return "the Triton kernels have no float8 cache"
         return _triton.uncovered(query)
-    return None if device in (*library.DEVICES, "meta") else _backend.no_kernel(device)
+    if _backend.has_kernel(device, (*library.DEVICES, "meta")):
+        return None
+    return _backend.no_kernel(device, library.DEVICES)
 
 
 def runs_on_reference(query: Any, k_cache: Any) -> bool:
@@ -108,6 +110,8 @@ def explain(
         reason = f"backend {_backend.state.backend!r} was asked for"
     if _backend.runs_on_triton(device, library.DEVICES):
         return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}")
+    if device == "cuda":
+        return Explanation(OP, "cuda cuda_cores", device, f"{reason}; {_cuda.note('cuda_cores')}")
     if device != "cpu":
         return Explanation(OP, "shape propagation", device, reason)
     kernel = _cpu_kernel(query, k_cache)
@@ -126,8 +130,10 @@ def kernels() -> list[KernelInfo]:
                 )
                 by_name.setdefault(name, []).append(dtype)
     cpu = [KernelInfo(name, "cpu", tuple(dtypes), True) for name, dtypes in by_name.items()]
+    why_no_cuda = _backend.unavailable("cuda")
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", _DTYPES, True, "ptkernels._introspect is not built")]),
+        KernelInfo("cuda cuda_cores", "cuda", _DTYPES, why_no_cuda is None, why_no_cuda or _cuda.note("cuda_cores")),
         triton_row(),
         KernelInfo(_COMPOSITION, "reference", _DTYPES, True),
     ]

@@ -163,3 +163,4 @@ torch.library.register_vmap("ptkernels::attention_varlen", batching.vmap_forward
 torch.library.register_vmap("ptkernels::_attention_varlen_backward", batching.vmap_backward, lib=_library)
 _library.impl("_attention_varlen_backward", batching.legacy_vmap_backward, "Batched")
 _library.impl("attention_varlen", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("attention_varlen", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")

@@ -24,8 +24,8 @@ def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options)
     tangent = FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
     if _backend.runs_on_triton(query.device.type, library.DEVICES):
         return _triton.uncovered(query) or tangent
-    if query.device.type not in (*library.DEVICES, "meta"):
-        return _backend.no_kernel(query.device.type)
+    if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):
+        return _backend.no_kernel(query.device.type, library.DEVICES)
     return tangent
 
 
@@ -77,7 +77,9 @@ def explain(
     if _backend.runs_on_triton(device, library.DEVICES):
         return Explanation(OP, "Triton", "triton", f"fused kernel for {device} tensors; {_triton.NOT_YET_RUN}")
     # The choice of kernel is that of one batch as long as the longest sequence.
-    kernel = "shape propagation"
+    kernel, reason = "shape propagation", f"fused kernel for {device} tensors"
+    if device == "cuda":
+        kernel, reason = dense.cuda_kernel(query, key, value, reason)
     if device == "cpu":
         rows, keys = (
             int(offsets.diff().max()) if offsets.numel() > 1 else 0 for offsets in (cu_seqlens_q, cu_seqlens_k)
@@ -85,10 +87,10 @@ def explain(
         longest = (query[:rows], key[:keys], value[:keys])
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in longest)
         kernel = dense.cpu_kernel(q, k, v, None, is_causal)
-    return Explanation(OP, kernel, device, f"fused kernel for {device} tensors")
+    return Explanation(OP, kernel, device, reason)
 
 
 def kernels() -> list[KernelInfo]:
     """Every implementation of packed attention and whether it can run in this process."""
-    found = [info for info in dense.kernels() if info.backend == "cpu"]
+    found = [info for info in dense.kernels() if info.backend in ("cpu", "cuda")]
     return [*found, triton_row(), KernelInfo(_LOOP, "reference", found[0].dtypes, True)]

@@ -1,0 +1,9 @@
+#include "csrc/cuda/launch.cuh"
+#include "csrc/ops/attention/attention_dispatch_sm80.cuh"
+
+namespace ptk::cuda {
+
+template void run_attention_backward_sm80<torch::headeronly::Half>(const AttentionBackwardParams&,
+                                                                   const StreamLauncher&);
+
+}  // namespace ptk::cuda

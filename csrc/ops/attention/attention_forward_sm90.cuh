@@ -1,0 +1,308 @@
+// Attention forward on Hopper (sm_90a), for 16-bit types. Equations as in attention_forward.cuh.
+//
+// A block stays on its multiprocessor and takes tile after tile of 128 query rows (attention_schedule.h). It has three
+// warpgroups. One thread of the first keeps the copy engine busy with tiles of queries, keys and values, two of keys
+// and of values in shared memory at a time. The other two own 64 rows each, with softmax, weights and outputs in
+// registers:
+//
+//   turn        issue scores of tile j (Q K^T) and, behind it, outputs of tile j - 1 (P V): wgmma, asynchronous
+//   meanwhile   when the scores are there: softmax of tile j, while P V still runs
+//   then        shrink the outputs by what the maximum has grown; the new weights become a left operand in registers
+//
+// They issue in turns (named barriers), so that one's softmax meets the other's products. Source of the scheme: Shah et
+// al. 2024, FlashAttention-3, arXiv:2407.08608.
+//
+// Barriers in shared memory: `full` counts the producer's one arrival and the bytes of a tile, `empty` one arrival of
+// each of the eight consumer warps. A tile's turn t in its pair of slots is slot t % 2 and phase t / 2 % 2.
+//
+// Plan        keys  shared            registers (producer 40, consumers 232)
+//   64        128    80 KiB           outputs 32, scores 64, weights 32
+//   128       128   160 KiB           outputs 64, scores 64, weights 32
+//   192/128    64   128 KiB           outputs 64, scores 32, weights 16
+//   256        64   192 KiB           outputs 128, scores 32, weights 16
+#pragma once
+
+#include "csrc/cuda/mma_tile.cuh"
+#include "csrc/cuda/tma.cuh"
+#include "csrc/cuda/wgmma.cuh"
+#include "csrc/ops/attention/attention_dropout.cuh"
+#include "csrc/ops/attention/attention_outputs.cuh"
+#include "csrc/ops/attention/attention_schedule.h"
+#include "csrc/ops/attention/attention_scores.cuh"
+
+namespace ptk::cuda {
+
+struct ForwardParamsSm90 {
+  TensorMap query, key, value;
+  ForwardParams base;
+  TileSchedule schedule;
+  int multiprocessors;
+};
+
+template <typename Scalar, int DimQk, int DimV>
+struct AttentionForwardSm90 {
+  using Params = ForwardParamsSm90;
+  static constexpr int kWarpgroup = 128;
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kBlocksPerMultiprocessor = 1;
+  static constexpr int kConsumerRows = 64;
+  static constexpr int kBlockRows = kConsumers * kConsumerRows;
+  static constexpr int kBlockCols = DimQk <= 128 ? 128 : 64;
+  static constexpr int kSlots = 2;
+  static constexpr int kTurnBarrier = 1;  // and the next
+  using Tile = MmaTile<1, kBlockCols / 8>;
+  using Outputs = MmaTile<1, DimV / 8>;
+  using Weights = uint32_t[kBlockCols / 16][4];
+
+  struct Shared {
+    RowTile<Scalar, kBlockRows, DimQk> query;
+    RowTile<Scalar, kBlockCols, DimQk> key[kSlots];
+    RowTile<Scalar, kBlockCols, DimV> value[kSlots];
+    Barrier query_full, query_empty;
+    Barrier key_full[kSlots], key_empty[kSlots], value_full[kSlots], value_empty[kSlots];
+  };
+  static_assert(sizeof(Shared) <= 227 << 10);
+
+  // A tile of query rows, and the tiles of keys that it sees.
+  struct Work {
+    Sequence sequence;
+    int64_t head;
+    int row0, first_col, tiles;
+  };
+
+  // How many tiles have gone through the slots.
+  struct Turn {
+    int count = 0;
+    __device__ int slot() const { return count % kSlots; }
+    __device__ int phase() const { return count / kSlots % 2; }
+  };
+
+  static int64_t blocks(const Params& params) {
+    return std::min<int64_t>(params.schedule.count(), params.multiprocessors);
+  }
+
+  __device__ static Work work_at(const Params& params, int64_t index) {
+    const Problem& problem = params.base.problem;
+    const TileSchedule::Place place = params.schedule.at(index);
+    Work work;
+    work.sequence = sequence_of(problem, place.head / problem.heads_q);
+    work.head = place.head % problem.heads_q;
+    work.row0 = static_cast<int>(place.tile) * kBlockRows;
+    const Span keys = work.sequence.keys_of(work.row0, work.row0 + kBlockRows);
+    work.first_col = keys.begin / kBlockCols * kBlockCols;
+    work.tiles = keys.end > work.first_col ? (keys.end - work.first_col + kBlockCols - 1) / kBlockCols : 0;
+    return work;
+  }
+
+  __device__ static void run(const Params& params, Shared& shared) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (threadIdx.x == 0) {
+      init_barriers(shared);
+    }
+    __syncthreads();
+    const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+    if (warpgroup == 0) {
+      release_registers<40>();
+      if (threadIdx.x == 0) {
+        produce(params, shared);
+      }
+    } else {
+      acquire_registers<232>();
+      consume(params, shared, warpgroup - 1);
+    }
+#else
+    __trap();  // chosen for sm_90a alone
+#endif
+  }
+
+  __device__ static void init_barriers(Shared& shared) {
+    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarpSize;
+    shared.query_full.init(1);
+    shared.query_empty.init(kConsumerWarps);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      shared.key_full[slot].init(1);
+      shared.value_full[slot].init(1);
+      shared.key_empty[slot].init(kConsumerWarps);
+      shared.value_empty[slot].init(kConsumerWarps);
+    }
+    publish_barriers();
+  }
+
+  // All panels of a tile, as soon as nobody reads what lies there.
+  template <int Rows, int Dim>
+  __device__ static void fetch(RowTile<Scalar, Rows, Dim>& tile, const TensorMap& map, Barrier& full, Barrier& empty,
+                               int phase, int64_t batch, int64_t head, int row0) {
+    empty.wait(phase ^ 1);
+    full.arrive_expecting(static_cast<int>(sizeof(tile)));
+#pragma unroll 1
+    for (int panel = 0; panel < RowTile<Scalar, Rows, Dim>::kPanels; ++panel) {
+      copy_tile(tile.data + panel * Rows * kPanelCols, map, full, static_cast<int>(batch), static_cast<int>(head), row0,
+                panel * kPanelCols);
+    }
+  }
+
+  __device__ static void produce(const Params& params, Shared& shared) {
+    prefetch_tensor_map(params.query);
+    prefetch_tensor_map(params.key);
+    prefetch_tensor_map(params.value);
+    const Problem& problem = params.base.problem;
+    const int64_t group = problem.heads_q / problem.heads_kv;
+    Turn turn;
+    int works = 0;
+    for (int64_t index = blockIdx.x; index < params.schedule.count(); index += gridDim.x) {
+      const Work work = work_at(params, index);
+      if (work.tiles == 0) {
+        continue;
+      }
+      const int64_t batch = work.sequence.batch;
+      fetch(shared.query, params.query, shared.query_full, shared.query_empty, works++ % 2, batch, work.head,
+            work.row0);
+      for (int tile = 0; tile < work.tiles; ++tile, ++turn.count) {
+        const int slot = turn.slot(), col0 = work.first_col + tile * kBlockCols;
+        fetch(shared.key[slot], params.key, shared.key_full[slot], shared.key_empty[slot], turn.phase(), batch,
+              work.head / group, col0);
+        fetch(shared.value[slot], params.value, shared.value_full[slot], shared.value_empty[slot], turn.phase(), batch,
+              work.head / group, col0);
+      }
+    }
+  }
+
+  // Scores of this consumer's rows with a tile of keys: issued, not waited for.
+  __device__ static void issue_scores(Tile& tile, Shared& shared, int slot, int consumer) {
+    const uint32_t query = shared_address(shared.query.data) + consumer * kConsumerRows * kPanelCols * 2;
+    const uint32_t key = shared_address(shared.key[slot].data);
+#pragma unroll
+    for (int k = 0; k < DimQk; k += 16) {
+      const int panel = k / kPanelCols, inside = k % kPanelCols * 2;
+      multiply_rows_async<Scalar, kBlockCols, 0>(
+          tile.tiles[0], operand_descriptor({query + panel * kBlockRows * kPanelCols * 2 + inside, 0}),
+          operand_descriptor({key + panel * kBlockCols * kPanelCols * 2 + inside, 0}), k > 0);
+    }
+  }
+
+  // outputs += weights * a tile of values: issued, not waited for.
+  __device__ static void issue_outputs(Outputs& out, const Weights& weights, Shared& shared, int slot) {
+    constexpr int kPanelBytes = kBlockCols * kPanelCols * 2;
+    constexpr int kWidth = DimV % 128 == 0 ? 128 : 64;
+    const uint32_t value = shared_address(shared.value[slot].data);
+#pragma unroll
+    for (int k = 0; k < kBlockCols / 16; ++k) {
+      const uint32_t rows = value + k * 16 * kPanelCols * 2;
+      multiply_weights_async<Scalar, kWidth, 0>(out.tiles[0], weights[k], operand_descriptor({rows, kPanelBytes}), 1);
+      if constexpr (DimV == 2 * kWidth) {
+        multiply_weights_async<Scalar, kWidth, kWidth / 8>(
+            out.tiles[0], weights[k], operand_descriptor({rows + kWidth / kPanelCols * kPanelBytes, kPanelBytes}), 1);
+      }
+    }
+  }
+
+  __device__ static void pack(Weights& weights, const Tile& tile) {
+#pragma unroll
+    for (int n = 0; n < kBlockCols / 8; ++n) {
+      const float (&w)[4] = tile.tiles[0][n];
+      weights[n / 2][n % 2 * 2] = pack_pair<Scalar>(w[0], w[1]);
+      weights[n / 2][n % 2 * 2 + 1] = pack_pair<Scalar>(w[2], w[3]);
+    }
+  }
+
+  __device__ static void release(Barrier& empty) {
+    if (lane_index() == 0) {
+      empty.arrive();
+    }
+  }
+
+  // The scores of tile j, and behind them the outputs of the tile before where there is one. A branch at run time
+  // between the two would make the compiler wait for the first before the second.
+  template <bool HasWeights>
+  __device__ static void take_turn(Shared& shared, int consumer, const Turn& turn, Tile& tile, Outputs& out,
+                                   Weights& weights) {
+    shared.key_full[turn.slot()].wait(turn.phase());
+    if constexpr (HasWeights) {
+      const Turn last{turn.count - 1};
+      shared.value_full[last.slot()].wait(last.phase());
+    }
+    sync_some(kTurnBarrier + consumer, kConsumers * kWarpgroup);
+    pin(tile.tiles[0]);
+    if constexpr (HasWeights) {
+      pin(out.tiles[0]);
+      pin(weights);
+    }
+    fence_products();
+    issue_scores(tile, shared, turn.slot(), consumer);
+    commit_products();
+    if constexpr (HasWeights) {
+      issue_outputs(out, weights, shared, Turn{turn.count - 1}.slot());
+      commit_products();
+    }
+    arrive_some(kTurnBarrier + 1 - consumer, kConsumers * kWarpgroup);
+    wait_products<HasWeights ? 1 : 0>();
+    pin(tile.tiles[0]);
+    release(shared.key_empty[turn.slot()]);
+  }
+
+  // Scores become weights, still in the tile.
+  __device__ static void soften(const HeadScores<Scalar>& scores, const Dropout& dropout, RowSoftmax<Tile>& softmax,
+                                Tile& tile, int row0, int col0, float (&shrink)[Tile::kRows]) {
+    scores.template finish<false>(tile, row0, col0);
+    softmax.update(scores, tile, shrink);
+    if (dropout.is_used()) {
+      dropout.template draw<false, Tile>(row0, col0).apply(tile, 1);
+    }
+  }
+
+  __device__ static void wait_for_outputs(Shared& shared, const Turn& turn, Outputs& out) {
+    wait_products<0>();
+    pin(out.tiles[0]);
+    release(shared.value_empty[turn.slot()]);
+  }
+
+  __device__ static void consume(const Params& params, Shared& shared, int consumer) {
+    const Problem& problem = params.base.problem;
+    const int warp_row = consumer * kConsumerRows + warp_index() % 4 * 16;
+    if (consumer == 1) {
+      arrive_some(kTurnBarrier, kConsumers * kWarpgroup);  // the other has the first turn
+    }
+    Turn turn;
+    int works = 0;
+    for (int64_t index = blockIdx.x; index < params.schedule.count(); index += gridDim.x) {
+      const Work work = work_at(params, index);
+      const HeadScores<Scalar> scores(problem, work.sequence, work.head);
+      const Dropout dropout(problem, work.sequence.batch, work.head);
+      RowSoftmax<Tile> softmax;
+      Outputs out;
+      out.clear();
+      Tile tile;
+      Weights weights;
+      if (work.tiles > 0) {
+        const int row0 = work.row0 + warp_row;
+        float shrink[Tile::kRows];
+        shared.query_full.wait(works++ % 2);
+        take_turn<false>(shared, consumer, turn, tile, out, weights);
+        soften(scores, dropout, softmax, tile, row0, work.first_col, shrink);
+        pack(weights, tile);
+        for (int step = 1; step < work.tiles; ++step) {
+          ++turn.count;
+          take_turn<true>(shared, consumer, turn, tile, out, weights);
+          soften(scores, dropout, softmax, tile, row0, work.first_col + step * kBlockCols, shrink);
+          wait_for_outputs(shared, Turn{turn.count - 1}, out);
+          shrink_rows(out, shrink);
+          pack(weights, tile);
+        }
+        release(shared.query_empty);
+        shared.value_full[turn.slot()].wait(turn.phase());
+        pin(out.tiles[0]);
+        pin(weights);
+        fence_products();
+        issue_outputs(out, weights, shared, turn.slot());
+        commit_products();
+        wait_for_outputs(shared, turn, out);
+        ++turn.count;
+      }
+      write_rows<Scalar>(params.base, work.sequence, work.head, work.row0 + warp_row, softmax, out, scores.unit(),
+                         dropout.template factor<float>());
+    }
+  }
+};
+
+}  // namespace ptk::cuda
