@@ -44,7 +44,7 @@ class KVCache:
         shape = (batch_size, num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        # Zeros, not whatever memory holds: a quantized model multiplies what it then masks.
+        # Zeros, not whatever memory holds: where a mask hides slots, 0 times what they hold is added.
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)] for _ in range(2)
         )

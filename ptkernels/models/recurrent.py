@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from ptkernels.models.seq2seq import RecurrentState
-from ptkernels.nn import LSTM
+from ptkernels.nn import LSTM, MultiheadAttention
 
 Stack = Callable[..., nn.Module]
 State = tuple[Tensor, Tensor]
@@ -128,7 +128,7 @@ class SentimentAnalyzer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.lstm = lstm(embed_dim, hidden_dim)
-        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
+        self.attention = MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
         self.classifier = nn.Linear(hidden_dim, classes)
 
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:

@@ -373,3 +373,19 @@ def test_compiles_whole() -> None:
     tokens = torch.randint(VOCAB, (2, 8))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_decoding_compiles_once_and_moves_its_cache() -> None:
+    model = decoder("llama")
+    tokens = torch.randint(VOCAB, (2, 8))
+    plain, moved = model.new_state(2, 16), model.new_state(2, 16)
+    compiled = torch.compile(model.step, backend="aot_eager", fullgraph=True)
+    model.step(tokens, plain)
+    model.step(tokens, moved)
+    torch._dynamo.utils.counters.clear()
+    for token in tokens[:, :4].split(1, 1):
+        torch.testing.assert_close(compiled(token, moved), model.step(token, plain))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(moved.lengths, plain.lengths)
+    torch.testing.assert_close(moved.keys, plain.keys)

@@ -24,6 +24,7 @@ from ptkernels.models import (
     GraphConv,
     LSTMLanguageModel,
     RestaurantReviewClassifier,
+    SentimentAnalyzer,
     Seq2Seq,
     SequenceTagger,
     TextClassifier,
@@ -42,6 +43,10 @@ def _one_thread() -> None:
 
 def words(vocab: int = 30) -> Tensor:
     return torch.randint(1, vocab, (4, 7))
+
+
+def sentences_of_words() -> list[Tensor]:
+    return [row[:length] for row, length in zip(words(), LENGTHS, strict=True)]
 
 
 def spelling() -> Tensor:
@@ -72,6 +77,7 @@ MODELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         f"SequenceTagger, {how}": (lambda how=how: SequenceTagger(30, 6, 8, 5, combine=how), (words(), LENGTHS))
         for how in ("add", "gated", "attention")
     },
+    "SentimentAnalyzer": (lambda: SentimentAnalyzer(30, 6, 16), (sentences_of_words(),)),
     "Seq2Seq": (lambda: Seq2Seq(30, 20, 6, 8, 2), (words(), words(20), LENGTHS)),
     "DynamicGraphLSTM": (Dynamic, (torch.randn(4, 5, 6),)),
     "GatedGraphConv": (lambda: GatedGraphConv(8, 3), (torch.randn(5, 6), EDGES, torch.rand(6))),
