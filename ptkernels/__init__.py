@@ -16,11 +16,14 @@ from ptkernels._sdpa import patch_sdpa
 from ptkernels._version import __version__
 from ptkernels.ops import specs  # noqa: F401 - importing the specifications registers the operators
 from ptkernels.ops.attention import attention
+from ptkernels.ops.attention.relative import t5_relative_bias
+from ptkernels.ops.attention.weights import attention_weights
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.conv_bn_relu import conv_bn_relu
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_linear
+from ptkernels.ops.rotary_embedding import rotary_embedding
 
 __all__ = [
     "Explanation",
@@ -28,6 +31,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kv_cache",
     "backend",
     "conv_bn_relu",
@@ -43,6 +47,8 @@ __all__ = [
     "reference",
     "replace",
     "rnn",
+    "rotary_embedding",
+    "t5_relative_bias",
 ]
 
 

@@ -13,6 +13,7 @@ from ptkernels.ops.conv_bn_relu.reference import conv_bn_relu
 from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
 from ptkernels.ops.packed_rnn.reference import packed_rnn
 from ptkernels.ops.quantized_matmul.reference import quantized_linear
+from ptkernels.ops.rotary_embedding.reference import rotary_embedding
 
 __all__ = [
     "attention",
@@ -24,4 +25,5 @@ __all__ = [
     "packed_rnn",
     "quantized_linear",
     "rnn",
+    "rotary_embedding",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptkernels import _backend
 from ptkernels.ops.attention import attention
+from ptkernels.ops.attention.weights import attention_weights
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,13 +94,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = None
         k, v, attn_mask, padding = self._extended(k, v, attn_mask, padding)
         mask = _merged(attn_mask, padding, q.dtype)
-        out, lse = attention(q, k, v, mask, dropout_p, is_causal, return_lse=True)
+        out = attention(q, k, v, mask, dropout_p, is_causal)
         # [batch, heads, length, dim] back to the module's layout
         tokens = out.permute(*((0, 2, 1, 3) if length_dim else (2, 0, 1, 3))).flatten(-2)
         result = F.linear(tokens if batched else tokens.squeeze(1), self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return result, None
-        weights = _weights(q, k, lse, mask, is_causal)
+        weights = attention_weights(q, k, mask, is_causal)
         weights = weights.mean(dim=1) if average_attn_weights else weights
         return result, weights if batched else weights.squeeze(0)
 
@@ -148,20 +149,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             value = torch.cat([value, *(v for _, v in extra)], dim=2)
         attn_mask, padding = (None if mask is None else F.pad(mask, (0, len(extra))) for mask in masks)
         return key, value, attn_mask, padding
-
-
-def _weights(query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """The weights of every query and key, from the log-sum-exp that attention returned."""
-    scores = (query * query.size(-1) ** -0.5) @ key.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    # A row without keys has lse -inf and only weights of 0.
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    weights: Tensor = (scores - lse.unsqueeze(-1)).exp().to(query.dtype)
-    return weights
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

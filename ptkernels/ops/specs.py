@@ -6,5 +6,14 @@ from ptkernels.ops.attention_varlen import spec as attention_varlen
 from ptkernels.ops.conv_bn_relu import spec as conv_bn_relu
 from ptkernels.ops.packed_rnn import spec as packed_rnn
 from ptkernels.ops.quantized_matmul import spec as quantized_matmul
+from ptkernels.ops.rotary_embedding import spec as rotary_embedding
 
-__all__ = ["attention", "attention_kv_cache", "attention_varlen", "conv_bn_relu", "packed_rnn", "quantized_matmul"]
+__all__ = [
+    "attention",
+    "attention_kv_cache",
+    "attention_varlen",
+    "conv_bn_relu",
+    "packed_rnn",
+    "quantized_matmul",
+    "rotary_embedding",
+]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import each_dtype, error, exact, operands
+from attention_cases import each_dtype, error, exact, operands, results_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -382,3 +382,35 @@ print(forward - start, peak() - start)
     # Operands, results and gradients are 4 MiB each at most, and packed copies of them as much again.
     assert forward <= 64, f"{forward} MiB in forward"
     assert backward <= 128, f"{backward} MiB in forward and backward"
+
+
+@each_dtype
+@pytest.mark.parametrize(("lq", "lk", "heads_kv"), [(1, 700, 2), (3, 130, 2), (1, 1, 4), (7, 257, 4), (16, 300, 4)])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (5, 0)}, {"mask": True}], ids=str)
+def test_gradients_of_few_queries(dtype: torch.dtype, lq: int, lk: int, heads_kv: int, options: dict[str, Any]) -> None:
+    """Keys and values read where they are, in chunks; what no row sees has gradient 0, whatever it holds."""
+    options = dict(options)
+    if options.pop("mask", False):
+        options["attn_mask"] = torch.rand(lq, lk) < 0.6
+    query = torch.randn(2, 4, lq, 40).to(dtype).requires_grad_()
+    key, value = (torch.randn(2, heads_kv, lk, d).to(dtype).requires_grad_() for d in (40, 24))
+    inputs = (query, key, value)
+    ours = results_and_gradients(ptk.attention, inputs, enable_gqa=True, **options)
+    leaves = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    wide = results_and_gradients(ptk.reference.attention, leaves, enable_gqa=True, **options)
+    for actual, expected in zip(ours, wide, strict=True):
+        assert error(actual, expected) <= 8 * torch.finfo(dtype).eps * max(expected.abs().max().item(), 1.0)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = results_and_gradients(ptk.attention, inputs, enable_gqa=True, **options)
+        assert all(map(torch.equal, again, ours))
+
+
+def test_gradients_of_few_queries_leave_hidden_keys_alone() -> None:
+    query, key, value = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (2, 600, 600))
+    with torch.no_grad():
+        key[:, :, 2:] = math.nan
+        value[:, :, 2:] = math.nan
+    grads = torch.autograd.grad(ptk.attention(query, key, value, is_causal=True).sum(), (query, key, value))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert all((grad[:, :, 2:] == 0).all() for grad in grads[1:])

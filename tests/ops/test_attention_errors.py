@@ -243,6 +243,23 @@ BAD = [
     Bad(
         "slopes shape", lambda: {"alibi_slopes": t(H + 1)}, ValueError, r"alibi_slopes: got shape \[5\], expected \[4\]"
     ),
+    Bad(
+        "relative shape",
+        lambda: {"relative_bias": t(H, LQ + LK)},
+        ValueError,
+        r"relative_bias: got shape \[4, 8\], expected \[4, 7\], a number for every distance",
+    ),
+    Bad(
+        "relative heads", lambda: {"relative_bias": t(3, LQ + LK - 1)}, ValueError, r"relative_bias: got shape \[3, 7\]"
+    ),
+    Bad("relative vector", lambda: {"relative_bias": t(LQ + LK - 1)}, ValueError, r"relative_bias: got shape \[7\]"),
+    Bad(
+        "relative dtype",
+        lambda: {"relative_bias": t(H, LQ + LK - 1).half()},
+        TypeError,
+        "relative_bias: got dtype float16, expected one of float32",
+    ),
+    Bad("relative list", lambda: {"relative_bias": [0.0]}, TypeError, "relative_bias: got .*list, expected torch"),
     Bad("slopes scalar", lambda: {"alibi_slopes": t()}, ValueError, r"alibi_slopes: got shape \[\], expected \[4\]"),
     Bad("slopes number", lambda: {"alibi_slopes": 0.5}, TypeError, "alibi_slopes: got .*float, expected torch.Tensor"),
     Bad("sinks batch", lambda: {"sinks": t(B + 1, H)}, ValueError, r"sinks: got shape \[3, 4\], expected \[4\] or"),

@@ -1,6 +1,6 @@
 // Fused attention: what the kernels are given. Torch-free.
 //
-//   scores[i, j] = cap(scale * <query[i], key[j]>) - slope * |i + diagonal - j| + mask[i, j]
+//   scores[i, j] = cap(scale * <query[i], key[j]>) - slope * |i + diagonal - j| + relative_bias[j - i] + mask[i, j]
 //   lse[i]       = log(exp(sink) + sum over j of exp(scores[i, j]))
 //   out[i]       = sum over j of exp(scores[i, j] - lse[i]) * value[j]
 //
@@ -58,6 +58,9 @@ struct Problem {
   double softcap = 0;         // cap(x) = softcap * tanh(x / softcap); 0: cap(x) = x
   HeadValues alibi;           // slopes; data is null without
   HeadValues sinks;           // data is null without
+  // Added to the scores by distance: len_q + len_k - 1 contiguous numbers per [batch, head], that of j - i at place
+  // j - i + len_q - 1. Data is null without.
+  HeadValues relative_bias;
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
 
@@ -96,6 +99,7 @@ struct BackwardParams {
   // The rest in the dtype of lse, strides 0 in dimensions that are summed over. Zeroed; null where not asked for.
   View grad_mask;
   View grad_alibi, grad_sinks;  // [batch, head]: the first two strides
+  View grad_relative;           // [batch, head, distance]: the first three
 };
 
 struct AttentionKernels {

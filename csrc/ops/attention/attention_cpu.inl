@@ -1,7 +1,6 @@
 // Attention on the CPU, one ISA level: which kernel answers which problem. The kernels are in attention_cpu_forward.h
-// (tiled), attention_cpu_direct.h (few queries) and attention_cpu_backward.h.
-#include "csrc/ops/attention/attention_cpu_backward.h"
-#include "csrc/ops/attention/attention_cpu_direct.h"
+// and attention_cpu_backward.h (tiled), attention_cpu_direct.h and attention_cpu_direct_backward.h (few queries).
+#include "csrc/ops/attention/attention_cpu_direct_backward.h"
 
 namespace ptk::PTK_ISA {
 namespace {
@@ -56,7 +55,10 @@ bool forward(const ForwardParams& params) {
 
 bool backward(const BackwardParams& params) {
   if (is_inherited(params.problem)) return inherited().backward(params);
-  return by_dtype(params.problem.dtype, [&](auto t) { return TiledBackward<decltype(t)>(params).run(); });
+  return by_dtype(params.problem.dtype, [&](auto t) {
+    using T = decltype(t);
+    return DirectBackward<T>::suits(params) ? DirectBackward<T>(params).run() : TiledBackward<T>(params).run();
+  });
 }
 
 #define PTK_TEXT(x) #x

@@ -68,6 +68,12 @@ struct AddToPanels {
   }
 };
 
+// Whether rounding a log-sum-exp to its own magnitude may have lost something, see weigh_rows.
+template <class A>
+PTK_INLINE bool is_far(A lse) {
+  return __builtin_isfinite(lse) && __builtin_fabs(lse) > A(64);
+}
+
 template <class T>
 class TiledBackward {
   using E = Element<T>;
@@ -182,7 +188,7 @@ private:
     s.prob = c.take<E>(Blocks::kSize);
     s.ds = c.take<E>(Blocks::kSize);
     s.ds_packed = Traits::kPack > 1 ? c.take<E>(Blocks::kSize) : s.ds;
-    s.bias = c.take<A>(p_.mask_kind == MaskKind::none ? 0 : Blocks::kSize);
+    s.bias = c.take<A>(has_bias(p_) ? Blocks::kSize : 0);
     s.shaped = Blocks::carve(c, p_, is_shaped_);
     const int64_t kept = (group_ > 1 ? key_blocks_of(p_.len_k, 0) : 1) * kKeys;
     s.dk = c.take<A>(kept * padded_n<T>(p_.dim_qk));
@@ -290,18 +296,18 @@ private:
 
   void probabilities(const Scratch& s, const Block& block, const A* weight) const {
     const int64_t panel = padded_k<T>(p_.dim_qk) * kNr;
-    const bool has_mask = p_.mask_kind != MaskKind::none;
+    const A* bias = has_bias(p_) ? s.bias : nullptr;
     const E* q_t = s.q_t + block.q0 / kNr * panel;
-    if (has_mask) Blocks::fill_bias(p_, block, s.bias);
+    if (bias) Blocks::fill_bias(p_, block, s.bias);
     if (is_shaped_) {
       gemm<T>(block.keys, block.queries, p_.dim_qk, s.k, ld_k(), q_t, panel,
               StorePanels<A, kNr>{s.shaped.scores, kPanel});
-      Blocks::shape(p_, block, s.shaped, has_mask ? s.bias : nullptr);
+      Blocks::shape(p_, block, s.shaped, bias);
       Blocks::exponentiate(block, s.shaped.scores, s.lse + block.q0, weight, s.prob);
     } else {
       gemm<T>(block.keys, block.queries, p_.dim_qk, s.k, ld_k(), q_t, panel,
-              StoreProbabilities<E, A, kNr>{s.prob, kPanel, s.lse + block.q0, has_mask ? s.bias : nullptr, weight,
-                                            static_cast<A>(p_.scale), Band<A>(block)});
+              StoreProbabilities<E, A, kNr>{s.prob, kPanel, s.lse + block.q0, bias, weight, static_cast<A>(p_.scale),
+                                            Band<A>(block)});
     }
   }
 
@@ -309,10 +315,8 @@ private:
   // lost in it and exp(S - lse) would sum to n. Rows that far out are summed again, and weighed by what their sum lacks
   // to 1.
   bool weigh_rows(const Scratch& s, const Item& item, int64_t head) const {
-    constexpr A kSafe = 64;
-    auto is_far = [&](int64_t i) { return __builtin_isfinite(s.lse[i]) && __builtin_fabs(s.lse[i]) > kSafe; };
     int64_t far = 0;
-    for (int64_t i = 0; i < item.queries; ++i) far += is_far(i);
+    for (int64_t i = 0; i < item.queries; ++i) far += is_far(s.lse[i]);
     if (far == 0) return false;
     const Sequence& seq = item.seq;
     std::memset(s.weight, 0, item.queries * sizeof(A));
@@ -336,7 +340,7 @@ private:
         }
       }
     }
-    for (int64_t i = 0; i < item.queries; ++i) s.weight[i] = is_far(i) ? 1 / s.weight[i] : 1;
+    for (int64_t i = 0; i < item.queries; ++i) s.weight[i] = is_far(s.lse[i]) ? 1 / s.weight[i] : 1;
     return true;
   }
 

@@ -66,6 +66,36 @@ PTK_INLINE A head_value(const HeadValues& values, int64_t batch, int64_t head) {
   return static_cast<const A*>(values.data)[batch * values.strides[0] + head * values.strides[1]];
 }
 
+// Where the bias of row 0 and key 0 is; that of row i and key j lies j - i after it.
+template <class A>
+PTK_INLINE const A* relative_bias_of(const Problem& p, int64_t batch, int64_t head) {
+  const int64_t* strides = p.relative_bias.strides;
+  return static_cast<const A*>(p.relative_bias.data) + batch * strides[0] + head * strides[1] + p.len_q - 1;
+}
+
+// Lane i of the result combines all lanes of rows[i], which are lost.
+template <class A, int Step = kLanes<A> / 2, class Combine>
+PTK_INLINE Vec<A> fold_lanes(Vec<A> (&rows)[kLanes<A>], const Combine& combine) {
+  if constexpr (Step == 0) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < Step; ++i) {
+      detail::swap_halves<A, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes<A>>{});
+      rows[i] = combine(rows[i], rows[i + Step]);
+    }
+    return fold_lanes<A, Step / 2>(rows, combine);
+  }
+}
+template <class A>
+PTK_INLINE Vec<A> sums_of_lanes(Vec<A> (&rows)[kLanes<A>]) {
+  return fold_lanes<A>(rows, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
+}
+template <class A>
+PTK_INLINE Vec<A> maxima_of_lanes(Vec<A> (&rows)[kLanes<A>]) {
+  return fold_lanes<A>(rows, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return max(a, b); });
+}
+
 // Not the double log2: its symbol is newer than the oldest glibc that the library promises to load on.
 PTK_INLINE float log2_of(float x) {
   return __builtin_log2f(x);

@@ -2,28 +2,65 @@
 //
 //   layout     key and value rows contiguous in dim; the few query rows of a group of heads in the thread's own memory
 //
-//   tiling     chunks of kChunk keys: scores of the chunk (a vector of keys at a time, transposed in registers),
-//              softmax, then P V with a slice of the output row in registers
+//   tiling     chunks of kChunk keys: scores of the chunk, softmax, then P V; both products by
+//              attention_cpu_stored_rows.h
 //
 //   threads    every (batch, kv head, chunk) is an item of its own; partial results of the chunks are merged afterwards
 //              in the order of the keys, so results do not depend on the number of threads
 #pragma once
 
 #include "attention_cpu_forward.h"
+#include "attention_cpu_stored_rows.h"
 
 namespace ptk::PTK_ISA {
+
+// The rows of a group of heads against one kv head: row r is query position r % len_q of head r / len_q.
+struct FewRows {
+  Sequence seq;
+  int64_t first_head, count;
+
+  int64_t head(int64_t r) const { return first_head + r / seq.len_q; }
+  int64_t position(int64_t r) const { return r % seq.len_q; }
+
+  PTK_INLINE FewRows of(const Problem& p, int64_t head_kv) {
+    const int64_t group = p.heads_q / p.heads_kv;
+    const Sequence seq = sequence_of(p, head_kv / p.heads_kv);
+    return {seq, head_kv % p.heads_kv * group, group * seq.len_q};
+  }
+};
+
+// A row, widened and scaled, in the order of memory.
+template <class T>
+static void widen_row(const HeadView<const T>& rows, int64_t i, int64_t dim, Acc<T> scale, Acc<T>* to) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  const T* from = rows.row(i);
+  int64_t d = 0;
+  if (rows.stride_dim == 1)
+    for (; d + lanes <= dim; d += lanes) store(to + d, load_as(from + d) * scale);
+  for (; d < dim; ++d) to[d] = load_scalar(from + d * rows.stride_dim) * scale;
+}
+
+template <class T>
+static void list_rows(const HeadView<const T>& rows, int64_t n, const T** list) {
+  for (int64_t j = 0; j < n; ++j) list[j] = rows.row(j);
+}
 
 template <class T>
 class DirectForward {
   using A = Acc<T>;
+  using Stored = StoredRows<T>;
 
 public:
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kRows = 16, kLeastKeys = 128;
 
-  // For keys and values whose rows are contiguous.
-  static bool suits(const Problem& p) { return p.heads_q / p.heads_kv * p.len_q <= kRows; }
+  // For keys and values whose rows are contiguous. Many rows of few keys are better packed.
+  static bool suits(const Problem& p) {
+    const int64_t rows = p.heads_q / p.heads_kv * p.len_q;
+    return rows <= kRows && (rows <= kRows / 2 || p.len_k >= kLeastKeys);
+  }
 
-  explicit DirectForward(const ForwardParams& params) : f_(params), p_(params.problem) {}
+  explicit DirectForward(const ForwardParams& params)
+      : f_(params), p_(params.problem), stored_{p_.dim_qk, p_.dim_v, kLds, round_up(p_.dim_v, Stored::kStep) + 2} {}
 
   // False when memory ran out.
   bool run() {
@@ -54,61 +91,60 @@ public:
   }
 
 private:
-  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t kChunk = 512, kLds = kChunk + 64;
   static constexpr int64_t kParallelWork = 1 << 16;
 
   int64_t max_rows() const { return p_.heads_q / p_.heads_kv * p_.len_q; }
-  int64_t dim_q() const { return round_up(p_.dim_qk, kLanes<A>); }
-  int64_t dim_v() const { return round_up(p_.dim_v, kLanes<A>); }
+  int64_t dim_v() const { return stored_.ld_v(); }
   // Sums, maximum and denominator of one row of one chunk.
-  int64_t partial_row() const { return dim_v() + 2; }
+  int64_t partial_row() const { return stored_.ld_out; }
 
-  // The rows of a group of heads against one kv head: row r is query position r % len_q of head r / len_q.
-  struct Rows {
-    Sequence seq;
-    int64_t first_head, count, begin;  // begin: the first key that any of them sees
-
-    int64_t head(int64_t r) const { return first_head + r / seq.len_q; }
-    int64_t position(int64_t r) const { return r % seq.len_q; }
+  struct Scratch {
+    A *row, *query, *scores, *sums;
+    const T **keys, **values;
   };
 
-  Rows rows_of(int64_t head_kv) const {
-    const int64_t group = p_.heads_q / p_.heads_kv;
-    const Sequence seq = sequence_of(p_, head_kv / p_.heads_kv);
-    return {seq, head_kv % p_.heads_kv * group, group * seq.len_q, seq.first_key(0)};
+  Scratch carve(Carver& carver) const {
+    Scratch s;
+    s.row = carver.take<A>(most(stored_.ld_q(), dim_v()));
+    s.query = carver.take<A>(max_rows() * stored_.ld_q());
+    s.scores = carver.take<A>(max_rows() * kLds);
+    s.sums = carver.take<A>(max_rows() * partial_row());
+    s.keys = carver.take<const T*>(kChunk + Stored::kBlock);
+    s.values = carver.take<const T*>(kChunk + Stored::kBlock);
+    return s;
   }
 
   bool run_chunk(int64_t head_kv, int64_t chunk, A* partial) const {
     Carver count;
-    count.take<A>(max_rows() * (dim_q() + kChunk) + dim_v());
-    char* memory = static_cast<char*>(thread_scratch(count.bytes()));
-    if (!memory) return false;
-    A* q = reinterpret_cast<A*>(memory);
-    A* scores = q + max_rows() * dim_q();
-    A* sums = scores + max_rows() * kChunk;
+    carve(count);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    const Scratch s = carve(carver);
 
-    const Rows rows = rows_of(head_kv);
+    const FewRows rows = FewRows::of(p_, head_kv);
     if (rows.count == 0) return true;
     const Sequence& seq = rows.seq;
-    const int64_t k0 = rows.begin + chunk * kChunk;
+    const int64_t k0 = seq.first_key(0) + chunk * kChunk;
     const int64_t keys = most(0, least(kChunk, seq.end_key(seq.len_q - 1) - k0));
-    const auto key = head_of<T>(f_.key, seq.batch, head_kv % p_.heads_kv, seq.first_k);
-    const auto value = head_of<T>(f_.value, seq.batch, head_kv % p_.heads_kv, seq.first_k);
-    for (int64_t r = 0; r < rows.count; ++r) load_query(seq, rows.head(r), rows.position(r), q + r * dim_q());
-    score_keys(q, rows.count, key.row(k0), key.stride_row, keys, scores);
+    A* sums = partial ? partial + (head_kv * chunks_ + chunk) * max_rows() * partial_row() : s.sums;
+    if (keys > 0) {
+      list_rows(head_of<T>(f_.key, seq.batch, head_kv % p_.heads_kv, seq.first_k + k0), keys, s.keys);
+      list_rows(head_of<T>(f_.value, seq.batch, head_kv % p_.heads_kv, seq.first_k + k0), keys, s.values);
+      Stored::look_ahead(s.keys, s.values, keys);
+      for (int64_t r = 0; r < rows.count; ++r) load_query(s, seq, rows.head(r), rows.position(r), r);
+      stored_.score(s.query, rows.count, s.keys, keys, s.scores);
+    }
     for (int64_t r = 0; r < rows.count; ++r) {
-      A* s = scores + r * kChunk;
-      A* row = partial ? partial + ((head_kv * chunks_ + chunk) * max_rows() + r) * partial_row() : sums;
       const int64_t i = rows.position(r), valid = most(0, least(keys, seq.end_key(i) - k0));
-      A top;
-      const A sum = softmax_chunk(seq, rows.head(r), i, k0, valid, round_up(keys, kLanes<A>), s, top);
-      weigh_values(s, valid, value.row(k0), value.stride_row, row);
-      if (partial) {
-        row[dim_v()] = top;
-        row[dim_v() + 1] = sum;
-      } else {
-        write(seq, rows.head(r), i, sums, top, sum);
-      }
+      A* row = sums + r * partial_row();
+      row[dim_v() + 1] =
+          softmax_chunk(seq, rows.head(r), i, k0, valid, round_up(keys, kLanes<A>), s.scores + r * kLds, row[dim_v()]);
+    }
+    stored_.weigh(s.scores, rows.count, s.values, keys, sums);
+    for (int64_t r = 0; !partial && r < rows.count; ++r) {
+      A* row = sums + r * partial_row();
+      write(seq, rows.head(r), rows.position(r), row, row[dim_v()], row[dim_v() + 1], s.row);
     }
     return true;
   }
@@ -117,69 +153,22 @@ private:
   A softmax_chunk(const Sequence& seq, int64_t head, int64_t i, int64_t k0, int64_t valid, int64_t padded, A* s,
                   A& top) const {
     const A lowest = -static_cast<A>(__builtin_inf());
-    if (has_shaped_scores(p_)) shape_rows<T>(p_, seq, head, s, kChunk, i, 1, k0, valid, A(1));
+    if (has_shaped_scores(p_)) shape_rows<T>(p_, seq, head, s, kLds, i, 1, k0, valid, A(1));
     const int64_t hidden = least(valid, seq.first_key(i) - k0);
     for (int64_t j = 0; j < hidden; ++j) s[j] = lowest;
     top = row_max(s, valid);
     const A sum = exp2_row(s, s, valid, padded, static_cast<A>(kLog2E), top == lowest ? 0 : top);
-    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s, kChunk, i, 1, k0, valid);
+    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s, kLds, i, 1, k0, valid);
     return sum;
   }
 
-  void load_query(const Sequence& seq, int64_t head, int64_t i, A* q) const {
-    const auto query = head_of<T>(f_.query, seq.batch, head, seq.first_q);
-    const A scale = static_cast<A>(p_.scale);
-    for (int64_t d = 0; d < p_.dim_qk; ++d) q[d] = load_scalar(query.row(i) + d * query.stride_dim) * scale;
-    for (int64_t d = p_.dim_qk; d < dim_q(); ++d) q[d] = 0;
+  void load_query(const Scratch& s, const Sequence& seq, int64_t head, int64_t i, int64_t r) const {
+    widen_row(head_of<T>(f_.query, seq.batch, head, seq.first_q), i, p_.dim_qk, static_cast<A>(p_.scale), s.row);
+    Stored::to_pairs(s.row, p_.dim_qk, s.query + r * stored_.ld_q());
   }
 
-  // A vector's worth of keys at a time: lane sums of every key's products, transposed and added once.
-  void score_keys(const A* q, int64_t rows, const T* k, int64_t stride, int64_t keys, A* scores) const {
-    constexpr int lanes = kLanes<A>;
-    const int64_t dim_full = p_.dim_qk / lanes * lanes, rest = p_.dim_qk - dim_full;
-    for (int64_t j = 0; j < keys; j += lanes) {
-      const int64_t last = keys - j - 1;
-      for (int64_t r = 0; r < rows; ++r) {
-        const A* query = q + r * dim_q();
-        Vec<A> sum[lanes] = {};
-        for (int64_t d = 0; d < dim_full; d += lanes) {
-          const Vec<A> x = load(query + d);
-#pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) sum[i] += x * load_as(k + (j + least(i, last)) * stride + d);
-        }
-        if (rest) {
-          const Vec<A> x = load(query + dim_full);
-          for (int i = 0; i < lanes; ++i)
-            sum[i] += x * load_as_partial(k + (j + least(i, last)) * stride + dim_full, rest);
-        }
-        transpose<A>(sum);
-        Vec<A> total = sum[0];
-        for (int i = 1; i < lanes; ++i) total += sum[i];
-        store(scores + r * kChunk + j, total);
-      }
-    }
-  }
-
-  void weigh_values(const A* p, int64_t keys, const T* v, int64_t stride, A* out) const {
-    constexpr int lanes = kLanes<A>, slices = 8;
-    int64_t d = 0;
-    for (; d + slices * lanes <= p_.dim_v; d += slices * lanes) {
-      Vec<A> sum[slices] = {};
-      for (int64_t j = 0; j < keys; ++j) {
-        const Vec<A> x = broadcast(p[j]);
-#pragma GCC unroll 8
-        for (int i = 0; i < slices; ++i) sum[i] += x * load_as(v + j * stride + d + i * lanes);
-      }
-      for (int i = 0; i < slices; ++i) store(out + d + i * lanes, sum[i]);
-    }
-    for (; d < p_.dim_v; d += lanes) {
-      Vec<A> sum{};
-      for (int64_t j = 0; j < keys; ++j) sum += broadcast(p[j]) * load_as_partial(v + j * stride + d, p_.dim_v - d);
-      store(out + d, sum);
-    }
-  }
-
-  void write(const Sequence& seq, int64_t head, int64_t i, A* sums, A shift, A denominator) const {
+  void write(const Sequence& seq, int64_t head, int64_t i, A* in_pairs, A shift, A denominator, A* sums) const {
+    Stored::from_pairs(in_pairs, dim_v(), sums);
     if (p_.sinks.data) join_sink(head_value<A>(p_.sinks, seq.batch, head), sums, p_.dim_v, shift, denominator);
     const auto out = head_of<T>(f_.out, seq.batch, head, seq.first_q);
     A* lse = static_cast<A*>(f_.lse) + lse_offset(p_, seq, head) + i;
@@ -187,9 +176,9 @@ private:
   }
 
   bool merge(int64_t head_kv, const A* partial) const {
-    A* sums = static_cast<A*>(thread_scratch(dim_v() * sizeof(A)));
+    A* sums = static_cast<A*>(thread_scratch(2 * dim_v() * sizeof(A)));
     if (!sums) return false;
-    const Rows rows = rows_of(head_kv);
+    const FewRows rows = FewRows::of(p_, head_kv);
     for (int64_t r = 0; r < rows.count; ++r) {
       auto row = [&](int64_t chunk) {
         return partial + ((head_kv * chunks_ + chunk) * max_rows() + r) * partial_row();
@@ -203,13 +192,14 @@ private:
         denominator += row(c)[dim_v() + 1] * factor;
         for (int64_t d = 0; d < dim_v(); d += kLanes<A>) store(sums + d, load(sums + d) + load(row(c) + d) * factor);
       }
-      write(rows.seq, rows.head(r), rows.position(r), sums, top, denominator);
+      write(rows.seq, rows.head(r), rows.position(r), sums, top, denominator, sums + dim_v());
     }
     return true;
   }
 
   const ForwardParams& f_;
   const Problem& p_;
+  const Stored stored_;
   int64_t keys_ = 0, chunks_ = 0;
 };
 

@@ -39,8 +39,9 @@ PTK_INLINE Vec<Acc<P>> softmax_exp2(Vec<Acc<P>> x) {
   }
 }
 
+// Lane by lane.
 template <class A>
-PTK_INLINE A row_max(const A* s, int64_t n) {
+PTK_INLINE Vec<A> row_maxima(const A* s, int64_t n) {
   const A lowest = -static_cast<A>(__builtin_inf());
   Vec<A> m0 = broadcast(lowest), m1 = m0;
   int64_t j = 0;
@@ -51,13 +52,18 @@ PTK_INLINE A row_max(const A* s, int64_t n) {
   // Rows are padded to whole vectors; what lies past n does not count.
   const Vec<A> lane = iota<A>();
   for (; j < n; j += kLanes<A>) m1 = max(m1, lane < static_cast<A>(n - j) ? load(s + j) : broadcast(lowest));
-  return reduce_max<A>(max(m0, m1));
+  return max(m0, m1);
 }
 
-// p[j] = 2^((s[j] - shift) * scale) for j < n, zeros up to n_padded; returns the sum. p may be s. The difference comes
-// first: scores near the largest number would overflow if they were scaled before.
+template <class A>
+PTK_INLINE A row_max(const A* s, int64_t n) {
+  return reduce_max<A>(row_maxima(s, n));
+}
+
+// p[j] = 2^((s[j] - shift) * scale) for j < n, zeros up to n_padded; returns the sums lane by lane. p may be s. The
+// difference comes first: scores near the largest number would overflow if they were scaled before.
 template <class A, class P>
-PTK_INLINE A exp2_row(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A shift) {
+PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A shift) {
   Vec<A> sum0{}, sum1{};
   int64_t j = 0;
   for (; j + 2 * kLanes<A> <= n; j += 2 * kLanes<A>) {
@@ -76,7 +82,12 @@ PTK_INLINE A exp2_row(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A 
     sum0 += v;
     store_as(p + j, v);
   }
-  return reduce_add<A>(sum0 + sum1);
+  return sum0 + sum1;
+}
+
+template <class A, class P>
+PTK_INLINE A exp2_row(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A shift) {
+  return reduce_add<A>(exp2_row_sums(s, p, n, n_padded, scale, shift));
 }
 
 template <class T>
@@ -190,9 +201,9 @@ private:
     s.scores = carver.take<A>(round_up(queries_, 32) * kLds);
     s.prob = kSeparateP ? carver.take<E>(round_up(queries_, 32) * kLdp) : reinterpret_cast<E*>(s.scores);
     s.out = carver.take<A>(queries_ * padded_n<T>(p_.dim_v));
-    s.max = carver.take<A>(queries_);
-    s.sum = carver.take<A>(queries_);
-    s.factor = carver.take<A>(queries_);
+    s.max = carver.take<A>(round_up(queries_, kLanes<A>));
+    s.sum = carver.take<A>(round_up(queries_, kLanes<A>));
+    s.factor = carver.take<A>(round_up(queries_, kLanes<A>));
     return s;
   }
 
@@ -236,9 +247,9 @@ private:
     // Softmax takes maxima before it multiplies by the scale; the sign must be in the scores by then.
     if (p_.scale < 0) negate(s.q, rows * ldq());
     if (p_.scale == 0) std::memset(s.q, 0, rows * ldq() * sizeof(E));
-    for (int64_t i = 0; i < rows; ++i) {
-      s.max[i] = -static_cast<A>(__builtin_inf());
-      s.sum[i] = 0;
+    for (int64_t i = 0; i < rows; i += kLanes<A>) {
+      store(s.max + i, broadcast(-static_cast<A>(__builtin_inf())));
+      store(s.sum + i, Vec<A>{});
     }
     const int64_t packed = packed_begin(seq), panel = panel_v(packed_end(seq) - packed);
     const int64_t end = seq.end_key(q0 + rows - 1), begin = seq.first_key(q0) / Traits::kNr * Traits::kNr;
@@ -278,27 +289,44 @@ private:
   // Scores to probabilities relative to the running maximum, which it advances, as are the running sums.
   void softmax_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0, int64_t rows, int64_t k0,
                      int64_t keys) const {
-    const A lowest = -static_cast<A>(__builtin_inf());
     if (has_shaped_scores(p_))
       shape_rows<T>(p_, seq, head, s.scores, kLds, q0, rows, k0, keys, static_cast<A>(__builtin_fabs(p_.scale)));
+    for (int64_t i = 0; i < rows; i += kLanes<A>) softmax_rows(s, seq, q0, i, least(kLanes<A>, rows - i), k0, keys);
+    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s.prob, kLdp, q0, rows, k0, keys);
+  }
+
+  // Of as many rows as a vector has lanes, so that what there is to do once per row is done for all of them at once.
+  void softmax_rows(const Scratch& s, const Sequence& seq, int64_t q0, int64_t first, int64_t count, int64_t k0,
+                    int64_t keys) const {
+    const A lowest = -static_cast<A>(__builtin_inf());
     const A scale = score_unit() * static_cast<A>(kLog2E);
     const int64_t padded = round_up(padded_k<T>(keys), kLanes<A>);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t valid = most(0, least(keys, seq.end_key(q0 + i) - k0));
-      const int64_t hidden = least(valid, seq.first_key(q0 + i) - k0);
-      A* scores = s.scores + i * kLds;
+    int64_t valid[kLanes<A>];
+    Vec<A> part[kLanes<A>];
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kLanes<A>; ++i) {
+      const int64_t row = q0 + first + i;
+      valid[i] = i < count ? most(0, least(keys, seq.end_key(row) - k0)) : 0;
+      A* scores = s.scores + (first + i) * kLds;
+      const int64_t hidden = least(valid[i], seq.first_key(row) - k0);
       for (int64_t j = 0; j < hidden; ++j) scores[j] = lowest;
-      const A before = s.max[i], block_max = row_max(scores, valid);
-      const A after = before > block_max ? before : block_max;
-      // A row that has seen only -inf keeps shift 0: its probabilities come out 0, not NaN.
-      const A shift = after == lowest ? 0 : after;
-      const A factor = exp2(broadcast((before - shift) * scale))[0];
-      const A sum = exp2_row(scores, s.prob + i * kLdp, valid, padded, scale, shift);
-      s.max[i] = after;
-      s.sum[i] = s.sum[i] * factor + sum;
-      s.factor[i] = factor;
+      part[i] = row_maxima(scores, valid[i]);
     }
-    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s.prob, kLdp, q0, rows, k0, keys);
+    const Vec<A> before = load(s.max + first), after = max(before, maxima_of_lanes<A>(part));
+    // A row that has seen only -inf keeps shift 0: its probabilities come out 0, not NaN.
+    const Vec<A> shift = after == lowest ? Vec<A>{} : after, factor = exp2((before - shift) * scale);
+    A shift_of[kLanes<A>];
+    store(shift_of, shift);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kLanes<A>; ++i) {
+      part[i] = Vec<A>{};
+      if (i < count)
+        part[i] = exp2_row_sums(s.scores + (first + i) * kLds, s.prob + (first + i) * kLdp, valid[i], padded, scale,
+                                shift_of[i]);
+    }
+    store(s.max + first, after);
+    store(s.sum + first, load(s.sum + first) * factor + sums_of_lanes<A>(part));
+    store(s.factor + first, factor);
   }
 
   void write_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0, int64_t rows) const {

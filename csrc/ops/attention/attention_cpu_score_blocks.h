@@ -1,5 +1,5 @@
 // What the backward does with blocks of scores beyond two products: caps, ALiBi, dropout, and the gradients of what is
-// added to scores (mask, slopes, sinks).
+// added to scores (mask, slopes, relative bias, sinks).
 //
 //   layout   a block holds keys x queries, as panels of kNr queries: [panel][key][query in panel]
 //   order    gradients that several heads or blocks add to are summed in an order that depends on the shape alone: each
@@ -88,27 +88,35 @@ struct ScoreBlocks {
     return detail::absolute<A>(iota<A>() + static_cast<A>(b.q0 + query + b.seq.diagonal - b.k0 - key));
   }
 
-  // The mask of a block: rows of the mask, converted, then transposed in registers.
+  // What is added to the scores of a block: rows of the mask and of the relative bias, transposed in registers.
   static void fill_bias(const Problem& p, const Block& b, A* bias) {
     constexpr int lanes = kLanes<A>;
-    with_mask<T>(p, b.seq.batch, b.head, [&](auto* mask) {
-      alignas(64) A rows[lanes][round_up(kKeys, lanes)];
-      for (int64_t q = 0; q < b.queries; q += lanes) {
-        for (int i = 0; i < lanes; ++i) {
-          // Rows of padding repeat the last: their probabilities are 0 whatever is added.
-          const int64_t row = least(b.q0 + q + i, b.seq.len_q - 1);
-          detail::bias_row(mask + row * p.mask.strides[2] + b.k0 * p.mask.strides[3], p.mask.strides[3], b.keys,
-                           rows[i]);
-        }
-        A* column = bias + q / kNr * kPanel + q % kNr;
-        for (int64_t j = 0; j < b.keys; j += lanes) {
-          Vec<A> tile[lanes];
-          for (int i = 0; i < lanes; ++i) tile[i] = load(rows[i] + j);
-          transpose<A>(tile);
-          for (int i = 0; i < lanes && j + i < b.keys; ++i) store(column + (j + i) * kNr, tile[i]);
-        }
+    alignas(64) A rows[lanes][round_up(kKeys, lanes)];
+    for (int64_t q = 0; q < b.queries; q += lanes) {
+      // Rows of padding repeat the last: their probabilities are 0 whatever is added.
+      for (int i = 0; i < lanes; ++i) fill_bias_row(p, b, least(b.q0 + q + i, b.seq.len_q - 1), rows[i]);
+      A* column = bias + q / kNr * kPanel + q % kNr;
+      for (int64_t j = 0; j < b.keys; j += lanes) {
+        Vec<A> tile[lanes];
+        for (int i = 0; i < lanes; ++i) tile[i] = load(rows[i] + j);
+        transpose<A>(tile);
+        for (int i = 0; i < lanes && j + i < b.keys; ++i) store(column + (j + i) * kNr, tile[i]);
       }
+    }
+  }
+
+  static void fill_bias_row(const Problem& p, const Block& b, int64_t row, A* to) {
+    const int64_t* strides = p.mask.strides;
+    with_mask<T>(p, b.seq.batch, b.head, [&](auto* mask) {
+      detail::bias_row(mask + row * strides[2] + b.k0 * strides[3], strides[3], b.keys, to);
     });
+    if (!p.relative_bias.data) return;
+    const A* relative = relative_bias_of<A>(p, b.seq.batch, b.head) + b.k0 - row;
+    if (p.mask_kind == MaskKind::none) {
+      std::memcpy(to, relative, b.keys * sizeof(A));
+    } else {
+      for (int64_t j = 0; j < b.keys; ++j) to[j] += relative[j];
+    }
   }
 
   // Products to scores.
@@ -197,7 +205,12 @@ struct ScoreBlocks {
   }
 };
 
-// Gradients of mask, slopes and sinks: parts summed while blocks are computed, and their sums.
+// Whether something is added to scores pair by pair.
+PTK_INLINE bool has_bias(const Problem& p) {
+  return p.mask_kind != MaskKind::none || p.relative_bias.data;
+}
+
+// Gradients of mask, slopes, sinks and relative bias: parts summed while blocks are computed, and their sums.
 template <class T>
 class GradientSums {
   using A = Acc<T>;
@@ -215,7 +228,9 @@ public:
     return b.grad_mask.data && b.grad_mask.strides[2] != 0 && b.grad_mask.strides[3] != 0;
   }
 
-  bool needs_score_gradients() const { return b_.grad_alibi.data || is_full_mask(b_) || has_key_sums(); }
+  bool needs_score_gradients() const {
+    return b_.grad_alibi.data || b_.grad_relative.data || is_full_mask(b_) || has_key_sums();
+  }
 
   // False when memory ran out.
   bool allocate(int64_t splits) {
@@ -223,12 +238,15 @@ public:
     const int64_t heads = p_.batch * p_.heads_q;
     const int64_t keys = has_key_sums() ? heads * p_.len_k : 0, rows = has_row_sums() ? heads * p_.len_q : 0;
     const int64_t slopes = b_.grad_alibi.data ? heads * splits : 0, sinks = b_.grad_sinks.data ? heads : 0;
-    if (keys + rows + slopes + sinks == 0) return true;
-    memory_ = static_cast<double*>(__builtin_calloc(keys + rows + slopes + sinks, sizeof(double)));
+    const int64_t relative = b_.grad_relative.data ? heads * splits * distances() : 0;
+    const int64_t all = keys + rows + slopes + sinks + relative;
+    if (all == 0) return true;
+    memory_ = static_cast<double*>(__builtin_calloc(all, sizeof(double)));
     keys_ = memory_;
     rows_ = keys_ + keys;
     slopes_ = rows_ + rows;
     sinks_ = slopes_ + slopes;
+    relative_ = sinks_ + sinks;
     return memory_;
   }
 
@@ -250,6 +268,8 @@ public:
   void add_block(const Block& b, int64_t split, const A* grads) const {
     const int64_t of_head = b.seq.batch * p_.heads_q + b.head;
     if (b_.grad_alibi.data) slopes_[of_head * splits_ + split] -= distance_sum(b, grads);
+    if (b_.grad_relative.data)
+      add_to_distances(b, grads, relative_ + (split * p_.batch * p_.heads_q + of_head) * distances());
     if (has_key_sums()) {
       for (int64_t j = 0; j < b.keys; ++j) {
         Vec<A> sum{};
@@ -269,6 +289,12 @@ public:
     const View &slopes = b_.grad_alibi, &sinks = b_.grad_sinks;
     if (slopes.data) reduce(slopes_, splits_, slopes.data, slopes.strides[0], slopes.strides[1], 0);
     if (sinks.data) reduce(sinks_, 1, sinks.data, sinks.strides[0], sinks.strides[1], 0);
+    if (const View& relative = b_.grad_relative; relative.data) {
+      const int64_t of_split = p_.batch * p_.heads_q * distances();
+      for (int64_t split = 1; split < splits_; ++split)
+        for (int64_t i = 0; i < of_split; ++i) relative_[i] += relative_[split * of_split + i];
+      reduce(relative_, distances(), relative.data, relative.strides[0], relative.strides[1], relative.strides[2]);
+    }
   }
 
 private:
@@ -286,6 +312,30 @@ private:
       total += reduce_add<A>(sum);
     }
     return total;
+  }
+
+  int64_t distances() const { return p_.len_q + p_.len_k - 1; }
+
+  // Sums of the block's diagonals. Lanes are queries, along which distances fall. Neighbouring vectors of a key go
+  // first: those of the next key overlap them, and would wait for their stores.
+  void add_to_distances(const Block& b, const A* grads, double* sums) const {
+    constexpr int lanes = kLanes<A>;
+    A part[Blocks::kKeys + Blocks::kQueries + lanes] = {};
+    for (int64_t j = 0; j < b.keys; ++j) {
+      for (int64_t q = 0; q < b.queries; q += lanes) {
+        Vec<A> row = load(grads + q / Blocks::kNr * Blocks::kPanel + j * Blocks::kNr + q % Blocks::kNr);
+        A* at = part + j + b.queries - q - lanes;
+        store(at, load(at) + reversed<A>(row, std::make_integer_sequence<int, lanes>{}));
+      }
+    }
+    // Rows of padding, whose gradients are 0, would lie before the first distance.
+    const int64_t first = b.k0 - b.q0 - b.queries + p_.len_q;
+    for (int64_t i = most(0, -first); i < b.keys + b.queries - 1; ++i) sums[first + i] += part[i];
+  }
+
+  template <class Of, int... I>
+  PTK_INLINE Vec<Of> reversed(Vec<Of> v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (kLanes<Of> - 1 - I)...);
   }
 
   // Rows of the mask's gradient are contiguous; the block is transposed in registers on its way.
@@ -325,7 +375,8 @@ private:
   const BackwardParams& b_;
   const Problem& p_;
   int64_t splits_ = 1;
-  double *memory_ = nullptr, *keys_ = nullptr, *rows_ = nullptr, *slopes_ = nullptr, *sinks_ = nullptr;
+  double *memory_ = nullptr, *keys_ = nullptr, *rows_ = nullptr, *slopes_ = nullptr, *sinks_ = nullptr,
+         *relative_ = nullptr;
 };
 
 }  // namespace ptk::PTK_ISA

@@ -1,4 +1,5 @@
-// From products of queries and keys to scores, a row at a time: cap, ALiBi, mask; and dropout of probabilities.
+// From products of queries and keys to scores, a row at a time: cap, ALiBi, relative bias, mask; and dropout of
+// probabilities.
 #pragma once
 
 #include "attention_cpu_common.h"
@@ -142,7 +143,7 @@ PTK_INLINE void with_mask(const Problem& p, int64_t batch, int64_t head, const B
 
 // Whether scores are more than products times scale.
 PTK_INLINE bool has_shaped_scores(const Problem& p) {
-  return p.mask_kind != MaskKind::none || p.softcap != 0 || p.alibi.data;
+  return p.mask_kind != MaskKind::none || p.softcap != 0 || p.alibi.data || p.relative_bias.data;
 }
 
 // Products of rows q0.. with keys k0.., in rows of `ld` padded to whole vectors, become scores. Only called where
@@ -158,6 +159,11 @@ static void shape_rows(const Problem& p, const Sequence& seq, int64_t head, A* s
     const A slope = head_value<A>(p.alibi, seq.batch, head);
     for (int64_t i = 0; i < rows; ++i)
       detail::slope_row(scores + i * ld, keys, scale, slope, q0 + i + seq.diagonal - k0);
+    scale = 1;
+  }
+  if (p.relative_bias.data) {
+    const A* bias = relative_bias_of<A>(p, seq.batch, head) + k0 - q0;
+    for (int64_t i = 0; i < rows; ++i) detail::apply_mask_row(scores + i * ld, keys, scale, bias - i, 1);
     scale = 1;
   }
   with_mask<T>(p, seq.batch, head, [&](auto* mask) {

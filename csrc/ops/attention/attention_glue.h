@@ -108,6 +108,7 @@ struct Options {
   bool bottom_right = false;
   double softcap = 0;
   double dropout_p = 0;
+  std::optional<Tensor> relative_bias;
 };
 
 inline int64_t window_side(const char* name, int64_t value) {
@@ -125,6 +126,27 @@ HeadValues head_values(const char* name, const Tensor& tensor, const Tensor& que
             "attention: ", name, ": got shape ", shape_text(sizes), ", expected [", p.heads_q, "] or [", p.batch, ", ",
             p.heads_q, "]");
   return {tensor.const_data_ptr(), {per_batch ? tensor.stride(0) : 0, tensor.stride(per_batch ? 1 : 0)}};
+}
+
+// Of a problem whose lengths are known. The tensor becomes contiguous in its last dimension.
+template <typename Backend>
+void set_relative_bias(Problem& p, Tensor& tensor, const Tensor& query) {
+  PTK_CHECK(
+      requires { Backend::kHasRelativeBias; }, "attention: relative_bias: got a tensor, expected none on ",
+      Backend::kDevice, ", which has no kernel for it");
+  check_device<Backend>("relative_bias", tensor, query);
+  check_dtype("relative_bias", tensor, lse_dtype(p.dtype));
+  const auto sizes = tensor.sizes();
+  const int64_t distances = std::max<int64_t>(p.len_q + p.len_k - 1, 0);
+  const bool per_batch = sizes.size() == 3;
+  const bool fits = (per_batch ? sizes[0] == p.batch : sizes.size() == 2) && tensor.size(-2) == p.heads_q &&
+                    tensor.size(-1) == distances;
+  PTK_CHECK(fits, "attention: relative_bias: got shape ", shape_text(sizes), ", expected [", p.heads_q, ", ", distances,
+            "] or [", p.batch, ", ", p.heads_q, ", ", distances, "]");
+  if (tensor.stride(-1) != 1) {
+    tensor = torch::stable::contiguous(tensor);
+  }
+  p.relative_bias = {tensor.const_data_ptr(), {per_batch ? tensor.stride(0) : 0, tensor.stride(-2)}};
 }
 
 // A probability of 1 keeps nothing: the seed no longer matters, and out is sums of nothing.
@@ -213,6 +235,9 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
     check_device<Backend>("attn_mask", *options.attn_mask, query);
     set_mask(p, *options.attn_mask);
   }
+  if (options.relative_bias) {
+    set_relative_bias<Backend>(p, *options.relative_bias, query);
+  }
   return p;
 }
 
@@ -240,9 +265,9 @@ std::tuple<Tensor, Tensor>
 attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
                   std::optional<double> scale, std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                   std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right, bool bottom_right,
-                  double softcap, double dropout_p) {
-  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
-                  window_left, window_right, bottom_right, softcap,      dropout_p};
+                  double softcap, double dropout_p, std::optional<Tensor> relative_bias) {
+  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
+                  window_left, window_right, bottom_right, softcap,      dropout_p, relative_bias};
   const Problem p = make_problem<Backend>(query, key, value, options);
   Tensor out = empty_heads_inside(query, out_shape(p), p.dtype);
   Tensor lse = empty_lse(query, p);
@@ -262,14 +287,14 @@ attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
   return {out, lse};
 }
 
-// In the order of output_mask: query, key, value, attn_mask, alibi_slopes, sinks.
+// In the order of output_mask: query, key, value, attn_mask, alibi_slopes, sinks, relative_bias.
 using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-                             std::optional<Tensor>, std::optional<Tensor>>;
+                             std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
 inline std::vector<bool> which_gradients(std::vector<bool> output_mask) {
-  PTK_CHECK(3 <= output_mask.size() && output_mask.size() <= 6, "attention: output_mask: got ", output_mask.size(),
-            " entries, expected 3 to 6");
-  output_mask.resize(6);
+  PTK_CHECK(3 <= output_mask.size() && output_mask.size() <= 7, "attention: output_mask: got ", output_mask.size(),
+            " entries, expected 3 to 7");
+  output_mask.resize(7);
   return output_mask;
 }
 
@@ -303,9 +328,9 @@ Gradients attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Te
                              std::optional<double> scale, std::vector<bool> output_mask,
                              std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                              std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
-                             bool bottom_right, double softcap, double dropout_p) {
-  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
-                  window_left, window_right, bottom_right, softcap,      dropout_p};
+                             bool bottom_right, double softcap, double dropout_p, std::optional<Tensor> relative_bias) {
+  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
+                  window_left, window_right, bottom_right, softcap,      dropout_p, relative_bias};
   const Problem p = make_problem<Backend>(query, key, value, options);
   const auto check_given = [&](const char* name, const Tensor& tensor, const auto& shape, DType dtype) {
     check_device<Backend>(name, tensor, query);
@@ -331,7 +356,8 @@ Gradients attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Te
   const std::optional<Tensor> grad_mask = zeros_like_addend(output_mask[3], "attn_mask", attn_mask, p);
   const std::optional<Tensor> grad_alibi = zeros_like_addend(output_mask[4], "alibi_slopes", alibi_slopes, p);
   const std::optional<Tensor> grad_sinks = zeros_like_addend(output_mask[5], "sinks", sinks, p);
-  const Gradients gradients{grad_query, grad_key, grad_value, grad_mask, grad_alibi, grad_sinks};
+  const std::optional<Tensor> grad_relative = zeros_like_addend(output_mask[6], "relative_bias", relative_bias, p);
+  const Gradients gradients{grad_query, grad_key, grad_value, grad_mask, grad_alibi, grad_sinks, grad_relative};
   if (is_empty(p)) {
     for (auto* grad : {&grad_query, &grad_key, &grad_value}) {
       if (*grad) {
@@ -361,6 +387,7 @@ Gradients attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Te
   params.grad_mask = summing_view(grad_mask, 4);
   params.grad_alibi = summing_view(grad_alibi, 2);
   params.grad_sinks = summing_view(grad_sinks, 2);
+  params.grad_relative = summing_view(grad_relative, 3);
   Backend::backward(params, query);
   return gradients;
 }

@@ -39,6 +39,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -58,6 +59,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,16 +78,18 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fused attention, ``softmax(scale * query @ key^T + attn_mask) @ value``, in memory linear in the lengths.
 
     A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention` with its argument order, and with more:
 
-    ``scores[i, j] = cap(scale * query[i] @ key[j]) - alibi_slope * |i + diagonal - j| + attn_mask[i, j]``, of which row
-    ``i`` sees ``i + diagonal - left <= j <= i + diagonal + right``. ``diagonal`` is 0, so that the first row is aligned
-    with the first key, unless ``attn_mask`` is ``torch.nn.attention.bias.causal_lower_right``: then it is ``Lk - Lq``,
-    so that the last row is aligned with the last key, as in FlashAttention-2.
+    ``scores[i, j] = cap(scale * query[i] @ key[j]) - alibi_slope * |i + diagonal - j| + relative_bias[j - i + Lq - 1]
+    + attn_mask[i, j]``, of which row ``i`` sees ``i + diagonal - left <= j <= i + diagonal + right``. ``diagonal`` is
+    0, so that the first row is aligned with the first key, unless ``attn_mask`` is
+    ``torch.nn.attention.bias.causal_lower_right``: then it is ``Lk - Lq``, so that the last row is aligned with the
+    last key, as in FlashAttention-2.
 
     Args:
         query: ``[..., Hq, Lq, D]``, float64, float32, bfloat16 or float16, with any strides and at least two
@@ -113,6 +117,9 @@ def attention(
             distance to ``i + diagonal``. Differentiable. Default: none.
         sinks: ``[Hq]`` or ``[..., Hq]``, the same dtypes: logit of a key without a value, which takes its share of the
             softmax and is part of ``lse``. Differentiable; -inf is no sink. Default: none.
+        relative_bias: ``[Hq, Lq + Lk - 1]`` or ``[..., Hq, Lq + Lk - 1]``, the same dtypes: added to the scores by
+            distance, ``j - i`` at place ``j - i + Lq - 1``, without ever becoming a matrix. Differentiable, gradient of
+            the same size. :func:`ptkernels.t5_relative_bias` makes it from T5's table. Default: none.
         return_lse: also return the log-sum-exp of every row of scores.
 
     Returns:
@@ -158,7 +165,8 @@ def attention(
     """
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
-    is_plain = window is None and alibi_slopes is None and sinks is None and not softcap and not dropout_p
+    is_plain = window is None and alibi_slopes is None and sinks is None and relative_bias is None
+    is_plain = is_plain and not softcap and not dropout_p
     is_plain = is_plain and (attn_mask is None or attn_mask.__class__ is Tensor)
     if is_plain and _state.backend is None and not _is_compiling():
         try:
@@ -180,7 +188,7 @@ def attention(
                 return result if return_lse else result[0]  # type: ignore[no-any-return]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # what bad arguments raise and no more: checkpointing, for one, stops a recomputation by an exception
-    beyond = (window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
     out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     return (out, lse) if return_lse else out
 
@@ -198,17 +206,19 @@ def _attention(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    relative_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if isinstance(query, Tensor) and query.is_nested:
+        checks.refuse_nested(relative_bias)
         named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
         return _nested(query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, **named)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    beyond = (window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     if (
         dropout_p
         or softcap
-        or any(given is not None for given in (window, alibi_slopes, sinks))
+        or any(given is not None for given in (window, alibi_slopes, sinks, relative_bias))
         or is_triangle(attn_mask)
     ):
         checks.check_inputs(*args)
@@ -220,8 +230,10 @@ def _attention(
             with torch.autocast(query.device.type, enabled=False):
                 return reference.attention_with(query, key, value, mask, options, enable_gqa)
         call = shapes.normalize(query, key, value, mask, options, enable_gqa)
-        op = routing.triton_op() if routing.runs_on_triton(query.device.type) else attention_op
-        return call.restore(*op(call.query, call.key, call.value, call.attn_mask, *call.options))
+        if routing.runs_on_triton(query.device.type):
+            op = routing.triton_op()
+            return call.restore(*op(call.query, call.key, call.value, call.attn_mask, *call.options.shared))
+        return call.restore(*attention_op(call.query, call.key, call.value, call.attn_mask, *call.options))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         checks.check_inputs(*args)
         raise

@@ -38,12 +38,15 @@ def _merge_mask(mask: Tensor | None, dim: int | None, size: int, batch: int, kee
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
-def _merge_head_values(tensor: Tensor | None, dim: int | None, size: int, batch: int, keep_shared: bool) -> Any:
-    """Values per head, ``[heads]`` or ``[batch, heads]``, for a merged batch."""
-    if tensor is None or (keep_shared and dim is None and tensor.dim() == 1):
+def _merge_head_values(
+    tensor: Tensor | None, dim: int | None, size: int, batch: int, keep_shared: bool, own: int = 1
+) -> Any:
+    """Values per head, of ``own`` dimensions or one more for the batch, for a merged batch."""
+    if tensor is None or (keep_shared and dim is None and tensor.dim() == own):
         return tensor
     tensor = mapped_first(tensor, dim, size)
-    return tensor.reshape(size, -1, tensor.size(-1)).expand(size, batch, tensor.size(-1)).flatten(0, 1)
+    last = tensor.shape[-own:]
+    return tensor.reshape(size, -1, *last).expand(size, batch, *last).flatten(0, 1)
 
 
 def merge_options(options: Options, dims: Options, size: int, batch: int, keep_shared: bool = True) -> Options:
@@ -56,7 +59,9 @@ def merge_options(options: Options, dims: Options, size: int, batch: int, keep_s
         _merge_head_values(tensor, dim, size, batch, keep_shared)  # type: ignore[arg-type]
         for tensor, dim in zip(options.tensors, dims.tensors, strict=True)
     )
-    return options._replace(alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+    relative: Any = dims.relative_bias
+    relative = _merge_head_values(options.relative_bias, relative, size, batch, keep_shared, own=2)
+    return options._replace(alibi_slopes=slopes, sinks=sinks, dropout_seed=seed, relative_bias=relative)
 
 
 def _merge_all(tensors: tuple[Tensor | None, ...], dims: Dims, size: int) -> tuple[list[Tensor | None], int]:
@@ -106,8 +111,8 @@ def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor | N
     mask = _merge_mask(attn_mask, dims[7], size, batch, is_shared)
     merged = merge_options(options, backward_options(dims), size, batch, is_shared)
     grads = list(backward_op(*operands, mask, *backward_tail(merged, wanted)))
-    given = (attn_mask, *options.tensors)
-    mapped = (dims[7], *backward_options(dims).tensors)
+    given = (attn_mask, *options.learned)
+    mapped = (dims[7], *backward_options(dims).learned)
     for index, grad in enumerate(grads):
         if grad is not None and index < 3:
             grads[index] = grad.unflatten(0, (size, batch))

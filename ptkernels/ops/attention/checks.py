@@ -201,6 +201,35 @@ def _check_head_values(name: str, tensor: Any, query: Tensor, batch: _Sizes, hea
         raise ValueError(f"{OP}: {name}: got shape {list(sizes)}, expected [{heads}] or {list(full)}")
 
 
+def _check_relative_bias(tensor: Any, query: Tensor, batch: _Sizes, heads: int, keys: int) -> None:
+    _check_tensor("relative_bias", tensor)
+    allowed = dict.fromkeys((query.dtype, torch.float32, compute_dtype(query.dtype)))
+    if tensor.dtype not in allowed:
+        expected = ", ".join(map(_dtype_name, allowed))
+        raise TypeError(f"{OP}: relative_bias: got dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
+    _check_like_query("relative_bias", tensor, query)
+    distances = query.size(-2) + keys - 1
+    if isinstance(distances, int):
+        distances = max(distances, 0)
+    sizes = tensor.shape
+    fits = 2 <= tensor.dim() <= len(batch) + 2 and _holds(sizes[-2] == heads) and _holds(sizes[-1] == distances)
+    fits = fits and all(
+        _is_one(size) or _holds(size == other)
+        for size, other in zip(reversed(sizes[:-2]), reversed(batch), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{OP}: relative_bias: got shape {list(sizes)}, expected [{heads}, {distances}], a number for every "
+            f"distance from key to query, or {[*batch, heads, distances]}"
+        )
+
+
+def refuse_nested(relative_bias: Any) -> None:
+    """Raise where a bias by distance comes with nested operands, whose lengths differ."""
+    if relative_bias is not None:
+        raise ValueError(f"{OP}: relative_bias: got a value, expected None beside nested tensors")
+
+
 def check_inputs(
     query: Any,
     key: Any,
@@ -214,6 +243,7 @@ def check_inputs(
     softcap: Any = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    relative_bias: Any = None,
 ) -> None:
     """Raise the precise error for the first argument of :func:`ptkernels.attention` that is wrong.
 
@@ -237,7 +267,9 @@ def check_inputs(
         _check_triangle(attn_mask, is_causal, scores)
     elif attn_mask is not None:
         _check_mask(query, attn_mask, scores)
-    given = Options(alibi_slopes=alibi_slopes, sinks=sinks)
+    given = Options(alibi_slopes=alibi_slopes, sinks=sinks, relative_bias=relative_bias)
+    if relative_bias is not None:
+        _check_relative_bias(relative_bias, query, *split_lead(lead, enable_gqa, given), key.size(-2))
     for name in ("alibi_slopes", "sinks"):
         if (tensor := getattr(given, name)) is not None:
             _check_head_values(name, tensor, query, *split_lead(lead, enable_gqa, given))
@@ -262,6 +294,7 @@ def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
         softcap=options.softcap,
         alibi_slopes=options.alibi_slopes,
         sinks=options.sinks,
+        relative_bias=options.relative_bias,
     )
     check_seed(options, query.size(0))
 

@@ -30,6 +30,7 @@ class Options(NamedTuple):
     bottom_right: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
+    relative_bias: Tensor | None = None
 
     def diagonal(self, queries: int, keys: int) -> int:
         """Key that row 0 is aligned with."""
@@ -37,8 +38,18 @@ class Options(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """What has a gradient."""
+        """What is given per head."""
         return self.alibi_slopes, self.sinks
+
+    @property
+    def learned(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What has a gradient."""
+        return self.alibi_slopes, self.sinks, self.relative_bias
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What the operator of packed sequences and the Triton kernels take as well."""
+        return self[:-1]
 
     @property
     def keep_below(self) -> int:
@@ -54,6 +65,7 @@ class Options(NamedTuple):
             "alibi_slopes": self.alibi_slopes is not None,
             "sinks": self.sinks is not None,
             "dropout_p > 0": self.dropout_p > 0.0,
+            "relative_bias": self.relative_bias is not None,
         }
         return [name for name, used in in_use.items() if used]
 
@@ -98,6 +110,7 @@ def resolve(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    relative_bias: Tensor | None = None,
     *,
     draw: bool = True,
 ) -> tuple[Tensor | None, Options]:
@@ -124,4 +137,5 @@ def resolve(
         bottom_right,
         float(softcap),
         float(dropout_p),
+        None if relative_bias is None else relative_bias.to(wide),
     )

@@ -1,6 +1,7 @@
 """Attention in plain torch: the oracle, and the composition that runs where no kernel can.
 
-    scores = cap(scale * query @ key^T) - slope * |i + diagonal - j| + attn_mask,  cap(x) = softcap * tanh(x / softcap)
+    scores = cap(scale * query @ key^T) - slope * |i + diagonal - j| + relative_bias[j - i] + attn_mask,
+    cap(x) = softcap * tanh(x / softcap)
     weights = softmax([scores, sink])[:-1]              hidden entries of scores are -inf, weights 0 where all are
     out = dropout(weights) @ value,  lse = logsumexp([scores, sink])
 
@@ -52,6 +53,13 @@ def _offsets(scores: Tensor, options: Options) -> Tensor:
     return torch.arange(keys, device=scores.device) - rows[:, None]
 
 
+def _places(scores: Tensor) -> Tensor:
+    """Where ``relative_bias`` has the number of every pair of row and key: at ``j - i + Lq - 1``."""
+    queries, keys = scores.shape[-2:]
+    rows = torch.arange(queries, device=scores.device)
+    return torch.arange(keys, device=scores.device) - rows[:, None] + queries - 1
+
+
 def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options) -> Softmax:
     """Softmax of scaled products, once they are capped, shifted and masked."""
     if options.softcap:
@@ -59,6 +67,8 @@ def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options
     if options.alibi_slopes is not None:
         distances = _offsets(scores, options).abs().to(scores.dtype)
         scores = scores - options.alibi_slopes.to(scores.dtype)[..., None, None] * distances
+    if options.relative_bias is not None:
+        scores = scores + options.relative_bias.to(scores.dtype)[..., _places(scores)]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
@@ -167,6 +177,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -186,6 +197,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -204,6 +216,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain torch :func:`ptkernels.attention`: same arguments, shapes and results, ``O(Lq * Lk)`` memory.
@@ -219,7 +232,8 @@ def attention(
         >>> lse.exp()
         tensor([[[1., 2., 3.]]])
     """
-    mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
     out, lse = attention_with(query, key, value, mask, options, enable_gqa)
     return (out, lse) if return_lse else out
 
@@ -237,10 +251,11 @@ def attention_gradients(
 ) -> tuple[Tensor | None, ...]:
     """First derivatives of four-dimensional attention, written so that they can be differentiated further.
 
-    Of query, key, value, attn_mask, alibi_slopes and sinks; None for those that a call does not have. With P the
-    weights, M the factors of dropout, and the rest as in the equations of this module:
+    Of query, key, value, attn_mask, alibi_slopes, sinks and relative_bias; None for those that a call does not have.
+    With P the weights, M the factors of dropout, and the rest as in the equations of this module:
     dP = M * dO V^T,  D = rowsum(P * dP),  dS = P * (dP - D + dlse),  dsink = P_sink * (dlse - D),
-    dslope = -sum(dS * distance),  dX = scale * dS * cap',  dQ = dX K,  dK = dX^T Q,  dV = (M * P)^T dO.
+    dslope = -sum(dS * distance),  drelative[d] = sum(dS where j - i is d),  dX = scale * dS * cap',  dQ = dX K,
+    dK = dX^T Q,  dV = (M * P)^T dO.
     """
     dtype, batch, heads = query.dtype, query.size(0), query.size(1)
     wide = compute_dtype(dtype)
@@ -257,7 +272,7 @@ def attention_gradients(
         shift = shift + grad_lse.masked_fill(lse == -math.inf, 0.0)
     grad_scores = weights * (grad_weights + shift.unsqueeze(-1))
 
-    grad_mask = grad_slopes = grad_sinks = None
+    grad_mask = grad_slopes = grad_sinks = grad_relative = None
     if attn_mask is not None and attn_mask.is_floating_point():
         grad_mask = grad_scores.sum_to_size(attn_mask.shape)
     if options.alibi_slopes is not None:
@@ -265,6 +280,11 @@ def attention_gradients(
         grad_slopes = -(grad_scores * distances).sum((-2, -1)).sum_to_size(options.alibi_slopes.shape)
     if options.sinks is not None and sink_weights is not None:
         grad_sinks = (sink_weights * shift).sum(-1).sum_to_size(options.sinks.shape)
+
+    if options.relative_bias is not None:
+        places = _places(grad_scores).flatten()
+        zeros = grad_scores.new_zeros(batch, heads, options.relative_bias.size(-1))
+        grad_relative = zeros.index_add(-1, places, grad_scores.flatten(-2)).sum_to_size(options.relative_bias.shape)
 
     grad_products = grad_scores * default_scale(query, options.scale)
     if options.softcap:
@@ -281,4 +301,5 @@ def attention_gradients(
         grad_mask,
         grad_slopes,
         grad_sinks,
+        grad_relative,
     )

@@ -51,12 +51,12 @@ def _fake_attention(
 def _fake_backward(*args: Any) -> Gradients:
     args = complete_backward(args)
     _, _, query, key, value, _, _, attn_mask = args[:8]
-    options, wanted = backward_options(args), [*args[OUTPUT_MASK], False, False, False]
+    options, wanted = backward_options(args), [*args[OUTPUT_MASK], *(False,) * 4]
     check_backward_inputs(*args[:8], options=options)
     grads = [
         _heads_inside(t, *t.shape) if needed else None for t, needed in zip((query, key, value), wanted, strict=False)
     ]
-    for tensor, needed in zip((attn_mask, *options.tensors), wanted[3:], strict=False):
+    for tensor, needed in zip((attn_mask, *options.learned), wanted[3:], strict=False):
         dtype = compute_dtype(query.dtype)
         grads.append(tensor.new_empty(tensor.shape, dtype=dtype) if needed and tensor is not None else None)
     return tuple(grads)
@@ -69,7 +69,7 @@ class _Attention(Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = forward_of_function(attention_op, keyset, query, key, value, attn_mask, *options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, attn_mask, *options[2:5])
+        ctx.save_for_backward(query, key, value, out, lse, attn_mask, *options[2:5], *options[10:])
         ctx.options = options
         return out, lse
 
@@ -84,15 +84,16 @@ class _Attention(Function):
         # Before the first option beyond torch's own, at 7, there is nothing else to say.
         wanted = needed[1:4]
         if needed[4] or len(needed) > 7:
-            wanted = (*needed[1:5], *(*needed[7:9], False, False)[:2])
+            wanted = (*needed[1:5], *(*needed[7:9], False, False)[:2], *needed[15:])
         given = (*ctx.options, *Options()[len(ctx.options) : 2])
-        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *given[:2], wanted, *others, *given[5:])
+        args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *given[:2], wanted)
+        args = (*args, *others[:3], *given[5:10], *others[3:])
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
             grads = below_autograd(backward_op, None, *args)
         grad_mask = None if grads[3] is None else grads[3].to(attn_mask.dtype)
-        every = (None, *grads[:3], grad_mask, None, None, *grads[4:], *(None,) * 6)
+        every = (None, *grads[:3], grad_mask, None, None, *grads[4:6], *(None,) * 6, grads[6])
         return every[: len(needed)]
 
 
@@ -100,7 +101,7 @@ class _AttentionBackward(Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:5], args[7], *args[11:14])
+        ctx.save_for_backward(*args[:5], args[7], *args[11:14], args[19])
         ctx.options = backward_options(args)
         grads: Gradients = forward_of_function(backward_op, keyset, *args)
         return grads
@@ -113,15 +114,17 @@ class _AttentionBackward(Function):
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         _backend.fallback(OP, "double backward has no kernel")
-        *operands, attn_mask, slopes, sinks, seed = ctx.saved_tensors
+        *operands, attn_mask, slopes, sinks, seed, relative = ctx.saved_tensors
         saved = {0: operands[0], 1: operands[1], 2: operands[2], 3: operands[3], 4: operands[4]}
-        saved |= {7: attn_mask, 11: slopes, 12: sinks}
+        saved |= {7: attn_mask, 11: slopes, 12: sinks, 19: relative}
         # Positions among the arguments of what a derivative can be taken of.
         places = [at for at, t in saved.items() if t is not None and t.is_floating_point()]
 
         def gradients(*primals: Tensor) -> tuple[Any, ...]:
             now = saved | dict(zip(places, primals, strict=True))
-            options = ctx.options._replace(alibi_slopes=now[11], sinks=now[12], dropout_seed=seed)
+            options = ctx.options._replace(
+                alibi_slopes=now[11], sinks=now[12], dropout_seed=seed, relative_bias=now[19]
+            )
             results = reference.attention_gradients(*(now[at] for at in (0, 1, 2, 3, 4, 7)), options=options)
             return tuple(results[index] for index in given)
 
@@ -134,7 +137,7 @@ def uncovered(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     """Why a derivative that this call needs is beyond the kernels, or None where they cover it."""
     if attn_mask is not None and query.is_cuda and attn_mask.requires_grad and torch.is_grad_enabled():
         return MASK_GRADIENT_ON_CUDA
-    return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
+    return FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.learned) else None
 
 
 def _autograd_attention(
@@ -145,7 +148,7 @@ def _autograd_attention(
         check_op_inputs(query, key, value, attn_mask, full)
         _backend.fallback(OP, reason)
         return reference.attention_with(query, key, value, attn_mask, full)
-    differentiable = (query, key, value, attn_mask, *full.tensors)
+    differentiable = (query, key, value, attn_mask, *full.learned)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         result: tuple[Tensor, Tensor] = apply(_Attention, keyset, query, key, value, attn_mask, *options)
     else:
@@ -171,11 +174,11 @@ def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
 def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
     args = complete_backward(args)
     options = backward_options(args)
-    differentiated = (*args[:5], args[7], *options.tensors)
+    differentiated = (*args[:5], args[7], *options.learned)
     if has_tangent(*differentiated):
         _backend.fallback(OP, FORWARD_MODE)
         results = reference.attention_gradients(*(args[at] for at in (0, 1, 2, 3, 4, 7)), options=options)
-        wanted = (*args[OUTPUT_MASK], False, False, False)
+        wanted = (*args[OUTPUT_MASK], *(False,) * 4)
         return tuple(grad if needed else None for grad, needed in zip(results, wanted, strict=False))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
         result: Gradients = apply(_AttentionBackward, keyset, *args)

@@ -11,7 +11,7 @@ from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo
 from ptkernels.ops.attention import library, register
-from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
+from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs, refuse_nested
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.register import MASK_GRADIENT_ON_CUDA
 from ptkernels.ops.attention.shapes import normalize
@@ -45,6 +45,8 @@ def fallback_reason(
 
         if reason := triton_ops.uncovered(query):
             return reason
+        if options.relative_bias is not None:
+            return "the Triton kernels have no relative_bias"
         return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
@@ -122,6 +124,7 @@ def explain(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    relative_bias: Any = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Account of the call :func:`ptkernels.attention` would make with these arguments, without making it.
@@ -131,12 +134,13 @@ def explain(
     if isinstance(query, Tensor) and query.is_nested:
         from ptkernels.ops.attention_varlen import jagged, routing  # which are built on this module
 
+        refuse_nested(relative_bias)
         named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
         args = (query, key, value, attn_mask, is_causal, enable_gqa)
         packed = jagged.pack(*args, dropout_p=dropout_p, scale=scale, **named)
         return routing.explain(*packed.operands, **packed.kwargs)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    beyond = (window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     attn_mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond, draw=False)
     if _backend.state.backend == "reference":

@@ -44,7 +44,7 @@ def split_lead(lead: Sequence[int], enable_gqa: bool, options: Options) -> tuple
     One leading dimension is more often a batch than heads, and as a batch its result is contiguous; it is heads where
     something is given per head.
     """
-    has_heads = len(lead) > 1 or enable_gqa or any(tensor is not None for tensor in options.tensors)
+    has_heads = len(lead) > 1 or enable_gqa or any(tensor is not None for tensor in options.learned)
     return (lead[:-1], lead[-1]) if has_heads and len(lead) > 0 else (lead, 1)
 
 
@@ -89,9 +89,9 @@ def _fold(tensor: Tensor, batch: Sequence[int]) -> Tensor:
 
 def _fold_options(options: Options, batch: Sequence[int]) -> Options:
     """The same for values per head: ``[heads]`` stays, ``[..., heads]`` becomes ``[batch, heads]``."""
-    for name in ("alibi_slopes", "sinks"):
+    for name, own in (("alibi_slopes", 1), ("sinks", 1), ("relative_bias", 2)):
         tensor = getattr(options, name)
-        if tensor is not None and tensor.dim() > 1:
-            tensor = tensor.expand(*batch, tensor.size(-1)).reshape(math.prod(batch), tensor.size(-1))
-            options = options._replace(**{name: tensor})
+        if tensor is not None and tensor.dim() > own:
+            last = tensor.shape[-own:]
+            options = options._replace(**{name: tensor.expand(*batch, *last).reshape(math.prod(batch), *last)})
     return options

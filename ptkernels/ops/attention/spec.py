@@ -139,6 +139,8 @@ class _Case:
     slopes: int = 0
     """Dimensions of ``alibi_slopes``."""
     sinks: bool = False
+    relative: int = 0
+    """Dimensions of ``relative_bias``."""
     dropout: float = 0.0
     mask_gradient: bool = False
 
@@ -166,10 +168,15 @@ class _Case:
             if self.mask_gradient:
                 kwargs["attn_mask"].requires_grad_(requires_grad)
                 learned.append("attn_mask")
-        for name, dims in (("alibi_slopes", self.slopes), ("sinks", int(self.sinks))):
-            if dims:
+        distances = max(self.lq + self.lk - 1, 0)
+        for name, given, full in (
+            ("alibi_slopes", self.slopes, (self.batch, self.heads)),
+            ("sinks", int(self.sinks), (self.batch, self.heads)),
+            ("relative_bias", self.relative, (self.batch, self.heads, distances)),
+        ):
+            if given:
                 # Sixteenths, which every dtype holds: autocast, which leaves them alone, may round them or not.
-                shape = (self.batch, self.heads)[-dims:]
+                shape = full[-given:]
                 values = torch.randint(1, 17, shape, generator=generator, device=device) / 16
                 kwargs[name] = values.to(wide).requires_grad_(requires_grad)
                 learned.append(name)
@@ -201,6 +208,7 @@ _GRADCHECK = [
     _Case("window", 4, 5, d=2, batch=1, heads=1, window=(1, 1)),
     _Case("bias-gradient", 3, 4, d=2, batch=2, heads=2, mask="bias_per_head", mask_gradient=True, window=(None, 1)),
     _Case("shaped", 3, 4, d=2, heads=2, softcap=1.5, slopes=1, sinks=True, mask="bias_of_keys", mask_gradient=True),
+    _Case("relative-bias", 3, 4, d=2, heads=2, kv_heads=1, relative=2, causal=True),
 ]
 
 _EVERYTHING: dict[str, Any] = {
@@ -209,6 +217,7 @@ _EVERYTHING: dict[str, Any] = {
     "softcap": 2.0,
     "slopes": 1,
     "sinks": True,
+    "relative": 2,
     "dropout": 0.2,
 }
 _LENGTHS = [(1, 1), (239, 1), (113, 203), (64, 64), (7, 130)]
@@ -244,6 +253,9 @@ _QUICK = [
     _Case("slopes-per-batch", 67, 35, slopes=2),
     _Case("sinks", 35, 67, sinks=True, kv_heads=1),
     _Case("sinks-empty-rows", 35, 67, sinks=True, mask="empty_rows"),
+    _Case("relative-bias", 35, 67, relative=2),
+    _Case("relative-bias-causal", 150, 130, relative=2, causal=True, mask="padding", kv_heads=1),
+    _Case("relative-bias-one-row", 1, 300, relative=3),
     _Case("dropout", 35, 67, dropout=0.17, causal=True),
     *(
         _Case(f"{mask.replace('_', '-')}-gradient", 45, 67, mask=mask, mask_gradient=True)
@@ -321,6 +333,7 @@ def composition(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
     bottom_right: bool = False,
     first_batch: int = 0,
@@ -331,7 +344,8 @@ def composition(
     if enable_gqa:
         key, value = (reference.share_heads(tensor, query.size(-3)) for tensor in (key, value))
     scores = (query @ key.transpose(-2, -1)).to(wide) * reference.default_scale(query, scale)
-    attn_mask, options = resolve(dtype, attn_mask, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    attn_mask, options = resolve(dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
     options = options._replace(bottom_right=options.bottom_right or bottom_right)
     weights, _, lse = reference.softmax_of_scores(scores, attn_mask, options)
     if dropout_p > 0.0:
@@ -355,12 +369,14 @@ def torch_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """PyTorch's own attention, and the written-out one for what that refuses or answers with NaN."""
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    beyond: dict[str, Any] = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    refused = softcap != 0.0 or any(given is not None for given in (window, alibi_slopes, sinks))
+    learned: dict[str, Any] = {"alibi_slopes": alibi_slopes, "sinks": sinks, "relative_bias": relative_bias}
+    beyond: dict[str, Any] = {"window": window, "softcap": softcap, **learned}
+    refused = softcap != 0.0 or any(given is not None for given in (window, *learned.values()))
     refused = refused or dropout_p > 0.0
     refused |= attn_mask is not None and (
         is_causal or attn_mask.dim() < 2 or attn_mask.dtype not in (torch.bool, query.dtype)

@@ -141,5 +141,5 @@ def attention_varlen(
         with torch.autocast(query.device.type, enabled=False):
             out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options=options)
     else:
-        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options)
+        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options.shared)
     return (out, lse) if return_lse else out

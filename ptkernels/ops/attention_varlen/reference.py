@@ -115,7 +115,7 @@ def attention_varlen_gradients(
         grads = reference.attention_gradients(
             _dense(grad_out, rows), of_lse, *operands, None, options=own, first_batch=place
         )
-        found.append((*grads[:3], *grads[4:]))
+        found.append((*grads[:3], *grads[4:6]))
     if not found:
         return tuple(None if t is None else torch.zeros_like(t) for t in (query, key, value, *options.tensors))
     columns: Any = list(zip(*found, strict=True))

@@ -67,9 +67,9 @@ class _Varlen(Function):
         wanted = [*needed[1:4], *needed[_OPTIONS + 3 : _OPTIONS + 5]]
         args = (grad_out, grad_lse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, wanted)
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
-            grads = varlen_backward_op(*args, *options)
+            grads = varlen_backward_op(*args, *options.shared)
         else:
-            grads = below_autograd(varlen_backward_op, None, *args, *options)
+            grads = below_autograd(varlen_backward_op, None, *args, *options.shared)
         every = (None, *grads[:3], *(None,) * 6, *grads[3:])
         return (*every, *(None,) * (len(needed) - len(every)))
 
@@ -114,7 +114,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
     options = Options(*args[_OPTIONS:])
-    args = (*args[:_OPTIONS], *options)
+    args = (*args[:_OPTIONS], *options.shared)
     differentiable = (*args[:3], *options.tensors)
     if has_tangent(*differentiable):
         check_inputs(*args[:_OPTIONS], options=options)
@@ -129,7 +129,7 @@ def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
     options = Options(*args[_BACKWARD_OPTIONS:])
-    args = (*args[:_BACKWARD_OPTIONS], *options)
+    args = (*args[:_BACKWARD_OPTIONS], *options.shared)
     differentiable = (*args[:5], *options.tensors)
     if has_tangent(*differentiable):
         _backend.fallback(OP, FORWARD_MODE)
