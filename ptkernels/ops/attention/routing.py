@@ -104,6 +104,9 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     ]
     if query.device.type == "cpu":
         hints += _loader.isa_hints(query.dtype)
+        precision = torch.get_float32_matmul_precision()
+        if query.dtype == torch.float32 and precision != "highest":
+            hints.append(f"float32 precision {precision!r} changes nothing: the kernels multiply float32 as float32")
     return hints
 
 
