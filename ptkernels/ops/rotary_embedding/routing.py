@@ -82,8 +82,6 @@ def explain(
         for name, tensor in (("query", query), ("key", key))
         if tensor.numel() > 0 and tensor.size(-1) > 1 and tensor.stride(-1) != 1
     ]
-    if device == "cpu":
-        hints += _loader.isa_hints(query.dtype)
     return Explanation(OP, _cpu_kernel() if device == "cpu" else "shape propagation", device, reason, hints)
 
 
