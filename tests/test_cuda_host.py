@@ -136,7 +136,8 @@ def test_without_the_gradient_of_lse(host: Any) -> None:
 def test_options_without_a_kernel_are_refused(host: Any) -> None:
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
     values = torch.ones(2)
-    for name, value in {"window_left": 3, "softcap": 1.0, "alibi_slopes": values, "sinks": values}.items():
+    refused = {"window_left": 3, "softcap": 1.0, "alibi_slopes": values, "sinks": values}
+    for name, value in {**refused, "relative_bias": torch.ones(2, 56)}.items():
         with pytest.raises(RuntimeError, match=f"attention: {name.removesuffix('_left')}: got a value, expected none"):
             host.attention(*sample.args, **{name: value})
 

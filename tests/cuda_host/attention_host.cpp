@@ -71,13 +71,13 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
   library.def("attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
               "float? scale=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? dropout_seed=None, "
               "int window_left=-1, int window_right=-1, bool bottom_right=False, float softcap=0.0, "
-              "float dropout_p=0.0) -> (Tensor, Tensor)");
+              "float dropout_p=0.0, Tensor? relative_bias=None) -> (Tensor, Tensor)");
   library.def("_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
               "Tensor out, Tensor lse, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
               "bool[] output_mask=[True, True, True], Tensor? alibi_slopes=None, Tensor? sinks=None, "
               "Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, bool bottom_right=False, "
-              "float softcap=0.0, float dropout_p=0.0) "
-              "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+              "float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None) "
+              "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def("set_order(int order) -> ()");
   library.def("run_diverging() -> ()");
   library.def("run_racing(Tensor(a!) out) -> ()");

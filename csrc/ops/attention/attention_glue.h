@@ -108,7 +108,7 @@ struct Options {
   bool bottom_right = false;
   double softcap = 0;
   double dropout_p = 0;
-  std::optional<Tensor> relative_bias;
+  std::optional<Tensor> relative_bias = std::nullopt;
 };
 
 inline int64_t window_side(const char* name, int64_t value) {
@@ -132,7 +132,7 @@ HeadValues head_values(const char* name, const Tensor& tensor, const Tensor& que
 template <typename Backend>
 void set_relative_bias(Problem& p, Tensor& tensor, const Tensor& query) {
   PTK_CHECK(
-      requires { Backend::kHasRelativeBias; }, "attention: relative_bias: got a tensor, expected none on ",
+      requires { Backend::kHasRelativeBias; }, "attention: relative_bias: got a value, expected none on ",
       Backend::kDevice, ", which has no kernel for it");
   check_device<Backend>("relative_bias", tensor, query);
   check_dtype("relative_bias", tensor, lse_dtype(p.dtype));

@@ -113,8 +113,8 @@ std::tuple<Tensor, Tensor> varlen_forward(Tensor query, Tensor key, Tensor value
                                           std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                                           std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
                                           bool bottom_right, double softcap, double dropout_p) {
-  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
-                  window_left,  window_right, bottom_right, softcap,      dropout_p, std::nullopt};
+  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
+                  window_left,  window_right, bottom_right, softcap,      dropout_p};
   PackedProblem packed;
   make_packed_problem(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   const Problem& p = packed.problem;
@@ -147,8 +147,8 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
                                 std::optional<double> scale, std::optional<Tensor> alibi_slopes,
                                 std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed, int64_t window_left,
                                 int64_t window_right, bool bottom_right, double softcap, double dropout_p) {
-  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
-                  window_left,  window_right, bottom_right, softcap,      dropout_p, std::nullopt};
+  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
+                  window_left,  window_right, bottom_right, softcap,      dropout_p};
   PackedProblem packed;
   make_packed_problem(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   const Problem& p = packed.problem;
