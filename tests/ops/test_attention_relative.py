@@ -136,6 +136,24 @@ def test_gradient_of_the_table() -> None:
     assert torch.autograd.gradcheck(run, (table,))
 
 
+def test_one_graph_from_the_table() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in operands(9, 12))
+    table = torch.randn(8, 2, requires_grad=True)
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return ptk.attention(
+            *inputs[:3], relative_bias=ptk.t5_relative_bias(inputs[3], 9, 12, max_distance=10), is_causal=True
+        )
+
+    inputs = (query, key, value, table)
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    results = [function(*inputs) for function in (forward, compiled)]
+    assert torch.equal(*results)
+    grads = [torch.autograd.grad(result.sin().sum(), inputs) for result in results]
+    assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
