@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
         if cache is None:
             if rotary is not None:
                 query, key = rotary(query), rotary(key)
-            dropout_p = config.dropout if self.training else 0.0
+            dropout_p = self.dropout.p if self.training else 0.0
             attended = attention(query, key, value, None, dropout_p, True, enable_gqa=True, window=window)
         else:
             k_scale, v_scale = cache.scales(self.layer)

@@ -105,7 +105,7 @@ class T5Attention(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         inner = config.num_heads * config.head_dim
-        self.head_dim, self.dropout_p = config.head_dim, config.dropout
+        self.head_dim = config.head_dim
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, inner, bias=False) for _ in range(3))
         self.out = nn.Linear(inner, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -118,7 +118,7 @@ class T5Attention(nn.Module):
         return self.heads(self.key(x)), self.heads(self.value(x))
 
     def forward(self, x: Tensor, residual: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         out = attention(self.heads(self.query(x)), keys, values, dropout_p=dropout_p, scale=1.0, **options)
         return project(self.out, out.transpose(1, 2).flatten(2), residual, self.dropout)
 
