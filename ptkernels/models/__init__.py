@@ -8,6 +8,7 @@ from .crf import CRF, BiLSTMCRF
 from .darts import DARTSCell
 from .decoder import DecoderConfig, DecoderLM
 from .decoding import generate, probabilities
+from .efficientnet import EfficientNetLite0
 from .gan import Critic, ImageGenerator, PatchGAN, Pix2PixGenerator, gradient_penalty
 from .graph import DynamicGraphLSTM, GatedGraphConv, GraphConv
 from .image_to_image import EDSR, EDSRBlock, StyleTransferNet, UNet, gram_matrix
@@ -50,6 +51,7 @@ __all__ = [
     "DecoderLM",
     "DynamicGraphLSTM",
     "EDSRBlock",
+    "EfficientNetLite0",
     "GatedGraphConv",
     "GraphConv",
     "ImageGenerator",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptkernels.nn import synchronized
 from ptkernels.ops.conv_bn_relu import conv_bn_relu, replays_forward
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
@@ -131,6 +132,13 @@ def fused(
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
+    if synchronized.is_synchronized(bn):
+        activation = options.pop("activation")
+        residual = options.pop("residual")
+        z = conv_bn_relu(x, conv.weight, conv.bias, activation="none", **options)
+        u = synchronized.normalize(bn, z, momentum)
+        u = u if residual is None else u + residual
+        return (u if act is None or activation == "none" else act(u)).to(z.dtype)  # type: ignore[no-any-return]
     running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
     options.update(training=training, momentum=momentum, eps=bn.eps)
     return conv_bn_relu(x, conv.weight, conv.bias, bn.weight, bn.bias, *running, **options)
@@ -158,6 +166,8 @@ _ARGUMENTS = """
         norm: False leaves the normalisation out; ``bn`` is then an identity.
         negative_slope: of ``"leaky_relu"``.
         recompute: keep only the input for the backward pass, which computes the convolution again.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` gives the statistics of every process (:mod:`.synchronized`).
 
     Of hooks on children, only forward pre-hooks of ``conv`` fire (pruning, spectral norm): the children hold state and
     are not called.

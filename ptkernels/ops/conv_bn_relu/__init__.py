@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptkernels import _backend
+from ptkernels._autograd import in_transform
 from ptkernels._registry import Explanation
 from ptkernels.ops.conv_bn_relu import checks, reference, register, routing
 from ptkernels.ops.conv_bn_relu.library import conv_op
@@ -97,22 +100,65 @@ def conv_bn_relu(
         >>> ptk.conv_bn_relu(x, weight, running_mean=mean, running_var=var, training=True, padding="same").shape
         torch.Size([2, 8, 32, 32])
     """
-    args = _arguments(
-        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, momentum, eps, stride,
-        padding, dilation, groups, activation, negative_slope,
-    )  # fmt: skip
-    tensors = (*args[:5], args[7])
-    if routing.runs_on_reference(*tensors):
-        # Autocast has been applied; inside the composition it would round everything else as well.
-        with torch.autocast(args[0].device.type, enabled=False):
-            out, _, mean, var = reference.forward(*args)
-    else:
-        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, _, mean, var = conv_op(*args, recorded and not recompute)
+    # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
+    # which handles every case and words every error.
+    results = None
+    if _is_plain(training, momentum, eps, stride, padding, dilation, groups, negative_slope):
+        space = input.dim() - 2 if isinstance(input, Tensor) else 0
+        args = (
+            input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, eps,
+            [stride] * space, [padding] * space, [dilation] * space, groups, activation, negative_slope,
+        )  # fmt: skip
+        with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            if _records(args):
+                results = conv_op(*args, not recompute)
+            else:
+                # Nothing to record: the autograd kernel, which is Python, would double the latency.
+                with torch._C._AutoDispatchBelowAutograd():
+                    results = conv_op(*args, False)
+    if results is None:
+        results = _convolve(
+            _arguments(
+                input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, momentum, eps,
+                stride, padding, dilation, groups, activation, negative_slope,
+            ),
+            recompute,
+        )  # fmt: skip
+    out, _, mean, var = results
     if training and running_mean is not None and mean is not None and var is not None and not replays_forward():
         count = out.size(0) * math.prod(out.shape[2:])
         reference.update_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
+
+
+def _is_plain(training: Any, momentum: Any, eps: Any, *numbers: Any) -> bool:
+    """Whether the operator can be called with these arguments as they are, as far as it would not notice itself."""
+    *integers, slope = numbers
+    return (
+        type(training) is bool
+        and type(momentum) is type(eps) is type(slope) is float
+        and 0.0 <= momentum < math.inf
+        and all(type(number) is int for number in integers)
+        and _backend.state.backend is None
+        and not torch.compiler.is_compiling()
+        and not in_transform()
+    )
+
+
+def _records(args: tuple[Any, ...]) -> bool:
+    """Whether autograd has to know of the call."""
+    return torch.is_grad_enabled() and any(
+        args[index] is not None and args[index].requires_grad for index in (0, 1, 2, 3, 4, 7)
+    )
+
+
+def _convolve(args: tuple[Any, ...], recompute: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Result, convolution, mean and variance, of checked arguments."""
+    if routing.runs_on_reference(*args[:5], args[7]):
+        # Autocast has been applied; inside the composition it would round everything else as well.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return reference.forward(*args)
+    return conv_op(*args, not recompute and _records(args))  # type: ignore[no-any-return]
 
 
 def replays_forward() -> bool:
