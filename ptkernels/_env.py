@@ -6,6 +6,7 @@
 ``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
 ``PTKERNELS_PACKED_MB``      MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
+``PTKERNELS_WINOGRAD``       ``0``: no convolution is computed by Winograd's transforms
 ``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
 ===========================  ==================================================================================
 """
@@ -29,6 +30,7 @@ class Settings:
     strict: bool = False
     max_isa: str | None = None
     packed_mb: int | None = None
+    winograd: bool = True
     library: Path | None = None
 
 
@@ -68,6 +70,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         strict=_flag(environ, "PTKERNELS_STRICT"),
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
         packed_mb=_count(environ, "PTKERNELS_PACKED_MB"),
+        winograd=_choice(environ, "PTKERNELS_WINOGRAD", ("0", "1")) != "0",
         library=Path(library) if library else None,
     )
 

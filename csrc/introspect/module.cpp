@@ -103,13 +103,15 @@ std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64
 
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
-  constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, three = {1, 3, 3}, border = {0, 1, 1};
+  constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, two = {1, 2, 2}, three = {1, 3, 3},
+                  border = {0, 1, 1};
   std::map<std::string, std::map<std::string, std::string>> table;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
     table["attention"][name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
     table["quantized_matmul"][name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
     table["conv_bn_relu"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, one, border, one);
+    table["conv_bn_relu strided"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, two, border, one);
     table["conv_bn_relu pointwise"][name] = conv_kernel(name, 8, {64, 64}, 1, image, one, one, zero, one);
     table["conv_bn_relu depthwise"][name] = conv_kernel(name, 8, {64, 64}, 64, image, three, one, border, one);
     ptk::RnnProblem recurrent;

@@ -18,6 +18,7 @@ import ptkernels as ptk
 import ptkernels.nn
 from ptkernels.errors import FallbackError
 from ptkernels.ops.conv_bn_relu.reference import ACTIVATIONS
+from ptkernels.ops.conv_bn_relu.spec import SPEC, composition
 
 ACTS = {
     "none": nn.Identity(),
@@ -56,6 +57,13 @@ def test_activation_over_its_whole_range(activation: str, dtype: torch.dtype) ->
     (grad,) = torch.autograd.grad(y.sum(), x)
     (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("activation", ACTS)
+def test_nan_stays_nan(activation: str) -> None:
+    x = torch.tensor([[[torch.nan, 1.0, torch.nan]]])
+    y = ptk.conv_bn_relu(x, torch.ones(1, 1, 1), activation=activation)
+    assert y.isnan().tolist() == [[[True, False, True]]]
 
 
 @settings(deadline=None, max_examples=40)
@@ -206,9 +214,80 @@ def test_weights_written_behind_autograds_back_are_noticed() -> None:
     block = ptkernels.nn.ConvBNReLU2d(3, 4, 3).eval()
     x = torch.randn(1, 3, 8, 8)
     before = block(x)
+    assert torch.equal(block(x), before)
     block.conv.weight.data.mul_(2)
-    torch.testing.assert_close(block(x), unfused(block)(x))
+    # The second call finds what the first one after the change has packed.
+    for _ in range(3):
+        torch.testing.assert_close(block(x), unfused(block)(x))
     assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("channels", [(16, 16), (40, 72), (256, 33), (512, 32)])
+@pytest.mark.parametrize("space", [(7, 9), (12, 13)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_winograd(channels: tuple[int, int], space: tuple[int, int], layout: torch.memory_format) -> None:
+    """Values and input gradients of the transforms, of activations as a layer sees them: not centred."""
+    ins, outs = channels
+    generator = torch.Generator().manual_seed(ins)
+    x = torch.randn(3, ins, *space, generator=generator).relu().contiguous(memory_format=layout)
+    weight = torch.randn(outs, ins, 3, 3, generator=generator) / (9 * ins) ** 0.5
+    residual = torch.randn(3, outs, *space, generator=generator)
+    assert ptk.explain(ptk.conv_bn_relu, x, weight, padding=1).kernel.endswith("winograd_f2x2_3x3")
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        y = function(*inputs, residual=residual.to(dtype), padding=1, activation="silu")
+        return [y, *torch.autograd.grad(y, inputs, residual.to(dtype))]
+
+    ours, theirs = results(ptk.conv_bn_relu, torch.float32), results(composition, torch.float32)
+    exact = results(ptk.reference.conv_bn_relu, torch.float64)
+    for name, mine, peer, expected in zip(("out", "input", "weight"), ours, theirs, exact, strict=True):
+        bound = SPEC.tolerances.bound(
+            peer_error=(peer - expected).abs().max().item(),
+            magnitude=expected.abs().max().item(),
+            dtype=torch.float32,
+            gradient=name != "out",
+        )
+        assert (mine - expected).abs().max().item() <= bound, name
+
+
+def test_winograd_can_be_excluded() -> None:
+    x, weight = torch.randn(2, 16, 12, 12), torch.randn(16, 16, 3, 3)
+    torch.ops.ptkernels._allow_winograd(False)
+    try:
+        assert ptk.explain(ptk.conv_bn_relu, x, weight).kernel.endswith("implicit_gemm")
+        direct = ptk.conv_bn_relu(x, weight)
+    finally:
+        torch.ops.ptkernels._allow_winograd(True)
+    transformed = ptk.conv_bn_relu(x, weight)
+    assert not torch.equal(transformed, direct)
+    torch.testing.assert_close(transformed, direct)
+
+
+@pytest.mark.parametrize(
+    ("channels", "space", "kernel", "options"),
+    [
+        ((3, 20), (5, 250), (3, 5), {"padding": (1, 2)}),
+        ((2, 7), (300,), (1,), {}),
+        ((40, 50), (3, 130), (1, 1), {"stride": (2, 1)}),
+        ((70, 30), (9, 9), (3, 3), {"padding": 1, "stride": 2}),
+        ((48, 36), (6, 7), (2, 3), {"groups": 2, "dilation": 2, "padding": 1}),
+        ((4, 6), (3, 4, 5), (2, 2, 2), {"stride": (1, 2, 3)}),
+        ((17, 300), (2, 2), (5, 5), {"padding": 3}),
+    ],
+)
+def test_weight_gradient(
+    channels: tuple[int, int], space: tuple[int, ...], kernel: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    ins, outs = channels
+    x = torch.randn(3, ins, *space, dtype=torch.float64)
+    weight = torch.randn(outs, ins // options.get("groups", 1), *kernel, dtype=torch.float64, requires_grad=True)
+    y = ptk.conv_bn_relu(x, weight, activation="none", **options)
+    expected = ptk.reference.conv_bn_relu(x, weight, activation="none", **options)
+    flowing = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, weight, flowing), torch.autograd.grad(expected, weight, flowing), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

@@ -2,6 +2,8 @@
 // the active ISA.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_glue.h"
 
+#include "csrc/cpu/packed_weights.h"
+
 #include <torch/csrc/stable/library.h>
 
 namespace ptk {
@@ -13,6 +15,20 @@ const ConvKernels& kernels() {
 
 void check_memory(bool ok) {
   PTK_CHECK(ok, "conv_bn_relu: out of memory");
+}
+
+// The convolution of an inference, its weights packed once for as long as they stay the same.
+void convolve(const ConvArguments& call, ConvParams& params) {
+  const ConvProblem& p = call.problem;
+  const PackedConvLayout layout = kernels().packed_layout(p);
+  const size_t weight_bytes = call.weight.numel() * element_size(p.dtype);
+  const PackedWeights packed({'c', static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, p.groups, p.kernel[0],
+                              p.kernel[1], p.kernel[2], layout.kind, layout.bytes},
+                             {{call.weight.const_data_ptr(), weight_bytes}}, layout.bytes);
+  params.packed = packed.data();
+  params.is_packed = packed.ready();
+  check_memory(kernels().convolve(params));
+  packed.publish();
 }
 
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -53,7 +69,7 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
     params.residual = residual ? residual->const_data_ptr() : nullptr;
     params.out = out.mutable_data_ptr();
     params.out_layout = p.layout;
-    check_memory(kernels().convolve(params));
+    convolve(call, params);
     return {out, conv, mean, var};
   }
   params.problem.activation = Activation::none;
@@ -173,10 +189,16 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
   return gradients;
 }
 
+void allow_winograd(bool allowed) {
+  allows_winograd = allowed;
+}
+
 }  // namespace
 
 const char* conv_kernel_name(const ConvProblem& problem) {
-  return kernels().describe(problem);
+  ConvProblem asked = problem;
+  asked.allows_winograd = allows_winograd;
+  return kernels().describe(asked);
 }
 
 }  // namespace ptk
@@ -191,6 +213,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
               "int[] stride, int[] padding, int[] dilation, int groups, str activation=\"relu\", "
               "float negative_slope=0.01, bool[6] output_mask=[True, True, True, True, True, True]) -> "
               "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  library.def("_allow_winograd(bool allowed) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptkernels, CompositeExplicitAutograd, library) {
+  library.impl("_allow_winograd", TORCH_BOX(&ptk::allow_winograd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptkernels, CPU, library) {

@@ -28,6 +28,7 @@ struct ConvProblem {
   int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {}, dilation[3] = {1, 1, 1};
   Activation activation = Activation::none;
   double slope = 0.01;  // of leaky_relu below zero
+  bool allows_winograd = true;
 };
 
 inline int64_t volume(const int64_t (&size)[3]) {
@@ -44,6 +45,9 @@ struct ConvParams {
   ConvProblem problem;
   const void *input = nullptr, *weight = nullptr, *residual = nullptr;
   const void *bias = nullptr, *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  // Null, or packed_layout(problem).bytes bytes for the weights, written first unless is_packed.
+  void* packed = nullptr;
+  bool is_packed = false;
   void* out = nullptr;
   Layout out_layout = Layout::channels_first;  // of out and residual
   // Where not null: mean and biased variance of every channel of out over batch and space.
@@ -80,7 +84,13 @@ struct ConvBackwardParams {
   void *grad_input = nullptr, *grad_weight = nullptr;  // null where not asked for
 };
 
+// How the kernel of convolve() packs weights of a shape and dtype: equal ones are interchangeable.
+struct PackedConvLayout {
+  int64_t bytes, kind;
+};
+
 struct ConvKernels {
+  PackedConvLayout (*packed_layout)(const ConvProblem&);
   // False when memory ran out.
   bool (*convolve)(const ConvParams&);
   bool (*normalize)(const NormalizeParams&);

@@ -2,6 +2,8 @@
 // Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad_direct.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_winograd.h"
 
 namespace ptk::PTK_ISA {
 namespace {
@@ -59,13 +61,39 @@ int64_t input_bytes(const ConvProblem& p) {
                                            : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
 }
 
+// Calls use(kernel) with the kernel that answers a problem.
+template <class T, class Use>
+auto with_kernel(const ConvProblem& p, const Gather& gather, const T* source, const T* weight,
+                 const ConvResult<T>& result, const Use& use) {
+  if (is_depthwise(p)) return use(DepthwiseConv<T>(gather, source, weight, result));
+  if constexpr (std::is_same_v<T, float>)
+    if (WinogradConv::fits(p, gather)) return use(WinogradConv(p, gather, source, weight, result));
+  return use(ImplicitConv<T>(p, gather, source, weight, result));
+}
+
+// `packed`: where the weights are, or are to be, in the kernel's layout; null for memory of the call.
+template <class Kernel>
+bool pack_and_run(const Kernel& kernel, void* packed, bool is_packed) {
+  const SharedBuffer own(packed ? 0 : kernel.packed_bytes());
+  if (!own) return false;
+  if (!packed) packed = own.as<char>();
+  return (is_packed || kernel.pack(packed)) && kernel.run(packed);
+}
+
+template <class T>
+PackedConvLayout packed_layout_as(const ConvProblem& p) {
+  const ConvResult<T> result;
+  return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, [](const auto& kernel) {
+    return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()};
+  });
+}
+
 template <class T>
 bool convolve_as(const ConvParams& params) {
   using A = Acc<T>;
   const ConvProblem& p = params.problem;
   const SharedBuffer buffer(input_bytes<T>(p));
   if (!buffer) return false;
-  const Gather gather = forward_gather(p);
   ConvResult<T> result;
   result.out = static_cast<T*>(params.out);
   result.layout = params.out_layout;
@@ -77,21 +105,18 @@ bool convolve_as(const ConvParams& params) {
   result.activation = p.activation;
   result.slope = static_cast<A>(p.slope);
   const T* input = channels_last_input<T>(p, params.input, buffer);
-  const T* weight = static_cast<const T*>(params.weight);
   const auto run = [&](const auto& kernel) {
+    if (!params.batch_mean) return pack_and_run(kernel, params.packed, params.is_packed);
     const Blocks blocks = kernel.blocks();
-    const int64_t bytes = blocks.count() * 2 * p.out_channels * static_cast<int64_t>(sizeof(A));
-    const SharedBuffer statistics(params.batch_mean ? bytes : 0);
+    const SharedBuffer statistics(blocks.count() * 2 * p.out_channels * static_cast<int64_t>(sizeof(A)));
     if (!statistics) return false;
-    if (params.batch_mean) result.statistics = statistics.as<A>();
-    if (!kernel.run()) return false;
-    if (params.batch_mean)
-      merge_statistics(statistics.as<A>(), p.out_channels, blocks.rows, blocks.width, blocks.positions,
-                       static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
+    result.statistics = statistics.as<A>();
+    if (!pack_and_run(kernel, params.packed, params.is_packed)) return false;
+    merge_statistics(statistics.as<A>(), p.out_channels, blocks.rows, blocks.width, blocks.positions,
+                     static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
     return true;
   };
-  if (is_depthwise(p)) return run(DepthwiseConv<T>(gather, input, weight, result));
-  return run(ImplicitConv<T>(p, gather, input, weight, result));
+  return with_kernel<T>(p, forward_gather(p), input, static_cast<const T*>(params.weight), result, run);
 }
 
 template <class T>
@@ -107,10 +132,8 @@ bool input_gradient(const ConvBackwardParams& params) {
   for (phase[0] = 0; phase[0] < least(p.stride[0], p.in[0]); ++phase[0])
     for (phase[1] = 0; phase[1] < least(p.stride[1], p.in[1]); ++phase[1])
       for (phase[2] = 0; phase[2] < least(p.stride[2], p.in[2]); ++phase[2]) {
-        const Gather gather = input_gradient_gather(p, phase);
-        if (!(is_depthwise(p) ? DepthwiseConv<T>(gather, grad, weight, result).run()
-                              : ImplicitConv<T>(p, gather, grad, weight, result).run()))
-          return false;
+        const auto run = [](const auto& kernel) { return pack_and_run(kernel, nullptr, false); };
+        if (!with_kernel<T>(p, input_gradient_gather(p, phase), grad, weight, result, run)) return false;
       }
   if (transposed)
     to_channels_first(result.out, static_cast<T*>(params.grad_input), p.batch, p.in_channels, volume(p.in));
@@ -127,7 +150,21 @@ bool weight_gradient(const ConvBackwardParams& params) {
   T* grad_weight = static_cast<T*>(params.grad_weight);
   const Gather gather = forward_gather(p);
   if (is_depthwise(p)) return DepthwiseWeightGradient<T>(gather, input, grad, grad_weight).run();
-  return WeightGradient<T>(p, gather, input, grad, grad_weight).run();
+  if constexpr (std::is_same_v<Element<T>, T> && sizeof(T) >= 4) {
+    return DirectWeightGradient<T>(flattened(gather), input, grad, grad_weight).run();
+  } else {
+    return WeightGradient<T>(p, gather, input, grad, grad_weight).run();
+  }
+}
+
+PackedConvLayout packed_layout(const ConvProblem& p) {
+  if (is_inherited(p)) return inherited().packed_layout(p);
+  PackedConvLayout layout{};
+  by_dtype(p.dtype, [&](auto t) {
+    layout = packed_layout_as<decltype(t)>(p);
+    return true;
+  });
+  return layout;
 }
 
 bool convolve(const ConvParams& params) {
@@ -166,13 +203,15 @@ bool normalize_backward(const NormalizeBackwardParams& params) {
 const char* describe(const ConvProblem& p) {
   if (is_inherited(p)) return inherited().describe(p);
   if (is_depthwise(p)) return PTK_NAME(PTK_ISA, "depthwise");
+  if (WinogradConv::fits(p, forward_gather(p))) return PTK_NAME(PTK_ISA, "winograd_f2x2_3x3");
   return forward_gather(p).is_pointwise() ? PTK_NAME(PTK_ISA, "pointwise") : PTK_NAME(PTK_ISA, "implicit_gemm");
 }
 
 }  // namespace
 
 const ConvKernels& conv_kernels() {
-  static constexpr ConvKernels kernels = {convolve, normalize, normalize_backward, convolve_backward, describe};
+  static constexpr ConvKernels kernels = {packed_layout,      convolve,          normalize,
+                                          normalize_backward, convolve_backward, describe};
   return kernels;
 }
 

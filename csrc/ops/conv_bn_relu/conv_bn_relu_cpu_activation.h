@@ -10,9 +10,10 @@
 
 namespace ptk::PTK_ISA {
 
+// The lesser, a NaN where a is one.
 template <class A>
 PTK_INLINE Vec<A> least_of(Vec<A> a, Vec<A> b) {
-  return a < b ? a : b;
+  return b < a ? b : a;
 }
 template <class A>
 PTK_INLINE Vec<A> absolute(Vec<A> x) {
@@ -89,6 +90,7 @@ template <class A>
 PTK_INLINE Vec<A> activate(Activation kind, Vec<A> u, A slope) {
   if (kind == Activation::relu) return max(Vec<A>{}, u);
   if (kind == Activation::none) return u;
+  if (kind == Activation::relu6) return least_of<A>(max(Vec<A>{}, u), broadcast(A(6)));
   return activate_any<A>(kind, u, slope);
 }
 

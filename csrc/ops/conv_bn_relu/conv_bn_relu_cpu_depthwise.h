@@ -3,8 +3,11 @@
 //
 //   layout   channels last; a vector holds neighbouring channels. Weights are brought to [tap][channel] once per call.
 //
-//   tiling   an item is a line of positions. Four positions share each vector of weights where all of their taps are
-//            inside; the positions at the borders are computed one at a time, over the taps that are.
+//   tiling   an item is a line of positions. Up to eight positions share each vector of weights where all of their taps
+//            are inside; fewer take more channels at a time, so that there are always enough sums to hide the latency
+//            of an addition. Positions at the borders are computed one at a time, over the taps that are inside.
+//            Where many are at the borders, an item is a band of lines and some of the channels instead, and reads a
+//            copy of its part of the source, in L1, with zeros around it: then all positions are alike.
 //
 //   weight gradient: lines are divided into segments whose number depends on the problem alone, each with sums of its
 //            own, which are added in order.
@@ -21,7 +24,6 @@ static inline bool is_depthwise(const ConvProblem& p) {
 template <class T>
 class DepthwiseConv {
   using A = Acc<T>;
-  static constexpr int64_t kTogether = 4;
 
 public:
   DepthwiseConv(const Gather& gather, const T* source, const T* weight, const ConvResult<T>& result)
@@ -31,31 +33,23 @@ public:
     first_inner_ = least(w_.count, low >= 0 ? 0 : (-low + w_.step - 1) / w_.step);
     const int64_t last = w_.source - 1 - high;
     inner_end_ = most(first_inner_, last < 0 ? 0 : least(w_.count, last / w_.step + 1));
+    const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
+    const bool is_plane = d_.taps == 1 && d_.source == 1 && d_.count == 1 && d_.base == 0;
+    if (!is_plane || g_.taps() == 0 || 5 * (inner_end_ - first_inner_) >= 4 * w_.count) return;
+    window_width_ = (w_.count - 1) * w_.step + (w_.taps - 1) * w_.delta + 1;
+    const int64_t span = (h_.taps - 1) * h_.delta + 1;
+    const int64_t fitting = kWindowBytes / (window_width_ * kChunk * static_cast<int64_t>(sizeof(T)));
+    if (fitting >= span) band_ = least(h_.count, (fitting - span) / h_.step + 1);
   }
 
   int64_t lines() const { return g_.batch * g_.axis[0].count * g_.axis[1].count; }
   Blocks blocks() const { return {w_.count, most(1, g_.positions()), g_.positions()}; }
 
-  // False when memory ran out.
-  bool run() const {
-    const SharedBuffer packed(most(1, g_.taps()) * ld_weight() * static_cast<int64_t>(sizeof(A)));
-    if (!packed) return false;
-    pack(packed.as<A>());
-    bool ok = true;
-    parallel_items(lines(), [&](int64_t i) {
-      if (!line(packed.as<A>(), i)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-    });
-    return ok;
-  }
+  int64_t packed_kind() const { return 0; }
+  int64_t packed_bytes() const { return most(1, g_.taps()) * ld_weight() * static_cast<int64_t>(sizeof(A)); }
 
-private:
-  int64_t ld_weight() const { return round_up(channels_, kLanes<A>); }
-  bool is_transposed() const {
-    return r_.layout == Layout::channels_first && channels_ > 1 &&
-           g_.axis[0].out_size * g_.axis[1].out_size * w_.out_size > 1;
-  }
-
-  void pack(A* packed) const {
+  bool pack(void* to) const {
+    A* packed = static_cast<A*>(to);
     const int64_t volume = g_.kernel[0] * g_.kernel[1] * g_.kernel[2];
     int64_t tap = 0;
     for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
@@ -64,67 +58,231 @@ private:
         for (int64_t c = 0; c < ld_weight(); ++c)
           packed[tap * ld_weight() + c] = c < channels_ ? load_scalar(from + c * volume) : A(0);
       }
+    return true;
   }
 
-  // Positions [at, at + N) of a line, result rows `ld_out` apart.
-  template <int N, bool kInner>
-  void positions(const A* weight, const Position& p, int64_t at, T* out, const T* residual, int64_t ld_out) const {
+  // False when memory ran out.
+  bool run(const void* packed) const {
+    const A* weight = static_cast<const A*>(packed);
+    const int64_t bands = band_ ? (g_.axis[1].count + band_ - 1) / band_ : 0,
+                  chunks = (channels_ + kChunk - 1) / kChunk;
+    bool ok = true;
+    parallel_items(band_ ? g_.batch * bands * chunks : lines(), [&](int64_t i) {
+      if (!(band_ ? band(weight, i / chunks / bands, i / chunks % bands * band_, i % chunks * kChunk)
+                  : line(weight, i)))
+        __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    });
+    return ok;
+  }
+
+private:
+  static constexpr int64_t kChunk = 64, kWindowBytes = 48 * 1024;
+
+  int64_t ld_weight() const { return round_up(channels_, kLanes<A>); }
+  bool is_transposed() const {
+    return r_.layout == Layout::channels_first && channels_ > 1 &&
+           g_.axis[0].out_size * g_.axis[1].out_size * w_.out_size > 1;
+  }
+
+  // The taps of a position that lie inside the source: where, counted from the start of the image, and their weights.
+  struct Tap {
+    int64_t from, weight;
+  };
+  struct Taps {
+    int64_t count = 0;
+    Tap* list;
+  };
+  void find_taps(const Position& p, int64_t at, Taps& taps) const {
     const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
-    for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-      const int64_t valid = channels_ - c;
-      Vec<A> sum[N] = {};
-      for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
-        const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
-        if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
-        const T* line = source_ + ((p.image * d_.source + d) * h_.source + h) * w_.source * channels_ + c;
-        for (int64_t t = 0; t < w_.taps; ++t) {
-          const int64_t from = at * w_.step + w_.base + t * w_.delta;
-          if (!kInner && (from < 0 || from >= w_.source)) continue;
-          const Vec<A> w = load(weight + (row * w_.taps + t) * ld_weight() + c);
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) sum[n] += load_as_partial(line + (from + n * w_.step) * channels_, valid) * w;
-        }
-      }
-#pragma GCC unroll 1
-      for (int n = 0; n < N; ++n) {
-        const int64_t to = (at + n) * ld_out + c;
-        r_.finish(sum[n], c, residual ? residual + to : nullptr, out + to, valid);
+    taps.count = 0;
+    for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
+      const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
+      if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
+      for (int64_t t = 0; t < w_.taps; ++t) {
+        const int64_t w = at * w_.step + w_.base + t * w_.delta;
+        if (w >= 0 && w < w_.source)
+          taps.list[taps.count++] = {((d * h_.source + h) * w_.source + w) * channels_,
+                                     (row * w_.taps + t) * ld_weight()};
       }
     }
+  }
+
+  // Positions that share their taps: `from` at the first one's image, `out` and `residual` at the first one, all at
+  // channel 0 of what they point to; neighbouring positions are a step apart in the source, ld_out in the result.
+  struct Operands {
+    const Taps& taps;
+    const A* weight;
+    const T* from;
+    int64_t step;
+    T* out;
+    const T* residual;
+    int64_t ld_out;
+  };
+
+  // V vectors from channel c of N positions, of whose last vector `valid` channels exist; in the result that is channel
+  // first + c.
+  template <int N, int V>
+  PTK_INLINE void block(const ConvResult<T>& result, const Operands& o, int64_t first, int64_t c, int64_t valid) {
+    constexpr int lanes = kLanes<A>;
+    Vec<A> sum[N][V] = {};
+    for (int64_t i = 0; i < o.taps.count; ++i) {
+      const T* from = o.from + o.taps.list[i].from + c;
+      const A* w = o.weight + o.taps.list[i].weight + first + c;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> factor = load(w + v * lanes);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[n][v] += load_as_partial(from + n * o.step + v * lanes, valid) * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const auto vectors = result.at(first + c + v * lanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const int64_t to = n * o.ld_out + c + v * lanes;
+        result.finish(sum[n][v], vectors, o.residual ? o.residual + to : nullptr, o.out + to, valid);
+      }
+    }
+  }
+
+  // Channels [first, first + channels) of N positions.
+  template <int N>
+  void positions(const Operands& o, int64_t first, int64_t channels) const {
+    constexpr int lanes = kLanes<A>, vectors = N >= 8 ? 1 : N >= 2 ? 8 / N : 4;
+    int64_t c = 0;
+    for (; c + vectors * lanes <= channels; c += vectors * lanes) block<N, vectors>(r_, o, first, c, lanes);
+    if constexpr (vectors > 1)
+      for (; c + lanes <= channels; c += lanes) block<N, 1>(r_, o, first, c, lanes);
+    if (c < channels) block<N, 1>(r_, o, first, c, channels - c);
+  }
+
+  // Up to `count` positions, as many as one kernel takes. Returns how many.
+  int64_t some_positions(const Operands& o, int64_t count, int64_t first, int64_t channels) const {
+    if (count >= 8) return positions<8>(o, first, channels), 8;
+    if (count >= 4) return positions<4>(o, first, channels), 4;
+    if (count >= 2) return positions<2>(o, first, channels), 2;
+    return positions<1>(o, first, channels), 1;
+  }
+
+  // Where the result of one line is written, and the residual read: in place, or in rows that go to planes afterwards.
+  struct Target {
+    T* out;
+    const T* residual;
+    int64_t ld;
+  };
+  int64_t space() const { return g_.axis[0].out_size * g_.axis[1].out_size * w_.out_size; }
+  Target target(const Position& p, int64_t index, int64_t first, int64_t channels, T* rows) const {
+    if (!is_transposed()) {
+      const int64_t at = p.out * channels_ + first;
+      return {r_.out + at, r_.residual ? r_.residual + at : nullptr, w_.out_step * channels_};
+    }
+    T* residual = r_.residual ? rows + w_.count * channels : nullptr;
+    const int64_t begin = index * w_.count;
+    if (residual)
+      rows_from_planes(r_.residual, channels_, space(), begin, begin + w_.count, first, channels, residual, channels);
+    return {rows, residual, channels};
+  }
+  void finish_line(const Target& target, int64_t index, int64_t first, int64_t channels) const {
+    const int64_t begin = index * w_.count;
+    if (is_transposed())
+      planes_from_rows(target.out, channels, r_.out, channels_, space(), begin, begin + w_.count, first, channels);
+    if (r_.statistics) {
+      A* to = r_.statistics + index * 2 * channels_ + first;
+      block_statistics(r_.out + begin * channels_ + first, channels_, w_.count, channels, to, to + channels_);
+    }
+  }
+
+  struct Scratch {
+    Taps taps;
+    T *rows, *window;
+  };
+  Scratch carve(Carver& carver, int64_t channels) const {
+    Scratch s;
+    s.taps.list = carver.take<Tap>(most(1, g_.taps()));
+    s.rows = carver.take<T>(is_transposed() ? 2 * w_.count * channels : 0);
+    s.window = carver.take<T>(band_ ? window_rows() * window_width_ * kChunk : 0);
+    return s;
   }
 
   bool line(const A* weight, int64_t index) const {
-    const bool transposed = is_transposed();
-    const int64_t begin = index * w_.count, end = begin + w_.count;
-    const int64_t space = g_.axis[0].out_size * g_.axis[1].out_size * w_.out_size;
+    Carver count;
+    carve(count, channels_);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    Scratch s = carve(carver, channels_);
     Position p;
-    locate(g_, begin, 1, &p);
-    T* out = r_.out;
-    const T* residual = r_.residual;
-    int64_t ld = channels_;
-    if (transposed) {
-      out = static_cast<T*>(thread_scratch(2 * w_.count * channels_ * sizeof(T)));
-      if (!out) return false;
-      if (residual) {
-        rows_from_planes(residual, channels_, space, begin, end, 0, channels_, out + w_.count * channels_, channels_);
-        residual = out + w_.count * channels_;
-      }
-    } else {
-      ld = w_.out_step * channels_;
-      out += p.out * channels_;
-      if (residual) residual += p.out * channels_;
+    locate(g_, index * w_.count, 1, &p);
+    const Target to = target(p, index, 0, channels_, s.rows);
+    const T* image = source_ + p.image * g_.axis[0].source * g_.axis[1].source * w_.source * channels_;
+    const int64_t step = w_.step * channels_;
+    for (int64_t at = 0, found = -1; at < w_.count;) {
+      const bool inner = at >= first_inner_ && at < inner_end_;
+      if (!inner || found < 0) find_taps(p, at, s.taps);
+      if (inner && found < 0) found = at;
+      const Operands o{s.taps,
+                       weight,
+                       inner ? image + (at - found) * step : image,
+                       step,
+                       to.out + at * to.ld,
+                       to.residual ? to.residual + at * to.ld : nullptr,
+                       to.ld};
+      at += some_positions(o, inner ? inner_end_ - at : 1, 0, channels_);
     }
-    int64_t at = 0;
-    for (; at < first_inner_; ++at) positions<1, false>(weight, p, at, out, residual, ld);
-    for (; at + kTogether <= inner_end_; at += kTogether) positions<kTogether, true>(weight, p, at, out, residual, ld);
-    for (; at < w_.count; ++at) positions<1, false>(weight, p, at, out, residual, ld);
-    if (transposed) planes_from_rows(out, channels_, r_.out, channels_, space, begin, end, 0, channels_);
-    if (r_.statistics) {
-      A* to = r_.statistics + index * 2 * channels_;
-      block_statistics(r_.out + begin * channels_, channels_, w_.count, channels_, to, to + channels_);
+    finish_line(to, index, 0, channels_);
+    release_large_scratch();
+    return true;
+  }
+
+  int64_t window_rows() const { return (band_ - 1) * g_.axis[1].step + (g_.axis[1].taps - 1) * g_.axis[1].delta + 1; }
+
+  // Channels [first, first + kChunk) of up to band_ lines of an image.
+  bool band(const A* weight, int64_t image, int64_t begin, int64_t first) const {
+    const Axis& h_ = g_.axis[1];
+    const int64_t channels = least(kChunk, channels_ - first), end = least(h_.count, begin + band_);
+    Carver count;
+    carve(count, kChunk);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    Scratch s = carve(carver, kChunk);
+    copy_window(image, begin * h_.step + h_.base, first, channels, s.window);
+    for (int64_t h = 0; h < h_.taps; ++h)
+      for (int64_t w = 0; w < w_.taps; ++w)
+        s.taps.list[s.taps.count++] = {(h * h_.delta * window_width_ + w * w_.delta) * kChunk,
+                                       (h * w_.taps + w) * ld_weight()};
+    for (int64_t y = begin; y < end; ++y) {
+      const int64_t index = image * h_.count + y, step = w_.step * kChunk;
+      Position p;
+      locate(g_, index * w_.count, 1, &p);
+      const Target to = target(p, index, first, channels, s.rows);
+      const T* from = s.window + (y - begin) * h_.step * window_width_ * kChunk;
+      for (int64_t at = 0; at < w_.count;) {
+        const T* residual = to.residual ? to.residual + at * to.ld : nullptr;
+        const Operands o{s.taps, weight, from + at * step, step, to.out + at * to.ld, residual, to.ld};
+        at += some_positions(o, w_.count - at, first, channels);
+      }
+      finish_line(to, index, first, channels);
     }
     release_large_scratch();
     return true;
+  }
+
+  // window[row from `top`][pixel from the first tap of the first position][channel], zeros outside the source.
+  void copy_window(int64_t image, int64_t top, int64_t first, int64_t channels, T* window) const {
+    const int64_t height = g_.axis[1].source;
+    const int64_t low = least(window_width_, most(0, -w_.base));
+    const int64_t high = most(low, least(window_width_, w_.source - w_.base));
+    for (int64_t row = 0; row < window_rows(); ++row, window += window_width_ * kChunk) {
+      const int64_t y = top + row;
+      if (y < 0 || y >= height) {
+        std::memset(window, 0, window_width_ * kChunk * sizeof(T));
+        continue;
+      }
+      const T* from = source_ + ((image * height + y) * w_.source + w_.base) * channels_ + first;
+      std::memset(window, 0, low * kChunk * sizeof(T));
+      for (int64_t x = low; x < high; ++x) std::memcpy(window + x * kChunk, from + x * channels_, channels * sizeof(T));
+      std::memset(window + high * kChunk, 0, (window_width_ - high) * kChunk * sizeof(T));
+    }
   }
 
   const Gather& g_;
@@ -133,6 +291,7 @@ private:
   const ConvResult<T>& r_;
   const int64_t channels_ = g_.result_channels;
   int64_t first_inner_, inner_end_;
+  int64_t band_ = 0, window_width_ = 0;  // 0: lines are not copied
 };
 
 template <class T>

@@ -1,54 +1,21 @@
 // Convolution as a matrix product of the engine: rows are positions, columns result channels, depth taps and channels.
 //
-//   layout   source and result are channels last; weights are packed into the engine's panels once per call. The source
+//   layout   source and result are channels last; weights are packed into the engine's panels. The source
 //            of a block of positions is read as lines (conv_bn_relu_cpu_lines.h), or, where lines are too short to be
 //            rows of a kernel, gathered one step of depth at a time. A channels-first result leaves through a block of
 //            rows and a transposition.
 //
 //   tiling   about kRows positions x up to kColumns channels per item; sums of all but the last step wait in a buffer
-//   in
-//            L2, the last step's epilogue scales, shifts, adds the residual, activates and stores.
+//            in L2, the last step's epilogue scales, shifts, adds the residual, activates and stores.
 //
 //   threads  items are dealt out by a counter. The order of a sum depends on neither the items' width nor the threads.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_lines.h"
-#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_normalize.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_result.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_weights.h"
 
 namespace ptk::PTK_ISA {
-
-// The value that storing as T would leave.
-template <class T>
-PTK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    return widen_bf16(narrow_bf16(v));
-  } else if constexpr (std::is_same_v<T, f16>) {
-    return widen_f16(narrow_f16(v));
-  } else {
-    return v;
-  }
-}
-
-// What becomes of the sums of a convolution.
-template <class T>
-struct ConvResult {
-  T* out = nullptr;
-  Layout layout = Layout::channels_last;
-  const T* residual = nullptr;  // laid out like out
-  const Acc<T>*bias = nullptr, *mean = nullptr, *scale = nullptr, *shift = nullptr;
-  Activation activation = Activation::none;
-  Acc<T> slope = 0;
-  Acc<T>* statistics = nullptr;  // {mean, m2} of every channel per block of kRows positions
-
-  // Stores channels [c, c + valid) of one position at the address of `out`, as Normalize does in a pass of its own.
-  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, int64_t c, const T* residual_at, T* out_at,
-                                                    int64_t valid) const {
-    if (bias) sums += load(bias + c);
-    if (mean) sums = (rounded<T>(sums) - load(mean + c)) * load(scale + c) + load(shift + c);
-    if (residual_at) sums = (mean ? sums : rounded<T>(sums)) + load_as_partial(residual_at, valid);
-    store_as_partial(out_at, activate(activation, mean || residual_at ? sums : rounded<T>(sums), slope), valid);
-  }
-};
 
 template <class T>
 struct ConvEpilogue {
@@ -63,40 +30,31 @@ struct ConvEpilogue {
   T* out;
 
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t valid) const {
-    if (partial) sums += load(partial + row * ld_partial + column);
-    const int64_t at = offsets[row] + column;
-    result.finish(sums, channel + column, residual ? residual + at : nullptr, out + at, valid);
+    store_row(result.at(channel + column), row, column, sums, valid);
   }
 
-  // Most results are a normalised channel or a plain sum: with their vectors in registers and no partial store.
+  // Sums of rows [row, row + rows), two vectors to a row.
   void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
     constexpr int lanes = kLanes<A>;
-    const bool usual = !residual && (result.activation == Activation::relu || result.activation == Activation::none);
     for (int half = 0; half < 2 && half * lanes < columns; ++half, column += lanes, sums += lanes) {
-      const int64_t valid = least(lanes, columns - half * lanes), c = channel + column;
-      if (usual && valid == lanes) {
-        const Vec<A> floor = broadcast(result.activation == Activation::relu ? A(0) : -A(__builtin_inf()));
-        const Vec<A> bias = result.bias ? load(result.bias + c) : Vec<A>{};
-        if (result.mean) {
-          const Vec<A> mean = load(result.mean + c), scale = load(result.scale + c), shift = load(result.shift + c);
-          for (int i = 0; i < rows; ++i) {
-            Vec<A> v = load(sums + i * 2 * lanes);
-            if (partial) v += load(partial + (row + i) * ld_partial + column);
-            v = (rounded<T>(v + bias) - mean) * scale + shift;
-            store_as(out + offsets[row + i] + column, max(floor, v));
-          }
-        } else {
-          for (int i = 0; i < rows; ++i) {
-            Vec<A> v = load(sums + i * 2 * lanes);
-            if (partial) v += load(partial + (row + i) * ld_partial + column);
-            store_as(out + offsets[row + i] + column, max(floor, v + bias));
-          }
-        }
-      } else {
-#pragma GCC unroll 1
-        for (int i = 0; i < rows; ++i) (*this)(row + i, column, load(sums + i * 2 * lanes), valid);
-      }
+      const int64_t valid = least(lanes, columns - half * lanes);
+      // A copy of its own in which no store is partial.
+      valid == lanes ? store_rows(rows, row, column, lanes, sums) : store_rows(rows, row, column, valid, sums);
     }
+  }
+
+private:
+  inline __attribute__((always_inline)) void store_rows(int rows, int64_t row, int64_t column, int64_t valid,
+                                                        const A* sums) const {
+    const auto vectors = result.at(channel + column);
+#pragma GCC unroll 1
+    for (int i = 0; i < rows; ++i) store_row(vectors, row + i, column, load(sums + i * 2 * kLanes<A>), valid);
+  }
+  inline __attribute__((always_inline)) void store_row(const typename ConvResult<T>::Vectors& vectors, int64_t row,
+                                                       int64_t column, Vec<A> sums, int64_t valid) const {
+    if (partial) sums += load(partial + row * ld_partial + column);
+    const int64_t at = offsets[row] + column;
+    result.finish(sums, vectors, residual ? residual + at : nullptr, out + at, valid);
   }
 };
 
@@ -132,22 +90,28 @@ public:
     column_blocks_ = (columns + columns_ - 1) / columns_;
   }
 
-  // False when memory ran out.
-  bool run() const {
-    const SharedBuffer packed(g_.groups * group_stride() * static_cast<int64_t>(sizeof(E)));
-    if (!packed) return false;
+  int64_t packed_kind() const { return lines_.is_used() ? 3 : 2; }
+  int64_t packed_bytes() const { return g_.groups * group_stride() * static_cast<int64_t>(sizeof(E)); }
+
+  // False when memory ran out, as for run().
+  bool pack(void* to) const {
+    E* packed = static_cast<E*>(to);
     const int64_t panels = padded_n<T>(g_.group_result()) / Traits::kNr;
     const int64_t chunks = most(1, (g_.group_source() + kPackedChannels - 1) / kPackedChannels);
-    if (pads_depth()) std::memset(packed.as<E>(), 0, g_.groups * group_stride() * sizeof(E));
+    if (pads_depth()) std::memset(packed, 0, packed_bytes());
     bool ok = true;
     parallel_items(g_.groups * panels * chunks, [&](int64_t i) {
-      if (!pack(packed.as<E>(), i / (panels * chunks), i / chunks % panels, i % chunks * kPackedChannels))
+      if (!pack_panel(packed, i / (panels * chunks), i / chunks % panels, i % chunks * kPackedChannels))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
-    if (!ok) return false;
+    return ok;
+  }
+
+  bool run(const void* packed) const {
+    bool ok = true;
     parallel_items(blocks_.count() * column_blocks_ * g_.groups, [&](int64_t i) {
       const int64_t column = i % column_blocks_ * columns_, rest = i / column_blocks_;
-      if (!item(packed.as<E>(), rest % g_.groups, rest / g_.groups, column))
+      if (!item(static_cast<const E*>(packed), rest % g_.groups, rest / g_.groups, column))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
@@ -156,9 +120,6 @@ public:
   const Blocks& blocks() const { return blocks_; }
 
 private:
-  // A multiple of kKStep and of a cache line.
-  static constexpr int64_t kPackedChannels = 32;
-
   static Blocks even_blocks(const Gather& g) { return {kRows, most(1, g.positions()), g.positions()}; }
   // Whole lines, or equal parts of a long one.
   static Blocks line_blocks(const Gather& g) {
@@ -185,14 +146,13 @@ private:
 
   // Channels [first, first + kPackedChannels) of one panel. They are read in the order in which they lie in memory into
   // loose[channel][tap][column], in cache, and go from there to their steps.
-  bool pack(E* packed, int64_t group, int64_t index, int64_t first) const {
+  bool pack_panel(E* packed, int64_t group, int64_t index, int64_t first) const {
     constexpr int64_t nr = Traits::kNr, unit = Traits::kPack;
     const int64_t n0 = index * nr, columns = least(nr, g_.group_result() - n0), taps = volume(g_.kernel);
     const int64_t end = least(g_.group_source(), first + kPackedChannels);
     A* loose = static_cast<A*>(thread_scratch(kPackedChannels * taps * nr * sizeof(A)));
     if (!loose) return false;
-    load_weights(weight_ + weight_offset(p_, group) + n0 * g_.weight_result + first * g_.weight_source, columns,
-                 end - first, loose);
+    load_weights(g_, weight_ + weight_offset(p_, group), n0, columns, first, end - first, loose);
     E* panel = packed + group * group_stride() + index * panel_stride();
     for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
       for (int64_t tap = 0; tap < g_.axis[2].taps; ++tap) {
@@ -228,32 +188,6 @@ private:
         store(reinterpret_cast<uint32_t*>(to) + n, (low >> 16) | high);
       }
     }
-  }
-
-  void load_weights(const T* weight, int64_t columns, int64_t channels, A* loose) const {
-    constexpr int64_t nr = Traits::kNr, lanes = kLanes<A>;
-    const int64_t taps = volume(g_.kernel), depth = channels * taps;
-    int64_t n = 0, done = 0;
-    if (g_.weight_source == taps) {
-      // Channels and taps of a column are neighbours.
-      done = depth / lanes * lanes;
-      for (; n + lanes <= columns; n += lanes)
-        for (int64_t k = 0; k < done; k += lanes) {
-          Vec<A> rows[lanes];
-          for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(weight + (n + i) * g_.weight_result + k);
-          transpose<A>(rows);
-          for (int64_t i = 0; i < lanes; ++i) store(loose + (k + i) * nr + n, rows[i]);
-        }
-    }
-    const int64_t full = n;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const T* from = weight + c * g_.weight_source + tap;
-        A* to = loose + (c * taps + tap) * nr;
-        for (int64_t i = c * taps + tap < done ? full : 0; i < columns; ++i)
-          to[i] = load_scalar(from + i * g_.weight_result);
-        for (int64_t i = columns; i < nr; ++i) to[i] = A(0);
-      }
   }
 
   struct Scratch {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -152,6 +153,9 @@ inline bool has_layout(const Tensor& tensor, Layout layout) {
   return true;
 }
 
+// Whether kernels may compute convolutions by Winograd's transforms; process-wide, set by _allow_winograd().
+inline std::atomic<bool> allows_winograd{true};
+
 // The checked operands of a convolution, dense.
 class ConvArguments {
 public:
@@ -201,6 +205,7 @@ public:
     }
     p.activation = parse_activation(activation);
     p.slope = slope;
+    p.allows_winograd = allows_winograd;
     p.layout = !has_layout(input, Layout::channels_first) && spatial > 1 && has_layout(input, Layout::channels_last)
                    ? Layout::channels_last
                    : Layout::channels_first;

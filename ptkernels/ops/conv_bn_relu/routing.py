@@ -92,7 +92,7 @@ def kernels() -> list[KernelInfo]:
     by_name: dict[str, list[str]] = {}
     if introspection is not None:
         table = introspection.kernel_table()
-        for key in ("conv_bn_relu", "conv_bn_relu pointwise", "conv_bn_relu depthwise"):
+        for key in ("conv_bn_relu", "conv_bn_relu strided", "conv_bn_relu pointwise", "conv_bn_relu depthwise"):
             for dtype, name in table[key].items():
                 by_name.setdefault(name, []).append(dtype)
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]

@@ -267,7 +267,7 @@ def _make_inputs(
     kwargs = {
         "training": trains,
         "stride": shape["S"],
-        "padding": kernel // 2,
+        "padding": (kernel - 1) // 2,
         "groups": groups,
         "activation": shape["activation"],
     }
@@ -279,7 +279,7 @@ def _make_inputs(
 
 def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype, direction: Direction) -> BenchCase:
     n, ins, outs, size, kernel, stride = (shape[key] for key in ("N", "C", "O", "H", "K", "S"))
-    result = (size + 2 * (kernel // 2) - kernel) // stride + 1
+    result = (size + 2 * ((kernel - 1) // 2) - kernel) // stride + 1
     taps = ins // shape["groups"] * kernel * kernel
     flops = 2 * n * outs * result * result * taps
     given, made, weights = n * ins * size * size, n * outs * result * result, outs * taps
@@ -310,16 +310,25 @@ _LAYERS: list[tuple[str, str, int, int, int, int, int, int, str]] = [
     ("144-56-dw-s2", "MobileNetV2", 144, 144, 56, 3, 2, 144, "relu6"),
     ("384-14-dw", "MobileNetV2", 384, 384, 14, 3, 1, 384, "relu6"),
     ("24-144-56-1x1", "MobileNetV2", 24, 144, 56, 1, 1, 1, "relu6"),
+    ("64-128-56-3x3-s2", "ResNet-18", 64, 128, 56, 3, 2, 1, "relu"),
+    ("512-2048-7-1x1", "ResNet-50", 512, 2048, 7, 1, 1, 1, "relu"),
+    ("3-64-224-3x3", "VGG-16", 3, 64, 224, 3, 1, 1, "relu"),
+    ("672-14-5x5-dw", "EfficientNet-Lite0", 672, 672, 14, 5, 1, 672, "relu6"),
+    ("1152-7-5x5-dw", "EfficientNet-Lite0", 1152, 1152, 7, 5, 1, 1152, "relu6"),
+    ("112-672-14-1x1", "EfficientNet-Lite0", 112, 672, 14, 1, 1, 1, "relu6"),
+    ("32-32-3x3", "ConvNet (CIFAR-10)", 32, 32, 32, 3, 1, 1, "relu"),
+    ("128-8-3x3", "ConvNet (CIFAR-10)", 128, 128, 8, 3, 1, 1, "relu"),
+    ("64-128-32-4x4-s2", "DCGAN", 64, 128, 32, 4, 2, 1, "leaky_relu"),
 ]
 
 
 def bench_cases() -> list[BenchCase]:
-    """Layers of named models: inference with 1 and 8 images, training with 8."""
+    """Layers of named models: inference with 1, 8 and 32 images, training with 8."""
     cases = []
     for name, model, ins, outs, size, kernel, stride, groups, activation in _LAYERS:
         layer = {"C": ins, "O": outs, "H": size, "K": kernel, "S": stride, "groups": groups, "activation": activation}
         for dtype in (torch.float32, torch.bfloat16):
-            for images in (1, 8):
+            for images in (1, 8, 32):
                 shape = {"N": images, **layer}
                 cases.append(_bench_case(f"{name}-n{images}", model, shape, dtype, "forward"))
             cases.append(_bench_case(f"{name}-n8", model, {"N": 8, **layer}, dtype, "forward+backward"))
