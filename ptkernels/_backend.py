@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -90,6 +91,24 @@ def check_requested(op: str, device_type: str) -> None:
         return
     if name != device_type:
         raise BackendError(f"{op}: backend {name!r} was asked for, got tensors on {device_type}")
+
+
+def runs_on_triton(device_type: str, devices: Sequence[str]) -> bool:
+    """Whether a call goes to an operator's Triton kernels: they were asked for, or the device has no others.
+
+    ``devices`` are those that the operator has compiled kernels for.
+    """
+    if state.backend == "triton":
+        return True
+    return device_type == "cuda" and device_type not in devices and state.backend is None and unavailable("triton") is None
+
+
+def no_kernel(device_type: str) -> str:
+    """Why a device without compiled kernels has no others either."""
+    reason = f"no kernel for {device_type} tensors"
+    if device_type == "cuda" and state.backend is None:
+        reason += f"; Triton's cannot run: {unavailable('triton')}"
+    return reason
 
 
 def fallback(op: str, reason: str) -> None:

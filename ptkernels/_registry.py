@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from ptkernels import _triton
+
 Direction = Literal["forward", "forward+backward"]
 Level = Literal["gradcheck", "quick", "full"]
 
@@ -71,6 +73,13 @@ class KernelInfo:
     available: bool
     note: str = ""
     """Why the kernel is not available, or what it needs."""
+
+
+def triton_row() -> KernelInfo:
+    """The row of an operator's Triton kernels."""
+    reason = _triton.unavailable()
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in _triton.DTYPES)
+    return KernelInfo("Triton", "triton", dtypes, reason is None, reason or f"{_triton.NOT_YET_RUN}; from sm_80 on")
 
 
 @dataclass(frozen=True)

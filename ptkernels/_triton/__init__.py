@@ -16,6 +16,7 @@ from torch import Tensor
 
 MIN_VERSION = (3, 6)
 MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_YET_RUN = "not yet run on a GPU"
 
 # Shared memory that one block may ask for, in bytes, by compute capability.
@@ -90,6 +91,13 @@ def arch_of(tensor: Tensor) -> int:
 def shared_memory(arch: int) -> int:
     """Bytes of shared memory that a block may use; of the smallest GPU where the architecture is not known."""
     return SHARED_MEMORY.get(arch, min(SHARED_MEMORY.values()))
+
+
+def uncovered(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot take an operand, whatever the operator; None where they can."""
+    if tensor.dtype not in DTYPES:
+        return f"the Triton kernels have no {str(tensor.dtype).removeprefix('torch.')}"
+    return unavailable_for(tensor)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

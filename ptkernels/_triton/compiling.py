@@ -97,7 +97,8 @@ class _Recorded:
         signature, constants, divisible = {}, {}, []
         for parameter in self.kernel.params:
             name, value = parameter.name, given[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            specialised = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and value == 1):
                 signature[name] = "constexpr"
                 constants[name] = value
             elif isinstance(value, Tensor):
@@ -107,7 +108,7 @@ class _Recorded:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if specialised and value % 16 == 0:
                     divisible.append(name)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         self.launches.append(Launch(self.kernel, signature, constants, tuple(divisible), options))

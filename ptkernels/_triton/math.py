@@ -8,7 +8,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "relu6", "leaky_relu", "hardswish")
+_ACTIVATIONS = (
+    "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "relu6", "leaky_relu", "hardswish", "tanh", "elu", "mish",
+)  # fmt: skip
 ACTIVATIONS = {name: index for index, name in enumerate(_ACTIVATIONS)}
 """Numbers under which :func:`activate` knows its functions."""
 
@@ -32,6 +34,20 @@ def tanh(x):
     decay = exp(-2.0 * tl.abs(x))
     far = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def expm1(x):
+    """Of x <= 0, by tanh, which is exact where exp(x) - 1 would cancel."""
+    half = tanh(0.5 * x)
+    return 2.0 * half / (1.0 - half)
+
+
+@triton.jit
+def tanh_of_softplus(x):
+    """tanh(log(1 + exp(x))), whose exponentials are taken where they are finite."""
+    e = exp(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL))
+    return e * (e + 2.0) / (e * (e + 2.0) + 2.0)
 
 
 @triton.jit
@@ -67,4 +83,42 @@ def activate(x, negative_slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 8:
         gate = tl.minimum(tl.maximum(x + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0)
         x = x * gate / 6.0
+    elif ACTIVATION == 9:
+        x = tanh(x)
+    elif ACTIVATION == 10:
+        x = tl.where(x > 0.0, x, expm1(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)))
+    elif ACTIVATION == 11:
+        x = x * tanh_of_softplus(x)
     return x
+
+
+@triton.jit
+def activation_derivative(x, negative_slope, ACTIVATION: tl.constexpr):
+    """Its derivative at x, without gelu_tanh; at a corner that of the side towards 0, as torch has it."""
+    if ACTIVATION == 1:
+        return tl.where(x > 0.0, 1.0, 0.0)
+    elif ACTIVATION == 2:
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        return cdf + x * 0.3989422804014327 * exp(-0.5 * x * x)
+    elif ACTIVATION == 4:
+        s = sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == 5:
+        s = sigmoid(x)
+        return s * (1.0 - s)
+    elif ACTIVATION == 6:
+        return tl.where((x > 0.0) & (x < 6.0), 1.0, 0.0)
+    elif ACTIVATION == 7:
+        return tl.where(x > 0.0, 1.0, negative_slope)
+    elif ACTIVATION == 8:
+        return tl.where(x > -3.0, tl.where(x < 3.0, x / 3.0 + 0.5, 1.0), 0.0)
+    elif ACTIVATION == 9:
+        t = tanh(x)
+        return 1.0 - t * t
+    elif ACTIVATION == 10:
+        return tl.where(x > 0.0, 1.0, exp(tl.minimum(x, 0.0)))
+    elif ACTIVATION == 11:
+        t = tanh_of_softplus(x)
+        return t + x * sigmoid(x) * (1.0 - t * t)
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)

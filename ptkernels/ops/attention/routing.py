@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.attention import library, register
 from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs
 from ptkernels.ops.attention.options import Options, resolve
@@ -22,10 +22,7 @@ _REQUESTED = "backend 'reference' was asked for"
 
 def runs_on_triton(device_type: str) -> bool:
     """Whether a call goes to the Triton kernels: they were asked for, or the device has no other."""
-    if _backend.state.backend == "triton":
-        return True
-    no_other = device_type == "cuda" and device_type not in library.DEVICES
-    return no_other and _backend.state.backend is None and _triton.unavailable() is None
+    return _backend.runs_on_triton(device_type, library.DEVICES)
 
 
 def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -169,16 +166,10 @@ def kernels() -> list[KernelInfo]:
             by_name.setdefault(name, []).append(dtype)
     dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
-    why_no_cuda, why_no_triton = _backend.unavailable("cuda"), _triton.unavailable()
+    why_no_cuda = _backend.unavailable("cuda")
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
         KernelInfo("libptkernels_cuda.so", "cuda", dtypes, why_no_cuda is None, why_no_cuda or ""),
-        KernelInfo(
-            "Triton",
-            "triton",
-            dtypes[1:],
-            why_no_triton is None,
-            why_no_triton or f"{_triton.NOT_YET_RUN}; from sm_80 on",
-        ),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

@@ -21,7 +21,6 @@ from ptkernels.ops.attention import triton_kernels as kernels
 
 KEEP_ALL = 1 << 16
 UNBOUNDED = -1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Launcher = Callable[[Any], Any]
 """Turns a kernel into what is indexed by a grid: the identity, or ``torch.library.wrap_triton`` under tracing."""

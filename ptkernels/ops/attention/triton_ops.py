@@ -106,6 +106,4 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 def uncovered(query: Tensor) -> str | None:
     """Why the Triton kernels cannot take a checked call, or None where they can."""
-    if query.dtype not in launch.DTYPES:
-        return f"the Triton kernels have no {str(query.dtype).removeprefix('torch.')}"
-    return _triton.unavailable_for(query)
+    return _triton.uncovered(query)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._triton import dispatch
 from ptkernels.ops.conv_bn_relu import batching, reference
 from ptkernels.ops.conv_bn_relu.checks import OP, check_backward_inputs, check_op_inputs
 from ptkernels.ops.conv_bn_relu.library import backward_op, conv_op
@@ -230,6 +231,8 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::conv_bn_relu", _fake_conv, lib=_library)
 torch.library.register_fake("ptkernels::_conv_bn_relu_backward", _fake_backward, lib=_library)
+dispatch.implement(_library, conv_op, "ptkernels.ops.conv_bn_relu.triton", "conv_bn_relu")
+dispatch.implement(_library, backward_op, "ptkernels.ops.conv_bn_relu.triton", "conv_bn_relu_backward")
 _library.impl("conv_bn_relu", _autograd_conv, "Autograd", with_keyset=True)
 _library.impl("_conv_bn_relu_backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("ptkernels::conv_bn_relu", batching.vmap_conv, lib=_library)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.conv_bn_relu import library, register
 from ptkernels.ops.conv_bn_relu.checks import DTYPES, OP, spatial
 
@@ -18,9 +18,11 @@ _REQUESTED = "backend 'reference' was asked for"
 
 def fallback_reason(input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    if _backend.runs_on_triton(input.device.type, library.DEVICES):
+        return _triton.uncovered(input) or (register.FORWARD_MODE if has_tangent(input, *others) else None)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {input.device.type} tensors"
+        return _backend.no_kernel(input.device.type)
     return register.FORWARD_MODE if has_tangent(input, *others) else None
 
 
@@ -81,6 +83,8 @@ def account(args: tuple[Any, ...]) -> Explanation:
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.runs_on_triton(device, library.DEVICES):
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, weight))
     kernel = _cpu_kernel(args) if device == "cpu" else "shape propagation"
     return Explanation(OP, kernel, device, reason, _hints(input, weight))
 
@@ -98,5 +102,6 @@ def kernels() -> list[KernelInfo]:
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

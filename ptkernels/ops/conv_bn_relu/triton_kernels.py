@@ -1,13 +1,17 @@
-"""Device code of convolution with batch normalisation and activation in Triton, for inference.
+"""Device code of convolution with batch normalisation, residual and activation in Triton: forward.
 
-    out[n, f, y, x] = act(scale[f] * sum_{c, r, s} in[n, c, y * stride + r * dilation - padding, ...] w[f, c, r, s]
-                          + shift[f] + residual[n, f, y, x])
+    z = conv(x, w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
 
-Layout: images through their strides, fastest in channels_last, where a tile of pixels by channels is rows of memory.
+Layout: images through their strides, fastest in channels last, where a tile of pixels by channels is rows of memory. z is
+always in channels last: [pixels, channels]. Lines and planes are volumes of one layer.
 
 Tiling: an implicit matrix product. Rows are the output's pixels over the whole batch, columns its channels in one
-group, the sum runs over the taps of the filter and, within each, over blocks of the input's channels. Nothing is
-unfolded: the input's tile of a tap is read where it lies, with zeros where the tap falls on padding.
+group, the sum runs over the taps of the filter and, within each, over blocks of the input's channels (FLAT: over
+both at once, where channels are few). Nothing is unfolded: a tap's tile is read where it lies, with zeros where it falls
+on padding. With running statistics the normalisation, residual and activation are the product's epilogue. With those of
+the batch it leaves z and, of every tile, the mean and the centred sum of squares of each channel; `merge_statistics` merges
+them (Chan, Golub and LeVeque, 1983) in a fixed order, and `normalize` reads z once more. z is rounded to its dtype
+before it is normalised, so that both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -19,59 +23,185 @@ from ptkernels._triton.math import activate
 
 
 @triton.jit
+def coordinates(pixel, depth, height, width):
+    """Image, layer, row and column of pixels."""
+    x = (pixel % width).to(tl.int32)
+    rest = pixel // width
+    y = (rest % height).to(tl.int32)
+    rest = rest // height
+    return rest // depth, (rest % depth).to(tl.int32), y, x
+
+
+@triton.jit
+def offset_of(image, z, y, x, stride_n, stride_d, stride_h, stride_w):
+    return image * stride_n + z.to(tl.int64) * stride_d + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def per_channel(pointer, f, real, absent: tl.constexpr, GIVEN: tl.constexpr):
+    """A vector of channels in float32; `absent` where there is none."""
+    if GIVEN:
+        return tl.load(pointer + f, mask=real, other=absent).to(tl.float32)
+    else:
+        return tl.full(f.shape, absent, tl.float32)
+
+
+@triton.jit
+def normalization(
+    MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps,
+    HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """mean, 1 / sqrt(var + eps), factor and summand of each channel."""
+    mean = per_channel(MEAN, f, real, 0.0, HAS_NORM)
+    invstd = tl.full(f.shape, 1.0, tl.float32)
+    if HAS_NORM:
+        invstd = 1.0 / tl.sqrt_rn(tl.load(VAR + f, mask=real, other=1.0).to(tl.float32) + eps)
+    weight = per_channel(BN_WEIGHT, f, real, 1.0, HAS_WEIGHT)
+    return mean, invstd, weight, per_channel(BN_BIAS, f, real, 0.0, HAS_SHIFT)
+
+
+@triton.jit
 def conv(
-    X, W, SCALE, SHIFT, RESIDUAL, OUT, pixels, height, width, out_height, out_width,
-    stride_xn, stride_xc, stride_xh, stride_xw, stride_wf, stride_wc, stride_wr, stride_ws,
-    stride_rn, stride_rc, stride_rh, stride_rw, stride_on, stride_oc, stride_oh, stride_ow,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, negative_slope,
-    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    X, W, BIAS, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, OUT, Z, PARTIAL,
+    pixels, filters, depth, height, width, out_depth, out_height, out_width,
+    stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, stride_wf, stride_wc, stride_wq, stride_wr, stride_ws,
+    stride_rn, stride_rc, stride_rd, stride_rh, stride_rw, stride_on, stride_oc, stride_od, stride_oh, stride_ow,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    eps, negative_slope,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WRITE_OUT: tl.constexpr, WRITE_Z: tl.constexpr,
+    STATISTICS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS and FILTERS are those of one group, of which the second dimension of the grid counts."""
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
     group = tl.program_id(1)
-    pixel = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_m = tl.program_id(0) // tiles_n
+    pixel = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     within = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = (group * FILTERS + within).to(tl.int64)
-    image = pixel // (out_height * out_width)
-    y = (pixel // out_width % out_height).to(tl.int32)
-    x = (pixel % out_width).to(tl.int32)
-    c = tl.arange(0, BLOCK_K)
+    image, z, y, x = coordinates(pixel, out_depth, out_height, out_width)
     X += image * stride_xn + (group * CHANNELS).to(tl.int64) * stride_xc
     W += f * stride_wf
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, TAPS_H * TAPS_W * tl.cdiv(CHANNELS, BLOCK_K)):
-        tap = step // tl.cdiv(CHANNELS, BLOCK_K)
-        channel = step % tl.cdiv(CHANNELS, BLOCK_K) * BLOCK_K + c
-        r, s = tap // TAPS_W, tap % TAPS_W
-        row = y * stride_h + r * dilation_h - padding_h
-        column = x * stride_w + s * dilation_w - padding_w
-        inside = (pixel < pixels) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        offset = row.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
+    TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
+    STEPS: tl.constexpr = (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K
+    PER_TAP: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+    for step in range(0, STEPS if FLAT else TAPS * PER_TAP):
+        if FLAT:
+            flat = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap, channel = (flat // CHANNELS)[None, :], flat % CHANNELS
+            inside_k = flat < TAPS * CHANNELS
+        else:
+            tap = step // PER_TAP
+            channel = step % PER_TAP * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside_k = channel < CHANNELS
+        q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
+        layer = z[:, None] * stride_d + (q * dilation_d - padding_d)
+        row = y[:, None] * stride_h + (r * dilation_h - padding_h)
+        column = x[:, None] * stride_w + (s * dilation_w - padding_w)
+        inside = (pixel < pixels)[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        inside &= (layer >= 0) & (layer < depth)
+        offset = offset_of(0, layer, row, column, 0, stride_xd, stride_xh, stride_xw)
         a = tl.load(
-            X[:, None] + offset[:, None] + channel.to(tl.int64)[None, :] * stride_xc,
-            mask=inside[:, None] & (channel[None, :] < CHANNELS),
-            other=0.0,
+            X[:, None] + offset + channel.to(tl.int64)[None, :] * stride_xc, mask=inside & inside_k[None, :], other=0.0
         )
+        if FLAT:
+            of_tap = tl.trans(q * stride_wq + r * stride_wr + s * stride_ws)
+        else:
+            of_tap = q * stride_wq + r * stride_wr + s * stride_ws
         b = tl.load(
-            W[None, :] + r * stride_wr + s * stride_ws + channel[:, None] * stride_wc,
-            mask=(channel[:, None] < CHANNELS) & (within[None, :] < FILTERS),
+            W[None, :] + of_tap + channel[:, None] * stride_wc,
+            mask=inside_k[:, None] & (within[None, :] < FILTERS),
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     real = within < FILTERS
-    if HAS_SCALE:
-        acc *= tl.load(SCALE + f, mask=real, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
-        acc += tl.load(SHIFT + f, mask=real, other=0.0).to(tl.float32)[None, :]
     stored = (pixel[:, None] < pixels) & real[None, :]
+    acc += per_channel(BIAS, f, real, 0.0, HAS_BIAS)[None, :]
+    rounded = acc.to(X.dtype.element_ty)
+    acc = rounded.to(tl.float32)
+    if WRITE_Z:
+        tl.store(Z + pixel[:, None] * filters + f[None, :], rounded, mask=stored)
+    if STATISTICS:
+        count = tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean = tl.sum(tl.where(stored, acc, 0.0), 0) / count
+        centred = tl.where(stored, acc - mean[None, :], 0.0)
+        there = PARTIAL + tile_m.to(tl.int64) * 2 * filters + f
+        tl.store(there, mean, mask=real)
+        tl.store(there + filters, tl.sum(centred * centred, 0), mask=real)
+    if WRITE_OUT:
+        mean, invstd, scale, shift = normalization(
+            MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, HAS_NORM, HAS_WEIGHT, HAS_SHIFT
+        )
+        acc = (acc - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
+        if HAS_RESIDUAL:
+            there = offset_of(image, z, y, x, stride_rn, stride_rd, stride_rh, stride_rw)
+            acc += tl.load(RESIDUAL + there[:, None] + f[None, :] * stride_rc, mask=stored, other=0.0).to(tl.float32)
+        there = offset_of(image, z, y, x, stride_on, stride_od, stride_oh, stride_ow)
+        result = activate(acc, negative_slope, ACTIVATION).to(OUT.dtype.element_ty)
+        tl.store(OUT + there[:, None] + f[None, :] * stride_oc, result, mask=stored)
+
+
+@triton.jit
+def merge_statistics(
+    PARTIAL, MEAN, VAR, tiles, pixels, filters, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Mean and biased variance of channels from those of tiles of ROWS pixels, the last of which may be shorter.
+
+    Means are taken relative to the first tile's, so that a large one costs no digits of the variance.
+    """
+    f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = f < filters
+    origin = tl.load(PARTIAL + f, mask=real, other=0.0)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    seen = 0.0
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        there = PARTIAL + tile.to(tl.int64)[:, None] * 2 * filters + f[None, :]
+        inside = (tile[:, None] < tiles) & real[None, :]
+        size = tl.maximum(tl.minimum(pixels - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
+        relative = tl.where(inside, tl.load(there, mask=inside, other=0.0) - origin[None, :], 0.0)
+        total = tl.sum(size, 0)
+        of_block = tl.sum(relative * size[:, None], 0) / total
+        spread = tl.where(inside, relative - of_block[None, :], 0.0)
+        within = tl.sum(tl.load(there + filters, mask=inside, other=0.0) + spread * spread * size[:, None], 0)
+        delta = of_block - mean
+        both = seen + total
+        mean += delta * (total / both)
+        squares += within + delta * delta * (seen * total / both)
+        seen = both
+    tl.store(MEAN + f, origin + mean, mask=real)
+    tl.store(VAR + f, squares / seen, mask=real)
+
+
+@triton.jit
+def normalize(
+    Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, OUT, pixels, filters, depth, height, width,
+    stride_rn, stride_rc, stride_rd, stride_rh, stride_rw, stride_on, stride_oc, stride_od, stride_oh, stride_ow,
+    eps, negative_slope,
+    HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out from z, in one pass."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = f < filters
+    inside = (pixel[:, None] < pixels) & real[None, :]
+    mean, invstd, scale, shift = normalization(
+        MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, True, HAS_WEIGHT, HAS_SHIFT
+    )
+    u = tl.load(Z + pixel[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = (u - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
+    image, z, y, x = coordinates(pixel, depth, height, width)
+    channel = f.to(tl.int64)[None, :]
     if HAS_RESIDUAL:
-        there = image * stride_rn + y.to(tl.int64) * stride_rh + x.to(tl.int64) * stride_rw
-        pointers = RESIDUAL + there[:, None] + f[None, :] * stride_rc
-        acc += tl.load(pointers, mask=stored, other=0.0).to(tl.float32)
-    there = image * stride_on + y.to(tl.int64) * stride_oh + x.to(tl.int64) * stride_ow
-    result = activate(acc, negative_slope, ACTIVATION).to(OUT.dtype.element_ty)
-    tl.store(OUT + there[:, None] + f[None, :] * stride_oc, result, mask=stored)
+        there = offset_of(image, z, y, x, stride_rn, stride_rd, stride_rh, stride_rw)
+        u += tl.load(RESIDUAL + there[:, None] + channel * stride_rc, mask=inside, other=0.0).to(tl.float32)
+    there = offset_of(image, z, y, x, stride_on, stride_od, stride_oh, stride_ow)
+    result = activate(u, negative_slope, ACTIVATION).to(OUT.dtype.element_ty)
+    tl.store(OUT + there[:, None] + channel * stride_oc, result, mask=inside)

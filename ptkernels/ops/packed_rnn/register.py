@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._triton import dispatch
 from ptkernels.ops.packed_rnn import batching, reference
 from ptkernels.ops.packed_rnn.checks import OP, check_backward, check_layer
 from ptkernels.ops.packed_rnn.library import backward_op, rnn_op
@@ -273,6 +274,8 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::packed_rnn", _fake_rnn, lib=_library)
 torch.library.register_fake("ptkernels::_packed_rnn_backward", _fake_backward, lib=_library)
+dispatch.implement(_library, rnn_op, "ptkernels.ops.packed_rnn.triton", "rnn", "sees_through")
+dispatch.implement(_library, backward_op, "ptkernels.ops.packed_rnn.triton", "rnn_backward", "sees_through")
 _library.impl("packed_rnn", _autograd_rnn, "Autograd", with_keyset=True)
 _library.impl("_packed_rnn_backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("ptkernels::packed_rnn", batching.vmap_rnn, lib=_library)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.packed_rnn import library
 from ptkernels.ops.packed_rnn.checks import DTYPES, OP, check_layer
 
@@ -20,12 +20,21 @@ _REQUESTED = "backend 'reference' was asked for"
 
 def fallback_reason(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    if _backend.runs_on_triton(input.device.type, library.DEVICES):
+        return _triton.uncovered(input) or _uncovered_by_triton(params) or _tangent(input, state, params)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {input.device.type} tensors"
-    if has_tangent(input, *state, *params):
-        return "forward-mode differentiation has no kernel"
-    return None
+        return _backend.no_kernel(input.device.type)
+    return _tangent(input, state, params)
+
+
+def _tangent(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
+    return "forward-mode differentiation has no kernel" if has_tangent(input, *state, *params) else None
+
+
+def _uncovered_by_triton(params: Sequence[Tensor]) -> str | None:
+    # Weights and biases of one or two directions are even in number; a projection makes it 3, 5, 6 or 10.
+    return "the Triton kernels have no projection" if len(params) in (3, 5, 6, 10) else None
 
 
 def runs_on_reference(op: str, input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
@@ -74,6 +83,8 @@ def explain_layer(op: str, args: Any) -> Explanation:
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.runs_on_triton(device, library.DEVICES):
+        return Explanation(op, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, batch_size))
     kernel = _cpu_kernel(input.dtype) if device == "cpu" else "shape propagation"
     return Explanation(op, kernel, device, reason, _hints(input, batch_size))
 
@@ -101,5 +112,6 @@ def kernels() -> list[KernelInfo]:
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

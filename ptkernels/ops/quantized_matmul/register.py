@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent
+from ptkernels._triton import dispatch
 from ptkernels.ops.quantized_matmul import reference
 from ptkernels.ops.quantized_matmul.checks import check_op_inputs
 from ptkernels.ops.quantized_matmul.formats import dequantize
@@ -269,6 +270,8 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], grad_out: Tensor, *args:
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::quantized_linear", _fake_linear, lib=_library)
 torch.library.register_fake("ptkernels::_quantized_linear_backward", _fake_backward, lib=_library)
+dispatch.implement(_library, linear_op, "ptkernels.ops.quantized_matmul.triton", "linear")
+dispatch.implement(_library, backward_op, "ptkernels.ops.quantized_matmul.triton", "linear_backward")
 _library.impl("quantized_linear", _autograd_linear, "Autograd", with_keyset=True)
 _library.impl("_quantized_linear_backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("ptkernels::quantized_linear", _vmap_linear, lib=_library)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels import _backend, _loader, _triton
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.quantized_matmul import library, register
 from ptkernels.ops.quantized_matmul.checks import DTYPES, check_inputs
 from ptkernels.ops.quantized_matmul.weight import OP, QuantizedWeight
@@ -20,9 +20,11 @@ _COMPOSITION = "plain torch composition"
 
 def fallback_reason(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    if _backend.runs_on_triton(x.device.type, library.DEVICES):
+        return _triton.uncovered(x) or register.uncovered(x, bias, residual)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if x.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {x.device.type} tensors"
+        return _backend.no_kernel(x.device.type)
     return register.uncovered(x, bias, residual)
 
 
@@ -95,6 +97,9 @@ def explain(
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.runs_on_triton(device, library.DEVICES):
+        why = f"{reason}; {_triton.NOT_YET_RUN}"
+        return Explanation(NAME, "Triton", "triton", why, _hints(x, qweight, activation))
     kernel = _cpu_kernel(x, qweight) if device == "cpu" else "shape propagation"
     return Explanation(NAME, kernel, device, reason, _hints(x, qweight, activation))
 
@@ -110,5 +115,6 @@ def kernels() -> list[KernelInfo]:
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", dtypes, True, "ptkernels._introspect is not built")]),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]

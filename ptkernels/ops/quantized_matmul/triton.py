@@ -1,9 +1,9 @@
 """Launching quantized linear layers' Triton kernels: what is summed how, and tile sizes.
 
-The device code, with its equation, layout and tiling, is in ``triton_kernels``. Weights come as they are stored: int8
-codes ``[N, K]``, or 4-bit codes packed two in a byte, low one first, ``[N, ceil(K / 2)]``; scales and zeros float32
-``[N, groups]`` (or ``[N]`` for one scale a row). Where the input is quantized too, a kernel of its own reads it once
-and writes a half or a quarter of it: the product then reads that as often as it has columns of tiles.
+The device code, with its equations, layout and tiling, is in ``triton_kernels``. :func:`linear` and
+:func:`linear_backward` are ``ptkernels::quantized_linear`` and ``ptkernels::_quantized_linear_backward`` on a GPU, from
+weights as they are stored. Where the input is quantized too, a kernel of its own reads it once and writes a half or a
+quarter of it: the product then reads that as often as it has columns of tiles.
 """
 
 from __future__ import annotations
@@ -16,30 +16,46 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton.dispatch import identity
 from ptkernels._triton.math import ACTIVATIONS
+from ptkernels.ops.quantized_matmul import formats, reference
 from ptkernels.ops.quantized_matmul import triton_kernels as kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODES = {"s8": kernels.S8.value, "u4": kernels.U4.value, "book4": kernels.BOOK4.value, "book8": kernels.BOOK8.value}
+CODES = {name: getattr(kernels, name.upper()).value for name in formats.CODE_FORMATS}
 Launcher = Callable[[Any], Any]
 
+_books: dict[torch.device, Tensor] = {}
 
-class Weight(NamedTuple):
-    """A quantized ``[N, K]``."""
 
-    codes: Tensor
-    scales: Tensor
-    in_features: int
-    code: str = "s8"
-    """``s8``, ``u4``, or ``book4`` and ``book8``: codes that index ``book``."""
-    group_size: int = -1
-    zeros: Tensor | None = None
-    book: Tensor | None = None
-    """The 16 or 256 float32 values of the codes: those of nf4, e2m1 or e4m3."""
+def _book(like: Tensor, code: str) -> Tensor:
+    """The 16 numbers of nf4 on a device, made there once: a captured graph copies nothing from the host."""
+    if code != "nf4":
+        return like
+    if type(like) is not Tensor:  # under tracing, where a tensor must not outlive the trace
+        return torch.tensor(formats.NF4, device=like.device)
+    if like.device not in _books:
+        _books[like.device] = torch.tensor(formats.NF4, device=like.device)
+    return _books[like.device]
+
+
+class _Weight:
+    """A stored weight as the kernels take it."""
+
+    def __init__(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, code: str, group_size: int, in_features: int
+    ) -> None:
+        self.codes = codes.contiguous()
+        self.in_features, self.out_features = in_features, codes.size(0)
+        self.group = max(in_features, 1) if group_size == -1 else group_size
+        self.scales = scales.contiguous() if in_features > 0 else scales.new_zeros(self.out_features, 1)
+        self.zeros = None if zeros is None or in_features == 0 else zeros.contiguous()
+        self.operands = (self.codes, self.scales, self.scales if self.zeros is None else self.zeros)
+        self.book = _book(self.scales, code)
+        self.constants = {"CODE": CODES[code], "HAS_ZEROS": self.zeros is not None}
 
     @property
-    def group(self) -> int:
-        return max(self.in_features, 1) if self.group_size == -1 else self.group_size
+    def numbers(self) -> tuple[int, int]:
+        return self.group, self.scales.size(1)
 
 
 class Tile(NamedTuple):
@@ -68,94 +84,99 @@ def tiles(dtype: torch.dtype, rows: int, group: int) -> list[Tile]:
     return [tile._replace(k=max(min(tile.k, group & -group), 16 if dtype != torch.int8 else 32)) for tile in candidates]
 
 
-def _scaling(weight: Weight, tile: Tile) -> int:
+def dx_tiles(dtype: torch.dtype) -> list[Tile]:
+    """The same for the gradient of the input, best guess first."""
+    if dtype == torch.float32:
+        return [Tile(32, 32, 32, 4, 1)]
+    return [Tile(64, 64, 64, 4, 3)]
+
+
+def _scaling(weight: _Weight, tile: Tile) -> int:
+    whole = weight.group >= weight.in_features
     scaling = kernels.SCALE_PER_CODE
-    if weight.group >= weight.in_features and weight.zeros is None:
+    if whole and weight.zeros is None:
         scaling = kernels.SCALE_AT_END
-    elif weight.group % tile.k == 0 or weight.group >= weight.in_features:
+    elif weight.group % tile.k == 0 or whole:
         scaling = kernels.SCALE_PER_STEP
     return int(scaling.value)
 
 
-def _identity(kernel: Any) -> Any:
-    return kernel
-
-
-def quantize_rows(x: Tensor, wrap: Launcher = _identity) -> tuple[Tensor, Tensor]:
-    """8-bit codes ``[M, K]`` and float32 scales ``[M]`` of the rows of ``[M, K]``."""
+def quantize_rows(x: Tensor, step: Tensor | None = None, wrap: Launcher = identity) -> tuple[Tensor, Tensor]:
+    """8-bit codes ``[M, K]`` and float32 scales ``[M]`` of the rows of ``[M, K]``; ``step`` is a scale for all."""
     rows, columns = x.shape
     codes = x.new_empty(rows, columns, dtype=torch.int8)
     scales = x.new_empty(rows, dtype=torch.float32)
     if rows > 0:
         wrap(kernels.quantize_rows)[(triton.cdiv(rows, 4),)](
-            x, codes, scales, rows, columns, *x.stride(), BLOCK_M=4, BLOCK_K=512, num_warps=4
-        )
+            x, x if step is None else step, codes, scales, rows, columns, *x.stride(), GIVEN=step is not None, BLOCK_M=4,
+            BLOCK_K=512, num_warps=4,
+        )  # fmt: skip
     return codes, scales
 
 
 def linear(
-    x: Tensor,
-    weight: Weight,
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
     bias: Tensor | None = None,
-    *,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    code_format: str = "s8",
+    group_size: int = -1,
     quantize_input: bool = False,
+    input_scale: Tensor | None = None,
+    activation: str = "none",
     out_dtype: torch.dtype | None = None,
-    wrap: Launcher = _identity,
+    *,
+    wrap: Launcher = identity,
 ) -> Tensor:
-    """``act(x @ W^T + bias + residual)`` of ``[M, K]``, in ``out_dtype`` or that of ``x``.
-
-    Raises:
-        ValueError: the input is to be quantized and the weight has zeros, or codes that are no integers.
-    """
-    if quantize_input and (weight.zeros is not None or weight.code not in ("s8", "u4")):
-        raise ValueError(
-            f"quantized_matmul: weight: got {weight.code} with zeros={weight.zeros is not None}, expected symmetric "
-            "integer codes for a quantized input"
-        )
-    rows, columns = x.shape
-    features = weight.codes.size(0)
-    out = x.new_empty(rows, features, dtype=out_dtype or x.dtype)
+    """``act(input @ W^T + bias + residual)`` of ``[M, K]``, of checked arguments."""
+    if activation == "swiglu":
+        # The gate and what it multiplies are columns of different programs.
+        args = (codes, scales, zeros, bias, residual, code_format, group_size, quantize_input, input_scale)
+        sums = linear(input, *args, "none", torch.float32, wrap=wrap)
+        return reference.activate(sums, activation).to(out_dtype or input.dtype)
+    rows, columns = input.shape
+    weight = _Weight(codes, scales, zeros, code_format, group_size, columns)
+    out = input.new_empty(rows, weight.out_features, dtype=out_dtype or input.dtype)
     if out.numel() == 0:
         return out
-    precision = _triton.dot_precision(x.dtype)
-    x_scales = x
-    if quantize_input:
-        x, x_scales = quantize_rows(x, wrap)
+    precision = _triton.dot_precision(input.dtype)
+    x, x_scales = quantize_rows(input, input_scale, wrap) if quantize_input else (input, input)
     tile = tiles(x.dtype, rows, weight.group)[0]
-    scales = weight.scales.view(features, -1)
-    wrap(kernels.linear)[(triton.cdiv(rows, tile.m) * triton.cdiv(features, tile.n),)](
-        x, x_scales, weight.codes, scales, _or(weight.zeros, x), _or(weight.book, x), _or(bias, x), _or(residual, x),
-        out, rows, features, columns, weight.group, scales.size(1), *x.stride(), weight.codes.stride(0),
-        *(residual.stride() if residual is not None else (0, 0)), out.stride(0),
-        CODE=CODES[weight.code], SCALING=_scaling(weight, tile), HAS_ZEROS=weight.zeros is not None,
-        INTEGER=quantize_input, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS[activation or "none"], PRECISION=precision,
+    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(weight.out_features, tile.n),)
+    wrap(kernels.linear)[grid](
+        x, x_scales, *weight.operands, weight.book, x if bias is None else bias.contiguous(),
+        x if residual is None else residual, out, rows, weight.out_features, columns, *weight.numbers, *x.stride(),
+        weight.codes.stride(0), *(residual.stride() if residual is not None else (0, 0)), out.stride(0),
+        **weight.constants, SCALING=_scaling(weight, tile), INTEGER=quantize_input, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation], PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
-def linear_dx(grad: Tensor, weight: Weight, wrap: Launcher = _identity) -> Tensor:
-    """``grad @ W`` of ``[M, N]``: the gradient of the input, with the weight dequantized tile by tile."""
-    rows, features = grad.shape
-    dx = grad.new_empty(rows, weight.in_features)
-    if dx.numel() == 0:
-        return dx
-    if features == 0:
+def linear_backward(
+    grad_out: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    code_format: str,
+    group_size: int,
+    in_features: int,
+    *,
+    wrap: Launcher = identity,
+) -> Tensor:
+    """``grad_out @ W`` of ``[M, N]``: the gradient of the input, with the weight dequantized tile by tile."""
+    rows, features = grad_out.shape
+    dx = grad_out.new_empty(rows, in_features)
+    if dx.numel() == 0 or features == 0:
         return dx.zero_()
-    wide = Tile(32, 32, 32, 4, 1) if grad.dtype == torch.float32 else Tile(64, 64, 64, 4, 3)
-    scales = weight.scales.view(features, -1)
-    wrap(kernels.linear_dx)[(triton.cdiv(rows, wide.m) * triton.cdiv(weight.in_features, wide.k),)](
-        grad, weight.codes, scales, _or(weight.zeros, grad), _or(weight.book, grad), dx,
-        rows, features, weight.in_features, weight.group, scales.size(1), *grad.stride(), weight.codes.stride(0),
-        dx.stride(0), CODE=CODES[weight.code], HAS_ZEROS=weight.zeros is not None,
-        PRECISION=_triton.dot_precision(grad.dtype),
-        BLOCK_M=wide.m, BLOCK_N=wide.n, BLOCK_K=wide.k, num_warps=wide.warps, num_stages=wide.stages,
+    weight = _Weight(codes, scales, zeros, code_format, group_size, in_features)
+    tile = dx_tiles(grad_out.dtype)[0]
+    wrap(kernels.linear_dx)[(triton.cdiv(rows, tile.m) * triton.cdiv(in_features, tile.k),)](
+        grad_out, *weight.operands, weight.book, dx, rows, features, in_features, *weight.numbers, *grad_out.stride(),
+        weight.codes.stride(0), dx.stride(0), **weight.constants, PRECISION=_triton.dot_precision(grad_out.dtype),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
-
-
-def _or(tensor: Tensor | None, dummy: Tensor) -> Tensor:
-    return dummy if tensor is None else tensor

@@ -3,12 +3,14 @@
     out = act(x W^T + bias + residual),  dx = g W
     W[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
 
-Layout: codes [N, bytes of a row] as they are stored, two 4-bit codes in a byte with the low one first; scales and zeros
-float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4), or a look-up (BOOK4, BOOK8).
+Layout: codes [N, bytes of a row] as they are stored, those of fewer than 8 bits from the low bits of a byte on; scales
+and zeros float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4) or 2 (U2), a small float (FP8,
+e4m3; FP4, e2m1) whose bits are moved to where float32 has them, or a look-up (NF4).
 
-Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits, so where a step of K
-stays inside one group the product is taken of the codes and the scale multiplies what it adds in float32; with one
-scale a row it multiplies once, at the end, and 8-bit products add up in int32.
+Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits (those of nf4 are rounded
+once), so where a step of K stays inside one group the product is taken of the codes and the scale multiplies what it
+adds in float32; with one scale a row it multiplies once, at the end, and 8-bit products add up in int32. Zero points of
+a quantized input's product come off as multiples of the sums of its codes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from ptkernels._triton.math import activate, load_tile
 
 S8 = tl.constexpr(0)
 U4 = tl.constexpr(1)
-BOOK4 = tl.constexpr(2)
-BOOK8 = tl.constexpr(3)
+U2 = tl.constexpr(2)
+NF4 = tl.constexpr(3)
+FP4 = tl.constexpr(4)
+FP8 = tl.constexpr(5)
 
 SCALE_AT_END = tl.constexpr(0)
 SCALE_PER_STEP = tl.constexpr(1)
@@ -29,10 +33,15 @@ SCALE_PER_CODE = tl.constexpr(2)
 
 
 @triton.jit
-def _spread_down(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Two 4-bit codes of each byte, the low one first, one below the other: [ROWS / 2, COLS] to [ROWS, COLS]."""
-    pairs = tl.join(packed & 15, packed >> 4)
-    return tl.reshape(tl.permute(pairs, (0, 2, 1)), (ROWS, COLS))
+def _spread(packed, CODE: tl.constexpr):
+    """The codes of each byte, the lowest first, in a last dimension of their own; of 8 bits, the bytes."""
+    if CODE == U2:
+        # join makes the new dimension the last: the second one decides between low and high pairs.
+        low = tl.join(packed & 3, packed >> 4 & 3)
+        high = tl.join(packed >> 2 & 3, packed >> 6)
+        return tl.join(low, high)
+    else:
+        return tl.join(packed & 15, packed >> 4)
 
 
 @triton.jit
@@ -42,8 +51,34 @@ def _values(BOOK, codes, CODE: tl.constexpr):
         return codes
     elif CODE == U4:
         return codes.to(tl.int8) - 8
+    elif CODE == U2:
+        return codes.to(tl.int8) - 2
+    elif CODE == FP8:
+        bits = codes.to(tl.int32)
+        value = ((bits & 127) << 20 | (bits & 128) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return tl.where((bits & 127) == 127, float("nan"), value)
+    elif CODE == FP4:
+        bits = codes.to(tl.int32)
+        return ((bits & 7) << 22 | (bits & 8) << 28).to(tl.float32, bitcast=True) * 8.507059173023462e37
     else:
         return tl.load(BOOK + codes.to(tl.int32))
+
+
+@triton.jit
+def _weights(
+    CODES, BOOK, n, N, first, K, stride_c, CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Values of columns [first, first + BLOCK_K) of rows n, as [BLOCK_N, BLOCK_K]."""
+    rows = CODES + n.to(tl.int64)[:, None] * stride_c
+    if CODE == S8 or CODE == FP8:
+        k = first + tl.arange(0, BLOCK_K)
+        codes = tl.load(rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0)
+    else:
+        PER_BYTE: tl.constexpr = 4 if CODE == U2 else 2
+        byte = first // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
+        inside = (n[:, None] < N) & (byte[None, :] < tl.cdiv(K, PER_BYTE))
+        codes = tl.reshape(_spread(tl.load(rows + byte[None, :], mask=inside, other=0), CODE), (BLOCK_N, BLOCK_K))
+    return _values(BOOK, codes, CODE)
 
 
 @triton.jit
@@ -53,29 +88,13 @@ def _operand(w, x, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def _weights_down(
-    CODES, BOOK, first, n, N, K, stride_c, CODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Values of columns [first, first + BLOCK_K) of rows n, as [BLOCK_K, BLOCK_N]."""
-    if CODE == U4 or CODE == BOOK4:
-        byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-        inside = (n[None, :] < N) & (byte[:, None] < tl.cdiv(K, 2))
-        packed = tl.load(CODES + n.to(tl.int64)[None, :] * stride_c + byte[:, None], mask=inside, other=0)
-        codes = _spread_down(packed, BLOCK_K, BLOCK_N)
-    else:
-        k = first + tl.arange(0, BLOCK_K)
-        inside = (n[None, :] < N) & (k[:, None] < K)
-        codes = tl.load(CODES + n.to(tl.int64)[None, :] * stride_c + k[:, None], mask=inside, other=0)
-    return _values(BOOK, codes, CODE)
-
-
-@triton.jit
 def quantize_rows(
-    X, CODES, SCALES, M, K, stride_xm, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    X, STEP, CODES, SCALES, M, K, stride_xm, stride_xk,
+    GIVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """8-bit codes and scales of rows: the scale is the largest magnitude / 127, rounding is to the nearest even.
+    """8-bit codes and scales of rows: the scale is the largest magnitude / 127, or GIVEN; rounding is to nearest even.
 
-    Rows below 2^-100 have scale 0 and codes 0; a row with a NaN or an infinity has scale NaN.
+    Rows below 2^-100 have scale 0 and codes 0; a row with a NaN, or without a given scale an infinity, has scale NaN.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     X += m.to(tl.int64)[:, None] * stride_xm
@@ -85,18 +104,22 @@ def quantize_rows(
         k = first + tl.arange(0, BLOCK_K)
         x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True).to(tl.float32)
         finite = tl.abs(x) < float("inf")
+        usual = x == x if GIVEN else finite
         top = tl.maximum(top, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
-        broken = tl.maximum(broken, tl.max((~finite).to(tl.int32), 1))
+        broken = tl.maximum(broken, tl.where(usual, 0, 1).max(1))
     tiny = top < 7.888609052210118e-31
     usable = ~tiny & (broken == 0)
     safe = tl.where(usable, top, 1.0)
     factor = tl.where(usable, tl.div_rn(tl.full(safe.shape, 127.0, tl.float32), safe), 0.0)
     scale = tl.where(tiny, 0.0, tl.div_rn(top, tl.full(top.shape, 127.0, tl.float32)))
+    if GIVEN:
+        scale = tl.zeros((BLOCK_M,), tl.float32) + tl.load(STEP)
+        factor = tl.where(broken > 0, 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
     tl.store(SCALES + m, tl.where(broken > 0, float("nan"), scale), mask=m < M)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True).to(tl.float32)
-        scaled = tl.where(tl.abs(x) < float("inf"), x, 0.0) * factor[:, None]
+        scaled = tl.where(broken[:, None] > 0, 0.0, x) * factor[:, None]
         scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest even integer.
         rounded = (scaled + 12582912.0) - 12582912.0
@@ -129,7 +152,7 @@ def linear(
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True)
-        w = _weights_down(CODES, BOOK, first, n, N, K, stride_c, CODE, BLOCK_K, BLOCK_N)
+        w = tl.trans(_weights(CODES, BOOK, n, N, first, K, stride_c, CODE, BLOCK_N, BLOCK_K))
         if SCALING == SCALE_PER_CODE:
             entry = row[None, :] + (k // group)[:, None]
             inside = (n[None, :] < N) & (k[:, None] < K)
@@ -137,15 +160,26 @@ def linear(
             if HAS_ZEROS:
                 w -= tl.load(ZEROS + entry, mask=inside, other=0.0)
             w *= tl.load(SCALES + entry, mask=inside, other=0.0)
-        elif HAS_ZEROS:
-            w = w.to(tl.float32) - tl.load(ZEROS + row + first // group, mask=n < N, other=0.0)[None, :]
-        if INTEGER and SCALING == SCALE_AT_END:
-            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-        elif SCALING == SCALE_PER_STEP:
-            scale = tl.load(SCALES + row + first // group, mask=n < N, other=0.0)
-            acc += tl.dot(x, _operand(w, x, INTEGER), input_precision=PRECISION).to(tl.float32) * scale[None, :]
+            if INTEGER:
+                x = x.to(tl.float32)
+            acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION)
+        elif SCALING == SCALE_AT_END:
+            if INTEGER:
+                acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+            else:
+                acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(x, _operand(w, x, INTEGER), acc, input_precision=PRECISION)
+            if HAS_ZEROS:
+                zero = tl.load(ZEROS + row + first // group, mask=n < N, other=0.0)
+                if not INTEGER:
+                    w = w.to(tl.float32) - zero[None, :]
+            if INTEGER:
+                part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
+                if HAS_ZEROS:
+                    part -= tl.sum(x.to(tl.int32), 1).to(tl.float32)[:, None] * zero[None, :]
+            else:
+                part = tl.dot(x, _operand(w, x, False), input_precision=PRECISION)
+            acc += part * tl.load(SCALES + row + first // group, mask=n < N, other=0.0)[None, :]
 
     result = acc.to(tl.float32)
     if SCALING == SCALE_AT_END:
@@ -179,14 +213,7 @@ def linear_dx(
         n = start + tl.arange(0, BLOCK_N)
         g = load_tile(G + n.to(tl.int64)[None, :] * stride_gn, m[:, None], n[None, :], M, N, True, True)
         inside = (n[:, None] < N) & (k[None, :] < K)
-        if CODE == U4 or CODE == BOOK4:
-            byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-            stored = (n[:, None] < N) & (byte[None, :] < tl.cdiv(K, 2))
-            packed = tl.load(CODES + n.to(tl.int64)[:, None] * stride_c + byte[None, :], mask=stored, other=0)
-            codes = tl.reshape(tl.join(packed & 15, packed >> 4), (BLOCK_N, BLOCK_K))
-        else:
-            codes = tl.load(CODES + n.to(tl.int64)[:, None] * stride_c + k[None, :], mask=inside, other=0)
-        w = _values(BOOK, codes, CODE).to(tl.float32)
+        w = _weights(CODES, BOOK, n, N, first, K, stride_c, CODE, BLOCK_N, BLOCK_K).to(tl.float32)
         entry = n.to(tl.int64)[:, None] * groups + (k // group)[None, :]
         if HAS_ZEROS:
             w -= tl.load(ZEROS + entry, mask=inside, other=0.0)

@@ -1,0 +1,108 @@
+"""Triton kernels as an implementation of the package's own operators.
+
+An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which launches
+Triton kernels; what is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
+``torch.compile`` and AOTInductor the function is traced in the operator's place, as ``torch.library.triton_op`` does,
+so that they see its kernels; ``torch.export`` keeps the operator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from ptkernels import _backend, _triton
+
+Implementation = Callable[..., Any]
+"""Takes the operator's arguments, and ``wrap``: the identity, or ``torch.library.wrap_triton`` under tracing."""
+
+
+def identity(kernel: Any) -> Any:
+    """Of a kernel that is launched and not traced."""
+    return kernel
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor | None:
+    return next((arg for arg in args if isinstance(arg, Tensor)), None)
+
+
+def _on_gpu(name: str, load: Callable[[], Implementation]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        tensor = _first_tensor(args)
+        if tensor is not None and (reason := _triton.unavailable_for(tensor)):
+            raise RuntimeError(f"{name}: no kernel for this call: {reason}")
+        # Kernels are launched on the current device, which need not be that of the tensors.
+        with torch.cuda.device(tensor.device if tensor is not None else -1):
+            return load()(*args, wrap=identity)
+
+    return run
+
+
+def _interpreted(op: Any, load: Callable[[], Implementation]) -> Callable[..., Any]:
+    native = torch.library.get_kernel(op, "CPU")
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if _backend.state.backend == "triton":
+            return load()(*args, wrap=identity)
+        return native.call_boxed(keyset, *args)
+
+    return run
+
+
+def _traced(load: Callable[[], Implementation], sees_through: Callable[..., bool]) -> Callable[..., Any]:
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        tensor = _first_tensor(args)
+        ours = tensor is not None and tensor.device.type == "cuda" and _backend.state.backend in (None, "triton")
+        if ours and not custom_triton_ops_decomposition_disabled() and _triton.unavailable() is None:
+            if not _triton.interpreted() and sees_through(*args, **kwargs):
+                with mode:
+                    return load()(*args, **kwargs, wrap=torch.library.wrap_triton)
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    return rule
+
+
+def implement(
+    library: torch.library.Library,
+    op: Any,
+    module: str,
+    function: str,
+    sees_through: str | None = None,
+) -> None:
+    """Make ``module.function``, which is imported when it is first needed, the operator's CUDA implementation.
+
+    Args:
+        library: keeps the registration alive.
+        op: the overload, such as ``torch.ops.ptkernels.packed_rnn.default``.
+        module: imports Triton, and so not before a call.
+        function: its name there; see ``Implementation``.
+        sees_through: another function there, of the same arguments: whether they can be traced. Where they cannot, the
+            operator stays in the graph. Default: always.
+    """
+    name = op.name()
+
+    def load() -> Implementation:
+        found: Implementation = getattr(importlib.import_module(module), function)
+        return found
+
+    def can_trace(*args: Any, **kwargs: Any) -> bool:
+        return sees_through is None or getattr(importlib.import_module(module), sees_through)(*args, **kwargs)
+
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        return
+    short = name.partition("::")[2]
+    library.impl(short, _on_gpu(name, load), "CUDA")
+    if _triton.interpreted():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is replaced, as it should be
+            library.impl(short, _interpreted(op, load), "CPU", with_keyset=True, allow_override=True)
+    rule = _traced(load, can_trace)
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)

@@ -1,0 +1,301 @@
+"""Launching the recurrent layers' Triton kernels, and the products over all tokens around them.
+
+The device code, with its equations, layout and tiling, is in ``triton_kernels``. :func:`rnn` and :func:`rnn_backward` are
+``ptkernels::packed_rnn`` and ``ptkernels::_packed_rnn_backward`` on a GPU, and save the same tensors as the CPU kernels.
+Lengths are on the host, so nothing waits for the GPU; full sequences copy nothing from there, and a call can be captured
+in a CUDA graph, as can one whose lengths are in pinned memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ptkernels import _triton
+from ptkernels._triton.dispatch import identity
+from ptkernels.ops.packed_rnn import triton_kernels as kernels
+from ptkernels.ops.packed_rnn.reference import GATES
+from ptkernels.ops.packed_rnn.triton_order import Order, order_of
+
+MODES = {"lstm": kernels.LSTM.value, "gru": kernels.GRU.value, "tanh": kernels.TANH.value, "relu": kernels.RELU.value}
+# Gradients of gates that the backward keeps of a unit: a gru's n has one for each of its two terms.
+STORED = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
+
+Launcher = Callable[[Any], Any]
+
+
+class Tile(NamedTuple):
+    """Sequences, units, depth of the sum, warps, stages. A persistent program owns all units."""
+
+    b: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def persistent_tiles(dtype: torch.dtype, hidden: int, arch: int) -> list[Tile]:
+    """Tiles worth trying for programs that keep all of U, best guess first; none where it does not fit beside them."""
+    units = _triton.power_of_2(hidden)
+    if dtype == torch.float32:
+        # Products in IEEE float32 run out of registers. Four warps would do, but Triton 3.9 cannot compile them.
+        return [Tile(16, 32, 32, 8, 1)] if units <= 32 else []
+    if units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
+        return []
+    return [Tile(16, units, units, 8 if units == 128 else 4, 1)]
+
+
+def step_tiles(dtype: torch.dtype, batch: int) -> list[Tile]:
+    """Tiles worth trying for one launch per step, best guess first: few units, so that many programs share a step.
+
+    The batch matters only by how many rows of a tile it fills.
+    """
+    rows = min(_triton.power_of_2(batch), 64)
+    if dtype == torch.float32:
+        return [Tile(min(rows, 32), 16, 32, 4, 1)]
+    return [Tile(rows, 16, 64, 4, 3), Tile(rows, 32, 64, 4, 3)]
+
+
+class _Layer:
+    """A call's sizes, and its tensors as the kernels take them."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        sizes: Tensor | None,
+        sorted_indices: Tensor | None,
+        state: Sequence[Tensor],
+        params: Sequence[Tensor],
+        batch: int,
+        layout: str,
+        mode: str,
+        bidirectional: bool,
+    ) -> None:
+        self.input, self.state, self.params, self.batch, self.mode = input, state, params, batch, mode
+        self.directions = 2 if bidirectional else 1
+        self.each = len(params) // self.directions
+        self.gates = GATES[mode]
+        self.hidden = params[0].size(0) // self.gates
+        self.dtype = input.dtype
+        self.order: Order = order_of(input, sizes, sorted_indices, batch, layout)
+        self.saved_rows = input.numel() // input.size(-1)
+        self.has_padding = sizes is not None and layout in ("time_first", "batch_first")
+        self.has_bias = self.each >= 4
+        self.precision = _triton.dot_precision(input.dtype)
+
+    def of_params(self, index: int) -> list[Tensor]:
+        return [self.params[d * self.each + index] for d in range(self.directions)]
+
+    def stacked(self, index: int) -> Tensor:
+        """One parameter of both directions, ``[directions, ..]`` contiguous."""
+        return torch.stack(self.of_params(index)) if self.directions == 2 else self.params[index].contiguous()
+
+    def packed_input(self) -> Tensor:
+        """``[tokens, features]``, step after step; the input itself where it is in that order."""
+        data = self.input.reshape(-1, self.input.size(-1))
+        return data if self.order.rows is None else data.index_select(0, self.order.rows)
+
+    def by_slot(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """A copy of states ``[directions, batch, hidden]`` in the order of slots; zeros for None."""
+        if tensor is None:
+            return self.input.new_zeros(self.directions, self.batch, self.hidden, dtype=dtype)
+        ordered = tensor if self.order.slots is None else tensor.index_select(1, self.order.slots)
+        return ordered.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def by_sequence(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse."""
+        if self.order.slots is not None:
+            tensor = torch.empty_like(tensor).index_copy_(1, self.order.slots, tensor)
+        return tensor.to(dtype)
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """h in the dtype of the input and c in float32 before the first step."""
+        given = (*self.state, None, None)
+        return self.by_slot(given[0], self.dtype), self.by_slot(given[1], torch.float32)
+
+    def plan(self, arch: int) -> tuple[Tile, bool]:
+        """The tile, and whether a program runs all steps."""
+        persistent = persistent_tiles(self.dtype, self.hidden, arch)
+        return (persistent or step_tiles(self.dtype, self.batch))[0], bool(persistent)
+
+    def switches(self) -> dict[str, Any]:
+        return {
+            "MODE": MODES[self.mode],
+            "HIDDEN": self.hidden,
+            "GATE_COUNT": self.gates,
+            "HAS_ROWS": self.order.rows is not None,
+            "PRECISION": self.precision,
+        }
+
+    def launch(self, whole: Any, step: Any, rounds: int, args: tuple[Any, ...], switches: dict[str, Any]) -> None:
+        """Run ``whole`` once, or ``step`` for every round."""
+        tile, persistent = self.plan(_triton.arch_of(self.input))
+        blocks = triton.cdiv(self.batch, tile.b)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        if persistent:
+            whole[(blocks, self.directions)](*args, **switches, BLOCK_B=tile.b, BLOCK_H=tile.n, **options)
+            return
+        grid = (blocks, triton.cdiv(self.hidden, tile.n), self.directions)
+        for round in range(rounds):
+            step[grid](
+                *args, round, self.order.steps, **switches, BLOCK_B=tile.b, BLOCK_N=tile.n, BLOCK_K=tile.k, **options
+            )
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def rnn(
+    input: Tensor,
+    sizes: Tensor | None,
+    sorted_indices: Tensor | None,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    batch_size: int,
+    layout: str,
+    mode: str,
+    bidirectional: bool = False,
+    save: bool = False,
+    *,
+    wrap: Launcher = identity,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``output, h_n, c_n, gates, cells`` of checked arguments."""
+    a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
+    make = input.new_zeros if a.has_padding else input.new_empty
+    output = make((*input.shape[:-1], a.directions * a.hidden))
+    h_start, c = a.states()
+    h_n = h_start.clone()
+    saves = save and mode in ("lstm", "gru")
+    gates = make((a.directions, a.saved_rows, 4, a.hidden)) if saves else input.new_empty(0)
+    cells = input.new_empty(0, dtype=torch.float32)
+    if saves and mode == "lstm":
+        cells = make((a.directions, a.saved_rows, a.hidden), dtype=torch.float32)
+    if a.order.tokens > 0:
+        weights = torch.cat(a.of_params(0)) if a.directions == 2 else params[0]
+        from_input = a.packed_input() @ weights.t()
+        hidden_weight = a.stacked(1)
+        biases = (a.stacked(2), a.stacked(3)) if a.has_bias else (from_input, from_input)
+        rows = _or(a.order.rows, a.order.first)
+        args = (
+            from_input, hidden_weight, *biases, h_start, c, a.order.first, a.order.lengths, rows, output, h_n, gates,
+            cells, a.batch, a.saved_rows, a.directions,
+        )  # fmt: skip
+        switches = {**a.switches(), "HAS_BIAS": a.has_bias, "SAVE": saves}
+        a.launch(wrap(kernels.forward), wrap(kernels.forward_step), a.order.steps, args, switches)
+    c_n = a.by_sequence(c, input.dtype) if mode == "lstm" else input.new_empty(0)
+    return output, a.by_sequence(h_n, input.dtype), c_n, gates, cells
+
+
+def rnn_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    sizes: Tensor | None,
+    sorted_indices: Tensor | None,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    batch_size: int,
+    layout: str,
+    mode: str,
+    bidirectional: bool,
+    output_mask: Sequence[bool],
+    *,
+    wrap: Launcher = identity,
+) -> list[Tensor]:
+    """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
+    a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
+    dh, dc = a.by_slot(grad_h_n, torch.float32), a.by_slot(grad_c_n, torch.float32)
+    if a.order.tokens == 0:
+        of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
+        found = [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
+        return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted]
+    output = output.contiguous()
+    h_start, c_start = a.states()
+    stored = STORED[mode]
+    dg = input.new_empty(a.directions, a.order.tokens, stored, a.hidden)
+    rows = _or(a.order.rows, a.order.first)
+    # h before every step: what U multiplied, and what z of a gru multiplied.
+    of_hidden = any(output_mask[1 + len(state) + d * a.each + 1] for d in range(a.directions))
+    before = _previous_states(a, output, h_start, rows, wrap) if of_hidden or mode == "gru" else dg
+    grad_rows = output if grad_output is None else grad_output.contiguous()
+    args = (
+        a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
+        dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
+    )  # fmt: skip
+    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
+    a.launch(wrap(kernels.backward), wrap(kernels.backward_step), a.order.steps + 1, args, switches)
+
+    of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
+    wanted = iter(output_mask)
+    results = [_input_gradient(a, dg)] if next(wanted) else []
+    results += [grad for grad in of_states if next(wanted)]
+    for d in range(a.directions):
+        results += _weight_gradients(a, dg[d], before[d], [next(wanted) for _ in range(a.each)])
+    return results
+
+
+def _previous_states(a: _Layer, output: Tensor, h_start: Tensor, rows: Tensor, wrap: Launcher) -> Tensor:
+    previous = output.new_empty(a.directions, a.order.tokens, a.hidden)
+    block = min(_triton.power_of_2(a.batch), 32)
+    wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
+        output, h_start, a.order.first, a.order.lengths, rows, previous, a.batch, a.order.tokens, a.directions,
+        HIDDEN=a.hidden, HAS_ROWS=a.order.rows is not None, BLOCK_B=block, BLOCK_N=min(_triton.power_of_2(a.hidden), 128),
+        num_warps=4,
+    )  # fmt: skip
+    return previous
+
+
+def _of_input(a: _Layer, dg: Tensor) -> Tensor:
+    """Gradients of the gates' input terms ``[tokens, gates * hidden]`` of one direction."""
+    return dg[:, : a.gates].reshape(dg.size(0), -1)
+
+
+def _of_state(a: _Layer, dg: Tensor) -> Tensor:
+    """Those of the recurrent terms."""
+    if a.mode != "gru":
+        return _of_input(a, dg)
+    return torch.cat([dg[:, :2].flatten(1), dg[:, 3]], 1)
+
+
+def _weight_gradients(a: _Layer, dg: Tensor, before: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
+    results = []
+    of_input = _of_input(a, dg)
+    of_state = of_input if a.mode != "gru" or not any(wanted[1::2]) else _of_state(a, dg)
+    if wanted[0]:
+        results.append(of_input.t() @ a.packed_input())
+    if wanted[1]:
+        results.append(of_state.t() @ before)
+    for index, terms in ((2, of_input), (3, of_state)):
+        if index < len(wanted) and wanted[index]:
+            results.append(terms.sum(0, dtype=torch.float32).to(a.dtype))
+    return results
+
+
+def _input_gradient(a: _Layer, dg: Tensor) -> Tensor:
+    weights = a.of_params(0)
+    grad = _of_input(a, dg[0]) @ weights[0]
+    if a.directions == 2:
+        grad = torch.addmm(grad, _of_input(a, dg[1]), weights[1])
+    if a.order.rows is not None:
+        whole = a.input.new_zeros if a.has_padding else a.input.new_empty
+        grad = whole((a.saved_rows, a.input.size(-1))).index_copy_(0, a.order.rows, grad)
+    return grad.view(a.input.shape)
+
+
+def sees_through(*args: Any, **kwargs: Any) -> bool:
+    """Whether a call can be traced: its launches must follow from shapes, not from the numbers in ``sizes``."""
+    forward = isinstance(args[7], str)
+    input, sizes, params, layout = (args[i] for i in ((0, 1, 4, 6) if forward else (3, 4, 7, 12)))
+    hidden = params[0].size(0) // GATES[args[7 if forward else 13]]
+    persistent = bool(persistent_tiles(input.dtype, hidden, _triton.arch_of(input)))
+    return persistent and (layout == "packed" or sizes is None)
+
