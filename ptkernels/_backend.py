@@ -100,7 +100,9 @@ def runs_on_triton(device_type: str, devices: Sequence[str]) -> bool:
     """
     if state.backend == "triton":
         return True
-    return device_type == "cuda" and device_type not in devices and state.backend is None and unavailable("triton") is None
+    return (
+        device_type == "cuda" and device_type not in devices and state.backend is None and unavailable("triton") is None
+    )
 
 
 def no_kernel(device_type: str) -> str:

@@ -113,7 +113,7 @@ def value_and_gradients(
     if not spec.differentiable:
         return named
     generator = torch.Generator().manual_seed(1)
-    projections = [torch.randn(result.shape, generator=generator).to(result.dtype) for result in results]
+    projections = [torch.randn(result.shape, generator=generator).to(result) for result in results]
     grads = torch.autograd.grad(results, list(inputs.values()), projections)
     return named | {f"gradient of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 

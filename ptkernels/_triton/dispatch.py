@@ -1,7 +1,7 @@
 """Triton kernels as an implementation of the package's own operators.
 
-An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which launches
-Triton kernels; what is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
+An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which
+launches Triton kernels; what is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
 ``torch.compile`` and AOTInductor the function is traced in the operator's place, as ``torch.library.triton_op`` does,
 so that they see its kernels; ``torch.export`` keeps the operator.
 """
@@ -61,10 +61,10 @@ def _traced(load: Callable[[], Implementation], sees_through: Callable[..., bool
 
         tensor = _first_tensor(args)
         ours = tensor is not None and tensor.device.type == "cuda" and _backend.state.backend in (None, "triton")
-        if ours and not custom_triton_ops_decomposition_disabled() and _triton.unavailable() is None:
-            if not _triton.interpreted() and sees_through(*args, **kwargs):
-                with mode:
-                    return load()(*args, **kwargs, wrap=torch.library.wrap_triton)
+        runs = ours and _triton.unavailable() is None and not _triton.interpreted()
+        if runs and not custom_triton_ops_decomposition_disabled() and sees_through(*args, **kwargs):
+            with mode:
+                return load()(*args, **kwargs, wrap=torch.library.wrap_triton)
         return mode.__torch_dispatch__(op, types, args, kwargs)
 
     return rule

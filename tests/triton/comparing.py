@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptkernels import _triton
 from ptkernels._registry import Tolerances
+
+DEVICE = "cuda" if torch.cuda.is_available() and not _triton.interpreted() else "cpu"
 
 
 def magnitude(tensor: Tensor) -> float:

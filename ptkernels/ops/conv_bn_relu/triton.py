@@ -2,8 +2,8 @@
 
 The device code, with its equations, layouts and tiling, is in ``triton_kernels`` and ``triton_backward_kernels``.
 :func:`conv_bn_relu` and :func:`conv_bn_relu_backward` are ``ptkernels::conv_bn_relu`` and
-``ptkernels::_conv_bn_relu_backward`` on a GPU. Tiles depend on channels and dtype, not on the images. Nothing is read on
-the host, so a call can be captured in a CUDA graph.
+``ptkernels::_conv_bn_relu_backward`` on a GPU. Tiles depend on channels and dtype, not on the images. Nothing is read
+on the host, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Tile(NamedTuple):
 def tiles(dtype: torch.dtype, columns: int, depth: int) -> list[Tile]:
     """Tiles worth trying for a product over pixels, best guess first.
 
-    ``columns`` are the result's channels in a group, ``depth`` those that are summed over; no size of the images matters.
+    ``columns`` are the result's channels in a group, ``depth`` those that are summed over; no size of the images
+    matters.
     """
     n = min(_triton.power_of_2(columns), 128)
     k = min(_triton.power_of_2(depth), 64)
@@ -59,6 +60,12 @@ def weight_tiles(dtype: torch.dtype, filters: int, columns: int) -> list[Tile]:
     if dtype == torch.float32:
         return [Tile(min(m, 32), min(n, 32), 32, 4, 1)]
     return [Tile(max(m, 64), n, 64, 4, 3)] if m >= 64 else [Tile(m, n, 64, 4, 3)]
+
+
+def depthwise_tiles(columns: int) -> list[Tile]:
+    """Tiles of a depthwise convolution, which sums its taps without a matrix product."""
+    n = min(_triton.power_of_2(columns), 64)
+    return [Tile(max(2048 // n, 32), n, 16, 4, 2)]
 
 
 def _pointwise_tile(channels: int) -> tuple[int, int]:
@@ -120,8 +127,10 @@ class _Conv:
         self.per_group, self.channels = self.filters // groups, weight.size(1)
         self.shape = (input.size(0), self.filters, *self.out_size[missing:])
         self.pixels = input.size(0) * math.prod(self.out_size)
+        # Filters of each channel of a depthwise convolution; 0 where groups have products.
+        self.multiplier = self.per_group if self.channels == 1 and groups > 1 else 0
         # Channels that fill less than a block of a product are taken together with the taps.
-        self.flat = self.channels < 16 and math.prod(self.taps) > 1
+        self.flat = self.channels < 16 and math.prod(self.taps) > 1 and self.multiplier == 0
         self.window = (*self.stride, *self.padding, *self.dilation)
         self.constants = {
             "CHANNELS": self.channels,
@@ -131,6 +140,15 @@ class _Conv:
             "TAPS_W": self.taps[2],
             "PRECISION": _triton.dot_precision(input.dtype),
         }
+
+    def forward_plan(self) -> tuple[Tile, int, dict[str, Any]]:
+        """Tile and groups of the forward's launches, and what depends on them."""
+        if self.multiplier:
+            switches = {"FILTERS": self.filters, "FLAT": False, "MULTIPLIER": self.multiplier}
+            return depthwise_tiles(self.filters)[0], 1, switches
+        depth = self.channels * math.prod(self.taps) if self.flat else self.channels
+        switches = {"FLAT": self.flat, "MULTIPLIER": 0}
+        return tiles(self.input.dtype, self.per_group, depth)[0], self.groups, switches
 
     def empty_z(self) -> Tensor:
         """In channels last, whatever the input is in; a line's strides are those of one."""
@@ -176,29 +194,27 @@ def _convolve(
     z: Tensor | None = None,
     statistics: bool = False,
 ) -> Tensor | None:
-    """Write z, the finished result, or both; returns statistics of tiles, ``[tiles, 2, filters]``, where asked for."""
-    depth = a.channels * math.prod(a.taps) if a.flat else a.channels
-    tile = tiles(a.input.dtype, a.per_group, depth)[0]
+    """Write z, the finished result, or both; returns statistics of tiles, ``[tiles, 3, filters]``, where asked for."""
+    tile, groups, plan = a.forward_plan()
     tiles_m = triton.cdiv(a.pixels, tile.m)
-    partial = a.input.new_empty(tiles_m, 2, a.filters, dtype=torch.float32) if statistics else None
+    partial = a.input.new_empty(tiles_m, 3, a.filters, dtype=torch.float32) if statistics else None
     some = a.input
     written = out if out is not None else some
-    wrap(kernels.conv)[(tiles_m * triton.cdiv(a.per_group, tile.n), a.groups)](
+    wrap(kernels.conv)[(tiles_m * triton.cdiv(a.filters // groups, tile.n), groups)](
         some, a.weight, some if bias is None else bias.contiguous(), *norm.pointers(some),
         some if residual is None else residual, written, some if z is None else z,
         some if partial is None else partial, a.pixels, a.filters, *a.in_size, *a.out_size, *_strides(some),
         *_strides(a.weight), *_strides(written if residual is None else residual), *_strides(written), *a.window,
-        norm.eps, slope, **a.constants, HAS_BIAS=bias is not None, HAS_NORM=norm.mean is not None, **norm.switches(),
-        HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation], WRITE_OUT=out is not None,
-        WRITE_Z=z is not None, STATISTICS=statistics, FLAT=a.flat, **_options(tile),
+        norm.eps, slope, **{**a.constants, **plan}, HAS_BIAS=bias is not None, HAS_NORM=norm.mean is not None,
+        **norm.switches(), HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation],
+        WRITE_OUT=out is not None, WRITE_Z=z is not None, STATISTICS=statistics, **_options(tile),
     )  # fmt: skip
     return partial
 
 
 def _merge_statistics(a: _Conv, partial: Tensor, wrap: Launcher) -> tuple[Tensor, Tensor]:
     mean, var = (partial.new_empty(a.filters) for _ in range(2))
-    depth = a.channels * math.prod(a.taps) if a.flat else a.channels
-    rows = tiles(a.input.dtype, a.per_group, depth)[0].m
+    rows = a.forward_plan()[0].m
     wrap(kernels.merge_statistics)[(triton.cdiv(a.filters, 32),)](
         partial, mean, var, partial.size(0), a.pixels, a.filters, ROWS=rows, BLOCK_T=32, BLOCK_C=32, num_warps=4
     )
@@ -387,25 +403,49 @@ def _input_gradient(a: _Conv, dz: Tensor, dx: Tensor, wrap: Launcher) -> Tensor:
     # With a dilation every class meets taps of every remainder: they are tried one by one.
     steps = [s if d == 1 else 1 for s, d in zip(a.stride, a.dilation, strict=True)]
     pixels = a.input.size(0) * math.prod(triton.cdiv(size, step) for size, step in zip(a.in_size, steps, strict=True))
-    tile = tiles(a.input.dtype, a.channels, a.per_group)[0]
-    grid = (triton.cdiv(pixels, tile.m) * triton.cdiv(a.channels, tile.n), a.groups, math.prod(steps))
+    channels, groups, constants = a.channels, a.groups, {**a.constants, "MULTIPLIER": a.multiplier}
+    tile = tiles(a.input.dtype, channels, a.per_group)[0]
+    if a.multiplier:
+        channels, groups = a.groups, 1
+        constants["CHANNELS"], tile = channels, depthwise_tiles(channels)[0]
+    grid = (triton.cdiv(pixels, tile.m) * triton.cdiv(channels, tile.n), groups, math.prod(steps))
     wrap(backward_kernels.input_gradient)[grid](
         dz, a.weight, dx, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight), *_strides(dx),
-        *a.window, **a.constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
+        *a.window, **constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
     )  # fmt: skip
     return dx
+
+
+def _shares(pixels: int, programs: int, block: int) -> tuple[int, int]:
+    """Into how many shares pixels are cut so that the GPU is full, and how many pixels, whole blocks, are in one."""
+    wanted = max(1, min(_PROGRAMS // programs, triton.cdiv(pixels, 4 * block), 128))
+    share = triton.cdiv(triton.cdiv(pixels, wanted), block) * block
+    return triton.cdiv(pixels, share), share
+
+
+def _depthwise_weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
+    tile, taps = depthwise_tiles(a.filters)[0], math.prod(a.taps)
+    blocks = triton.cdiv(a.filters, tile.n)
+    shares, share = _shares(a.pixels, blocks * taps, tile.m)
+    partial = dz.new_empty(shares, a.filters, taps, dtype=torch.float32)
+    constants = {name: a.constants[name] for name in ("TAPS_D", "TAPS_H", "TAPS_W")}
+    wrap(backward_kernels.depthwise_weight_gradient)[(blocks, taps, shares)](
+        dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,
+        **constants, MULTIPLIER=a.multiplier, BLOCK_M=tile.m, BLOCK_C=tile.n, num_warps=tile.warps,
+    )  # fmt: skip
+    return partial.sum(0).to(a.weight.dtype).view(a.weight.shape)
 
 
 def _weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     taps = math.prod(a.taps)
     if a.weight.numel() == 0:
         return a.weight.new_zeros(a.weight.shape)
+    if a.multiplier:
+        return _depthwise_weight_gradient(a, dz, wrap)
     columns = a.channels * taps if a.flat else a.channels
     tile = weight_tiles(a.input.dtype, a.per_group, columns)[0]
     programs = triton.cdiv(a.per_group, tile.m) * triton.cdiv(columns, tile.n) * (1 if a.flat else taps)
-    shares = max(1, min(_PROGRAMS // (programs * a.groups), triton.cdiv(a.pixels, 4 * tile.k), 128))
-    share = triton.cdiv(triton.cdiv(a.pixels, shares), tile.k) * tile.k
-    shares = triton.cdiv(a.pixels, share)
+    shares, share = _shares(a.pixels, programs * a.groups, tile.k)
     partial = dz.new_empty(shares, a.filters, taps * a.channels, dtype=torch.float32)
     wrap(backward_kernels.weight_gradient)[(programs, a.groups, shares)](
         dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,

@@ -5,13 +5,14 @@
     dz = bn_weight * invstd * du                                                    running statistics
     dresidual = du,  dx = conv^T(dz, w),  dw = sum over pixels of dz x
 
-Nothing was saved but z: xhat, u and the mask of the activation are computed again from it, once for the sums and once for
-dz. z and dz are in channels last, [pixels, channels]; everything else is read and written through its strides.
+Nothing was saved but z: xhat, u and the mask of the activation are computed again from it, once for the sums and once
+for dz. z and dz are in channels last, [pixels, channels]; everything else is read and written through its strides.
 
 Tiling: `input_gradient` is an implicit product over taps and filters. Input pixels whose coordinates leave the same
 remainder by the stride meet the same taps, so each such class is a product of its own and no zero is multiplied.
 `weight_gradient` sums over pixels: a program owns a tile of filters by channels of one tap (FLAT: of all taps, where
-channels are few) for one share of the pixels, and shares are added up after, in order.
+channels are few) for one share of the pixels, and shares are added up after, in order. Depthwise convolutions are
+summed without matrix products.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def backward_sums(
         pixel = (tl.program_id(0).to(tl.int64) * REPEATS + repeat) * BLOCK_M + tl.arange(0, BLOCK_M)
         du, xhat, _ = _gradient_of_u(
             G, Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, pixel, f, pixels, filters, depth, height, width,
-            stride_gn, stride_gc, stride_gd, stride_gh, stride_gw, stride_rn, stride_rc, stride_rd, stride_rh, stride_rw,
-            eps, negative_slope, HAS_NORM, HAS_WEIGHT, HAS_SHIFT, HAS_RESIDUAL, ACTIVATION,
+            stride_gn, stride_gc, stride_gd, stride_gh, stride_gw,
+            stride_rn, stride_rc, stride_rd, stride_rh, stride_rw, eps, negative_slope,
+            HAS_NORM, HAS_WEIGHT, HAS_SHIFT, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
         of_du += du
         of_product += du * xhat
@@ -130,7 +132,7 @@ def input_gradient(
     stride_wf, stride_wc, stride_wq, stride_wr, stride_ws, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
     stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, PRECISION: tl.constexpr,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of one class by BLOCK_N channels of one group."""
@@ -148,14 +150,19 @@ def input_gradient(
     first_q, count_q = _taps_of_class(a_d, padding_d, STEP_D, TAPS_D)
     first_r, count_r = _taps_of_class(a_h, padding_h, STEP_H, TAPS_H)
     first_s, count_s = _taps_of_class(a_w, padding_w, STEP_W, TAPS_W)
-    W += (group * FILTERS).to(tl.int64) * stride_wf + within[None, :] * stride_wc
+    W += (group * FILTERS).to(tl.int64) * stride_wf
     DZ += group * FILTERS
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    PER_TAP: tl.constexpr = (FILTERS + BLOCK_K - 1) // BLOCK_K
+    PER_TAP: tl.constexpr = MULTIPLIER if MULTIPLIER > 0 else (FILTERS + BLOCK_K - 1) // BLOCK_K
     for step in range(0, count_q * count_r * count_s * PER_TAP):
         tap = step // PER_TAP
-        f = step % PER_TAP * BLOCK_K + tl.arange(0, BLOCK_K)
+        if MULTIPLIER > 0:
+            f = within * MULTIPLIER + step % PER_TAP
+            inside_f = within < CHANNELS
+        else:
+            f = step % PER_TAP * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside_f = f < FILTERS
         q = first_q + tap // (count_r * count_s) * STEP_D
         r = first_r + tap // count_s % count_r * STEP_H
         s = first_s + tap % count_s * STEP_W
@@ -165,15 +172,20 @@ def input_gradient(
         there = ((image * out_depth + layer) * out_height + row) * out_width + column
         a = tl.load(
             DZ + there[:, None] * filters + f[None, :],
-            mask=(exists & in_depth & in_height & in_width)[:, None] & (f[None, :] < FILTERS),
+            mask=(exists & in_depth & in_height & in_width)[:, None] & inside_f[None, :],
             other=0.0,
         )
-        b = tl.load(
-            W + f.to(tl.int64)[:, None] * stride_wf + q * stride_wq + r * stride_wr + s * stride_ws,
-            mask=(f[:, None] < FILTERS) & (within[None, :] < CHANNELS),
-            other=0.0,
-        )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        of_tap = q * stride_wq + r * stride_wr + s * stride_ws
+        if MULTIPLIER > 0:
+            b = tl.load(W + f.to(tl.int64) * stride_wf + of_tap, mask=inside_f, other=0.0)
+            acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+        else:
+            b = tl.load(
+                W + f.to(tl.int64)[:, None] * stride_wf + within[None, :] * stride_wc + of_tap,
+                mask=inside_f[:, None] & (within[None, :] < CHANNELS),
+                other=0.0,
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     there = offset_of(image, z, y, x, stride_xn, stride_xd, stride_xh, stride_xw)
     channel = (group * CHANNELS + within).to(tl.int64)
@@ -230,3 +242,36 @@ def weight_gradient(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     there = (tl.program_id(2).to(tl.int64) * filters + f[:, None]) * (TAPS * CHANNELS) + flat[None, :]
     tl.store(PARTIAL + there, acc, mask=(within[:, None] < FILTERS) & inside_n[None, :])
+
+
+@triton.jit
+def depthwise_weight_gradient(
+    DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
+    stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MULTIPLIER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tap of BLOCK_C filters over `share` pixels: [shares, filters, taps] in float32."""
+    TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
+    f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.program_id(1)
+    q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
+    begin = tl.program_id(2).to(tl.int64) * share
+    end = tl.minimum(begin + share, pixels)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for first in range(0, share, BLOCK_M):
+        pixel = begin + first + tl.arange(0, BLOCK_M)
+        image, z, y, x = coordinates(pixel, out_depth, out_height, out_width)
+        layer = z * stride_d + (q * dilation_d - padding_d)
+        row = y * stride_h + (r * dilation_h - padding_h)
+        column = x * stride_w + (s * dilation_w - padding_w)
+        inside = (pixel < end) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        inside &= (layer >= 0) & (layer < depth)
+        offset = offset_of(image, layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
+        valid = inside[:, None] & (f[None, :] < filters)
+        of_input = X + offset[:, None] + (f // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
+        a = tl.load(of_input, mask=valid, other=0.0).to(tl.float32)
+        acc += a * tl.load(DZ + pixel[:, None] * filters + f[None, :], mask=valid, other=0.0).to(tl.float32)
+    there = (tl.program_id(2).to(tl.int64) * filters + f) * TAPS + tap
+    tl.store(PARTIAL + there, tl.sum(acc, 0), mask=f < filters)

@@ -2,14 +2,15 @@
 
     z = conv(x, w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
 
-Layout: images through their strides, fastest in channels last, where a tile of pixels by channels is rows of memory. z is
-always in channels last: [pixels, channels]. Lines and planes are volumes of one layer.
+Layout: images through their strides, fastest in channels last, where a tile of pixels by channels is rows of memory. z
+is always in channels last: [pixels, channels]. Lines and planes are volumes of one layer.
 
 Tiling: an implicit matrix product. Rows are the output's pixels over the whole batch, columns its channels in one
-group, the sum runs over the taps of the filter and, within each, over blocks of the input's channels (FLAT: over
-both at once, where channels are few). Nothing is unfolded: a tap's tile is read where it lies, with zeros where it falls
-on padding. With running statistics the normalisation, residual and activation are the product's epilogue. With those of
-the batch it leaves z and, of every tile, the mean and the centred sum of squares of each channel; `merge_statistics` merges
+group, the sum runs over the taps of the filter and, within each, over blocks of the input's channels (FLAT: over both
+at once, where channels are few). Nothing is unfolded: a tap's tile is read where it lies, with zeros where it falls on
+padding. Depthwise convolutions have nothing to multiply as matrices: their taps are added up tile by tile. With running
+statistics the normalisation, residual and activation are the product's epilogue. With those of the batch it leaves z
+and, of every tile, the mean (in two parts) and the centred sum of squares of each channel; `merge_statistics` merges
 them (Chan, Golub and LeVeque, 1983) in a fixed order, and `normalize` reads z once more. z is rounded to its dtype
 before it is normalised, so that both ways give the same bits.
 """
@@ -71,10 +72,13 @@ def conv(
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WRITE_OUT: tl.constexpr, WRITE_Z: tl.constexpr,
-    STATISTICS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, FLAT: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """CHANNELS and FILTERS are those of one group, of which the second dimension of the grid counts."""
+    """CHANNELS and FILTERS are those of one group, of which the second dimension of the grid counts.
+
+    MULTIPLIER is 0, or that of a depthwise convolution, whose filters are all in one group here.
+    """
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
     group = tl.program_id(1)
     tile_m = tl.program_id(0) // tiles_n
@@ -89,11 +93,15 @@ def conv(
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
     STEPS: tl.constexpr = (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K
     PER_TAP: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
-    for step in range(0, STEPS if FLAT else TAPS * PER_TAP):
+    BLOCKS: tl.constexpr = STEPS if FLAT else TAPS * PER_TAP
+    for step in range(0, TAPS if MULTIPLIER > 0 else BLOCKS):
         if FLAT:
             flat = step * BLOCK_K + tl.arange(0, BLOCK_K)
             tap, channel = (flat // CHANNELS)[None, :], flat % CHANNELS
             inside_k = flat < TAPS * CHANNELS
+        elif MULTIPLIER > 0:
+            tap, channel = step, f // MULTIPLIER
+            inside_k = within < FILTERS
         else:
             tap = step // PER_TAP
             channel = step % PER_TAP * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -112,12 +120,15 @@ def conv(
             of_tap = tl.trans(q * stride_wq + r * stride_wr + s * stride_ws)
         else:
             of_tap = q * stride_wq + r * stride_wr + s * stride_ws
-        b = tl.load(
-            W[None, :] + of_tap + channel[:, None] * stride_wc,
-            mask=inside_k[:, None] & (within[None, :] < FILTERS),
-            other=0.0,
-        )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if MULTIPLIER > 0:
+            acc += a.to(tl.float32) * tl.load(W + of_tap, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+        else:
+            b = tl.load(
+                W[None, :] + of_tap + channel[:, None] * stride_wc,
+                mask=inside_k[:, None] & (within[None, :] < FILTERS),
+                other=0.0,
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     real = within < FILTERS
     stored = (pixel[:, None] < pixels) & real[None, :]
@@ -130,9 +141,13 @@ def conv(
         count = tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
         mean = tl.sum(tl.where(stored, acc, 0.0), 0) / count
         centred = tl.where(stored, acc - mean[None, :], 0.0)
-        there = PARTIAL + tile_m.to(tl.int64) * 2 * filters + f
+        # What the sum's rounding left in the mean of large numbers, which float32 has no room for beside them.
+        rest = tl.sum(centred, 0) / count
+        centred = tl.where(stored, centred - rest[None, :], 0.0)
+        there = PARTIAL + tile_m.to(tl.int64) * 3 * filters + f
         tl.store(there, mean, mask=real)
-        tl.store(there + filters, tl.sum(centred * centred, 0), mask=real)
+        tl.store(there + filters, rest, mask=real)
+        tl.store(there + 2 * filters, tl.sum(centred * centred, 0), mask=real)
     if WRITE_OUT:
         mean, invstd, scale, shift = normalization(
             MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, HAS_NORM, HAS_WEIGHT, HAS_SHIFT
@@ -162,14 +177,15 @@ def merge_statistics(
     seen = 0.0
     for first in range(0, tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
-        there = PARTIAL + tile.to(tl.int64)[:, None] * 2 * filters + f[None, :]
+        there = PARTIAL + tile.to(tl.int64)[:, None] * 3 * filters + f[None, :]
         inside = (tile[:, None] < tiles) & real[None, :]
         size = tl.maximum(tl.minimum(pixels - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
         relative = tl.where(inside, tl.load(there, mask=inside, other=0.0) - origin[None, :], 0.0)
+        relative += tl.load(there + filters, mask=inside, other=0.0)
         total = tl.sum(size, 0)
         of_block = tl.sum(relative * size[:, None], 0) / total
         spread = tl.where(inside, relative - of_block[None, :], 0.0)
-        within = tl.sum(tl.load(there + filters, mask=inside, other=0.0) + spread * spread * size[:, None], 0)
+        within = tl.sum(tl.load(there + 2 * filters, mask=inside, other=0.0) + spread * spread * size[:, None], 0)
         delta = of_block - mean
         both = seen + total
         mean += delta * (total / both)
@@ -192,9 +208,7 @@ def normalize(
     f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = f < filters
     inside = (pixel[:, None] < pixels) & real[None, :]
-    mean, invstd, scale, shift = normalization(
-        MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, True, HAS_WEIGHT, HAS_SHIFT
-    )
+    mean, invstd, scale, shift = normalization(MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, True, HAS_WEIGHT, HAS_SHIFT)
     u = tl.load(Z + pixel[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
     u = (u - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
     image, z, y, x = coordinates(pixel, depth, height, width)

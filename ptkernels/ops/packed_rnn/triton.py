@@ -1,9 +1,9 @@
 """Launching the recurrent layers' Triton kernels, and the products over all tokens around them.
 
-The device code, with its equations, layout and tiling, is in ``triton_kernels``. :func:`rnn` and :func:`rnn_backward` are
-``ptkernels::packed_rnn`` and ``ptkernels::_packed_rnn_backward`` on a GPU, and save the same tensors as the CPU kernels.
-Lengths are on the host, so nothing waits for the GPU; full sequences copy nothing from there, and a call can be captured
-in a CUDA graph, as can one whose lengths are in pinned memory.
+The device code, with its equations, layout and tiling, is in ``triton_kernels``. :func:`rnn` and :func:`rnn_backward`
+are ``ptkernels::packed_rnn`` and ``ptkernels::_packed_rnn_backward`` on a GPU, and save the same tensors as the CPU
+kernels. Lengths are on the host, so nothing waits for the GPU; full sequences copy nothing from there, and a call can
+be captured in a CUDA graph, as can one whose lengths are in pinned memory.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def _previous_states(a: _Layer, output: Tensor, h_start: Tensor, rows: Tensor, w
     block = min(_triton.power_of_2(a.batch), 32)
     wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
         output, h_start, a.order.first, a.order.lengths, rows, previous, a.batch, a.order.tokens, a.directions,
-        HIDDEN=a.hidden, HAS_ROWS=a.order.rows is not None, BLOCK_B=block, BLOCK_N=min(_triton.power_of_2(a.hidden), 128),
-        num_warps=4,
+        HIDDEN=a.hidden, HAS_ROWS=a.order.rows is not None, BLOCK_B=block,
+        BLOCK_N=min(_triton.power_of_2(a.hidden), 128), num_warps=4,
     )  # fmt: skip
     return previous
 
@@ -298,4 +298,3 @@ def sees_through(*args: Any, **kwargs: Any) -> bool:
     hidden = params[0].size(0) // GATES[args[7 if forward else 13]]
     persistent = bool(persistent_tiles(input.dtype, hidden, _triton.arch_of(input)))
     return persistent and (layout == "packed" or sizes is None)
-

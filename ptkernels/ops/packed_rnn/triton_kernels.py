@@ -4,14 +4,14 @@
     gru    r, z = sigmoid(xW + hU + b),  n = tanh(xW_n + b_n + r (hU_n + b'_n)),  h' = (1 - z) n + z h
     rnn    h' = tanh(xW + hU + b), or relu
 
-Layout: sequences are slots, longest first, so that those which run at step t are the first of them; their tokens are rows
-FIRST[t] + slot of XG = xW, GATES, CELLS and DG (packed order). OUT and its gradient are in the caller's order, ROWS
-naming the row of each token. The second direction runs the steps backwards: before step t comes t - 1 or t + 1.
+Layout: sequences are slots, longest first, so that those which run at step t are the first of them; their tokens are
+rows FIRST[t] + slot of XG = xW, GATES, CELLS and DG (packed order). OUT and its gradient are in the caller's order,
+ROWS naming the row of each token. The second direction runs the steps backwards: before step t comes t - 1 or t + 1.
 
-Tiling: the product of the inputs is taken for all tokens ahead. Where all of U fits beside a block of sequences, a program
-owns BLOCK_B sequences of one direction for all steps (`forward`, `backward`): U, h, and c stay on the chip, and nothing
-waits for another program. Larger layers launch once per step (`forward_step`, `backward_step`), a program owning BLOCK_B
-sequences and BLOCK_N units, whose cells it alone reads and writes. Gates are saved after activation.
+Tiling: the product of the inputs is taken for all tokens ahead. Where all of U fits beside a block of sequences, a
+program owns BLOCK_B sequences of one direction for all steps (`forward`, `backward`): U, h, and c stay on the chip, and
+nothing waits for another program. Larger layers launch once per step (`forward_step`, `backward_step`), a program
+owning BLOCK_B sequences and BLOCK_N units, whose cells it alone reads and writes. Gates are saved after activation.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def forward_step(
     HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One step of BLOCK_B sequences and BLOCK_N units. Cells are kept in C, h is read where the step before wrote it."""
+    """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it."""
     d = tl.program_id(2)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -322,8 +322,10 @@ def backward(
     MODE: tl.constexpr, HIDDEN: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr, HAS_GRAD: tl.constexpr,
     HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All steps of BLOCK_B sequences, last first. DH and DC come as the gradients of the last states, and leave as those
-    of the first."""
+    """All steps of BLOCK_B sequences, last first.
+
+    DH and DC come as the gradients of the last states, and leave as those of the first.
+    """
     d = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)

@@ -1,4 +1,4 @@
-"""How the sequences of a call lie in its tensors, as Triton's kernels read it: on the device, without waiting for it."""
+"""How the sequences of a call lie in its tensors, as Triton's kernels read it: on the device, without a wait."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def quantize_rows(x: Tensor, step: Tensor | None = None, wrap: Launcher = identi
     scales = x.new_empty(rows, dtype=torch.float32)
     if rows > 0:
         wrap(kernels.quantize_rows)[(triton.cdiv(rows, 4),)](
-            x, x if step is None else step, codes, scales, rows, columns, *x.stride(), GIVEN=step is not None, BLOCK_M=4,
-            BLOCK_K=512, num_warps=4,
+            x, x if step is None else step, codes, scales, rows, columns, *x.stride(), GIVEN=step is not None,
+            BLOCK_M=4, BLOCK_K=512, num_warps=4,
         )  # fmt: skip
     return codes, scales
 

@@ -65,9 +65,7 @@ def _values(BOOK, codes, CODE: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    CODES, BOOK, n, N, first, K, stride_c, CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _weights(CODES, BOOK, n, N, first, K, stride_c, CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Values of columns [first, first + BLOCK_K) of rows n, as [BLOCK_N, BLOCK_K]."""
     rows = CODES + n.to(tl.int64)[:, None] * stride_c
     if CODE == S8 or CODE == FP8:

@@ -1,0 +1,49 @@
+"""The recurrent layers' Triton kernels, launched once for all steps and once per step; the samples take either."""
+
+from __future__ import annotations
+
+import pytest
+import test_contract as contract
+import torch
+from comparing import DEVICE
+
+import ptkernels as ptk
+from ptkernels import _registry
+from ptkernels.ops.packed_rnn import triton as launch
+
+SPEC = _registry.get("packed_rnn")
+SAMPLES = {
+    sample.name: sample
+    for level in ("gradcheck", "quick")
+    for sample in SPEC.samples(torch.float32, DEVICE, False, level)
+    if "weight_hr" not in sample.kwargs and sample.args[0].numel() < 500
+}
+PLANS = {
+    "whole": lambda *args: [launch.Tile(16, 32, 32, 4, 1)],
+    "steps": lambda *args: [],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_values_and_gradients(name: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "persistent_tiles", PLANS[plan])
+    sample = SAMPLES[name]
+    with ptk.backend("triton"):
+        assert SPEC.explain(*sample.args, **sample.kwargs).backend == "triton"
+        ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
+    contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
+def test_layers_and_directions_of_a_stack(mode: str, device: str) -> None:
+    torch.manual_seed(0)
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[mode](5, 6, num_layers=2, bidirectional=True)
+    data, lengths = torch.randn(4, 3, 5), torch.tensor([4, 1, 2])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(data, lengths, enforce_sorted=False)
+    want = module(packed)[0].data
+    on_device = packed.to(device)
+    params = [param.to(device) for param in module.parameters()]
+    with ptk.backend("triton"):
+        got = getattr(ptk, mode)(on_device, None, params, num_layers=2, bidirectional=True)[0].data
+    torch.testing.assert_close(got.cpu(), want)

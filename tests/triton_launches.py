@@ -1,0 +1,213 @@
+"""What the Triton kernels of every operator are launched with, for compiling them where there is no GPU.
+
+Tensors are on the meta device: launches depend on shapes alone. Every tile of a table is launched once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptkernels import _triton
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def with_every_tile(arch: int, module: Any, tables: tuple[str, ...], launch: Callable[[Any], None]) -> list[Any]:
+    """The launches that ``launch(recorder)`` makes for an architecture, with each tile that the tables hold in turn."""
+    from ptkernels._triton.compiling import Recorder
+
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "arch_of", lambda tensor: arch)
+        originals = {name: getattr(module, name) for name in tables}
+        longest = 1
+
+        def pick(table: Any, index: int, *args: Any) -> list[Any]:
+            nonlocal longest
+            found: list[Any] = table(*args)
+            longest = max(longest, len(found))
+            return found[index:] or found
+
+        index = 0
+        while index < longest:
+            for name, table in originals.items():
+                patch.setattr(module, name, lambda *args, table=table, index=index: pick(table, index, *args))
+            launch(recorder)
+            index += 1
+    return recorder.launches
+
+
+def attention(arch: int, dim: int, dim_v: int, dtype: torch.dtype, options: str) -> list[Any]:
+    from ptkernels.ops.attention import triton as module
+
+    query = meta(2, 1024, 16, dim, dtype=dtype).transpose(1, 2)
+    key = meta(2, 1024, 4, dim, dtype=dtype).transpose(1, 2)
+    value = meta(2, 1024, 4, dim_v, dtype=dtype).transpose(1, 2)
+    mask, call = None, module.Call(is_causal=True)
+    if options == "all":
+        mask = meta(1, 16, 1024, 1024, dtype=dtype)
+        call = module.Call(
+            is_causal=True,
+            softcap=30.0,
+            alibi_slopes=meta(16, dtype=torch.float32),
+            sinks=meta(16, dtype=torch.float32),
+            dropout_seed=meta(dtype=torch.int64),
+            dropout_p=0.1,
+            window_left=100,
+            bottom_right=True,
+        )
+
+    def launch(recorder: Any) -> None:
+        out, lse = module.forward(query, key, value, mask, call, recorder)
+        module.backward(out, None, query, key, value, out, lse, mask, call, wrap=recorder)
+
+    return with_every_tile(arch, module, ("tiles",), launch)
+
+
+def decode(arch: int, dim: int) -> list[Any]:
+    from ptkernels._triton.compiling import Recorder
+    from ptkernels.ops.attention.triton_decode import decode as run
+
+    recorder = Recorder()
+    cache, ints = meta(1024, 64, 8, dim).transpose(1, 2), meta(8, 128, dtype=torch.int32)
+    run(meta(8, 32, 1, dim), cache, cache, ints[:, 0], ints, wrap=recorder)
+    return recorder.launches
+
+
+def linear(arch: int, rows: int, scheme: str, group: int = -1, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    from ptkernels.ops.quantized_matmul import formats
+    from ptkernels.ops.quantized_matmul import triton as module
+
+    spec, n, k = formats.SCHEMES[scheme], 4096, 4096
+    codes = meta(n, spec.code.row_bytes(k), dtype=spec.code.dtype)
+    scales = meta(n, formats.group_count(k, group), dtype=torch.float32)
+    zeros = scales if scheme == "int2_weight_only" else None
+
+    def launch(recorder: Any) -> None:
+        weight = (codes, scales, zeros)
+        options = (spec.code.name, group, spec.quantizes_input, None, "silu")
+        module.linear(meta(rows, k, dtype=dtype), *weight, meta(n), None, *options, wrap=recorder)
+        if not spec.quantizes_input and rows > 16:
+            module.linear_backward(meta(rows, n, dtype=dtype), *weight, spec.code.name, group, k, wrap=recorder)
+
+    return with_every_tile(arch, module, ("tiles", "dx_tiles"), launch)
+
+
+def conv(
+    arch: int,
+    channels: int,
+    filters: int,
+    taps: int,
+    stride: int = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Any]:
+    """Forward with statistics of the batch and with given ones, and backward."""
+    from ptkernels.ops.conv_bn_relu import triton as module
+
+    def image(*shape: int) -> Tensor:
+        return meta(*shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+    x, weight = image(8, channels, 56, 56), image(filters, channels // groups, taps, taps)
+    size = (56 - 1) // stride + 1
+    residual, vector = image(8, filters, size, size), meta(filters, dtype=torch.float32)
+    tensors = (x, weight, None, vector, vector)
+    window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups, "relu", 0.0)
+
+    def launch(recorder: Any) -> None:
+        module.conv_bn_relu(*tensors, vector, vector, residual, False, 1e-5, *window, wrap=recorder)
+        out, z, mean, var = module.conv_bn_relu(
+            *tensors, None, None, residual, True, 1e-5, *window, True, wrap=recorder
+        )
+        module.conv_bn_relu_backward(out, *tensors, mean, var, residual, z, True, 1e-5, *window, wrap=recorder)
+
+    return with_every_tile(arch, module, ("tiles", "weight_tiles", "depthwise_tiles"), launch)
+
+
+def rnn(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    from ptkernels.ops.packed_rnn import triton as module
+    from ptkernels.ops.packed_rnn.reference import GATES
+
+    rows = GATES[mode] * hidden
+    shapes = ((rows, 64), (rows, hidden), (rows,), (rows,))
+    x, params = meta(2, 32, 64, dtype=dtype), [meta(*shape, dtype=dtype) for shape in shapes * 2]
+    layer = (x, None, None, [], params)
+
+    def launch(recorder: Any) -> None:
+        out, _, _, gates, cells = module.rnn(*layer, 32, "time_first", mode, True, True, wrap=recorder)
+        saved, options = (out, gates, cells), (32, "time_first", mode, True, [True] * 9)
+        module.rnn_backward(out, None, None, *layer, *saved, *options, wrap=recorder)
+
+    return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
+
+
+def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
+    for dim, dim_v, dtype, options in (
+        (64, 64, torch.bfloat16, "plain"),
+        (64, 64, torch.bfloat16, "all"),
+        (128, 128, torch.bfloat16, "plain"),
+        (128, 128, torch.float16, "all"),
+        (192, 128, torch.bfloat16, "plain"),
+        (80, 80, torch.float32, "plain"),
+    ):
+        name = f"attention-{dim}-{dim_v}-{str(dtype)[6:]}-{options}"
+        yield name, lambda arch, args=(dim, dim_v, dtype, options): attention(arch, *args)
+
+
+CASES: dict[str, Callable[[int], list[Any]]] = {
+    **dict(_attention_cases()),
+    "decode": lambda arch: decode(arch, 128),
+    "int8-dynamic": lambda arch: linear(arch, 4096, "int8_dynamic"),
+    "int4-int8": lambda arch: linear(arch, 4096, "int4_int8", 128),
+    "int4": lambda arch: linear(arch, 4096, "int4_weight_only", 128),
+    "int4-few-rows": lambda arch: linear(arch, 8, "int4_weight_only", 128),
+    "int8-groups": lambda arch: linear(arch, 64, "int8_weight_only", 128),
+    "int2-zeros": lambda arch: linear(arch, 64, "int2_weight_only", 32),
+    "nf4": lambda arch: linear(arch, 64, "nf4", 64),
+    "mxfp4": lambda arch: linear(arch, 64, "mxfp4", 32),
+    "fp8": lambda arch: linear(arch, 4096, "fp8"),
+    "int8-float32": lambda arch: linear(arch, 64, "int8_weight_only", dtype=torch.float32),
+    "conv": lambda arch: conv(arch, 64, 64, 3),
+    "conv-stride": lambda arch: conv(arch, 256, 128, 3, stride=2),
+    "conv-1x1": lambda arch: conv(arch, 64, 256, 1),
+    "conv-stem": lambda arch: conv(arch, 3, 64, 7, stride=2),
+    "conv-depthwise": lambda arch: conv(arch, 96, 96, 3, groups=96),
+    "conv-float32": lambda arch: conv(arch, 64, 64, 3, dtype=torch.float32),
+    "lstm-64": lambda arch: rnn(arch, "lstm", 64),
+    "lstm-128": lambda arch: rnn(arch, "lstm", 128),
+    "lstm-512": lambda arch: rnn(arch, "lstm", 512),
+    "gru-128": lambda arch: rnn(arch, "gru", 128),
+    "gru-512": lambda arch: rnn(arch, "gru", 512),
+    "tanh-64": lambda arch: rnn(arch, "tanh", 64),
+    "lstm-float32": lambda arch: rnn(arch, "lstm", 32, torch.float32),
+    "gru-256-float32": lambda arch: rnn(arch, "gru", 256, torch.float32),
+}
+
+
+def uses_matrix_instructions(launch: Any) -> bool:
+    """Whether a kernel's 16-bit products are as large as those of a warp group, which wgmma and tcgen05 need."""
+    constants, name = launch.constants, launch.kernel.fn.__name__
+    operands = {kind for kind in launch.signature.values() if kind.startswith("*")}
+    if not operands & {"*bf16", "*fp16"} or constants.get("INTEGER") or constants.get("MULTIPLIER"):
+        return False
+    if name not in (
+        "forward",
+        "backward_dq",
+        "backward_dkdv",
+        "linear",
+        "linear_dx",
+        "conv",
+        "input_gradient",
+        "weight_gradient",
+    ):
+        return False
+    if "BLOCK_M" not in constants:  # a recurrent layer's, whose rows are few
+        return False
+    return bool(constants["BLOCK_N" if name == "backward_dkdv" else "BLOCK_M"] >= 64)
