@@ -88,6 +88,9 @@ def check_requested(op: str, device_type: str) -> None:
     if reason := unavailable(name):
         raise BackendError(f"{op}: backend {name!r} was asked for and cannot run here: {reason}")
     if name == "triton" and (device_type == "cuda" or _triton.interpreted()):
+        from ptkernels._triton import dispatch  # which is built on this module
+
+        dispatch.stand_by()
         return
     if name != device_type:
         raise BackendError(f"{op}: backend {name!r} was asked for, got tensors on {device_type}")

@@ -72,4 +72,10 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the package may keep files of its own: ``$XDG_CACHE_HOME/ptkernels``, or ``~/.cache/ptkernels``."""
+    root = environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "ptkernels"
+
+
 settings = read()

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton_launches
+from torch import Tensor
 
 import ptkernels as ptk
-from ptkernels import _triton
+from ptkernels import _env, _triton
+from ptkernels._triton import tuning
 from ptkernels.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +64,25 @@ def test_importing_ptkernels_does_not_import_triton() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
+def test_tuned_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
+    monkeypatch.setattr(_env, "cache_folder", lambda: tmp_path)
+    tuning._table.cache_clear()
+    key = (torch.bfloat16, 64)
+    assert tuning.pick("conv", key, "abc", device) == "a"
+    with tuning.recording({"conv|torch.bfloat16|64": 1}) as asked:
+        assert tuning.pick("conv", key, "abc", device) == "b"
+        assert asked["conv|torch.bfloat16|64"] == 3
+    path = tuning.store(device, {"conv|torch.bfloat16|64": 2, "other|1": 9})
+    assert path == tmp_path / "tiles" / "nvidia-h100-80gb.json"
+    assert tuning.pick("conv", key, "abc", device) == "c"
+    assert tuning.pick("other", (1,), "ab", device) == "a"  # a table of other candidates
+    assert tuning.pick("conv", (torch.float16, 64), "abc", device) == "a"
+    tuning._table.cache_clear()
+
+
 @installed
 @pytest.mark.skipif(_triton.interpreted(), reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("arch", ARCHS)
@@ -72,6 +94,49 @@ def test_kernels_compile(name: str, arch: int) -> None:
     for launch, binary in check(triton_launches.CASES[name](arch), arch, CACHE):
         dots = triton_launches.uses_matrix_instructions(launch)
         assert not problems(binary, arch, sixteen_bit_dots=dots, spill_allowed=allowed), launch.name
+
+
+def traced_calls() -> dict[str, Any]:
+    """A call of each operator on a GPU, and a kernel that its graph must launch."""
+
+    def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, device="cuda", dtype=dtype)
+
+    ops, query = torch.ops.ptkernels, on_gpu(2, 4, 64, 64)
+    image, filters = on_gpu(2, 32, 9, 9), on_gpu(16, 32, 3, 3)
+    rows = torch.empty(2, device="cuda", dtype=torch.int32)
+    lstm = (on_gpu(7, 3, 8), None, None, [], [on_gpu(64, 8), on_gpu(64, 16)], 3, "time_first", "lstm")
+    packed = (on_gpu(9, 8), torch.empty(4, dtype=torch.int64), None, [], [on_gpu(48, 8), on_gpu(48, 16)], 3)
+    codes, scales = on_gpu(32, 16, dtype=torch.uint8), on_gpu(32, 1, dtype=torch.float32)
+    window = ([1, 1], [1, 1], [1, 1], 1)
+    return {
+        "conv": lambda: ops.conv_bn_relu(image, filters, *(None,) * 6, True, 1e-5, *window),
+        "linear": lambda: ops.quantized_linear(on_gpu(5, 32), codes, scales, code_format="nf4"),
+        "lstm": lambda: ops.packed_rnn(*lstm),
+        "gru-packed": lambda: ops.packed_rnn(*packed, "packed", "gru"),
+        "varlen": lambda: ops.attention_varlen(*(on_gpu(9, 4, 16) for _ in range(3)), rows, rows, 9, 9),
+        "cache": lambda: ops.attention_with_kv_cache(query[:, :, :1], query, query, rows),
+    }
+
+
+TRACED = ("conv", "linear", "lstm", "gru-packed", "varlen", "cache")
+
+
+@installed
+@pytest.mark.skipif(_triton.interpreted(), reason="tracing sees kernels, not what interprets them")
+@pytest.mark.parametrize("name", TRACED)
+def test_tracing_sees_the_kernels_of_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of an operator, AOT Autograd, which comes before Inductor, is shown the launches of its kernels."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    monkeypatch.setattr(_triton, "unavailable", lambda: None)
+    with FakeTensorMode(), torch.no_grad():
+        graph = make_fx(dispatch_functionalize(traced_calls()[name]))()
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert any("triton_kernel_wrapper" in target for target in targets)
+    assert not any("ptkernels" in target for target in targets)
 
 
 @installed

@@ -73,11 +73,18 @@ def attention(arch: int, dim: int, dim_v: int, dtype: torch.dtype, options: str)
 
 def decode(arch: int, dim: int) -> list[Any]:
     from ptkernels._triton.compiling import Recorder
+    from ptkernels.ops.attention.triton_decode import Cache, Rotary, append, rotate
     from ptkernels.ops.attention.triton_decode import decode as run
 
     recorder = Recorder()
-    cache, ints = meta(1024, 64, 8, dim).transpose(1, 2), meta(8, 128, dtype=torch.int32)
-    run(meta(8, 32, 1, dim), cache, cache, ints[:, 0], ints, wrap=recorder)
+    ints, query = meta(8, 128, dtype=torch.int32), meta(8, 32, 1, dim)
+    rotary = Rotary(*(meta(8192, dim // 2, dtype=torch.float32) for _ in range(2)), interleaved=False)
+    for dtype in (torch.bfloat16, torch.int8):
+        keys = meta(1024, 64, 8, dim, dtype=dtype).transpose(1, 2)
+        scale = None if dtype == torch.bfloat16 else meta(1024, 8, 64, dtype=torch.float32)
+        cache = Cache(keys, keys, ints[:, 0], ints, None, None, scale, scale)
+        append(meta(8, 8, 1, dim), keys, scale, cache, rotary, recorder)
+        run(rotate(query, ints[:, 0], rotary, False, recorder), cache, added=1, window_right=0, wrap=recorder)
     return recorder.launches
 
 

@@ -1,7 +1,7 @@
 """Triton kernels as an implementation of the package's own operators.
 
 An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which
-launches Triton kernels; what is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
+launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for. What is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
 ``torch.compile`` and AOTInductor the function is traced in the operator's place, as ``torch.library.triton_op`` does,
 so that they see its kernels; ``torch.export`` keeps the operator.
 """
@@ -32,35 +32,47 @@ def _first_tensor(args: Sequence[Any]) -> Tensor | None:
     return next((arg for arg in args if isinstance(arg, Tensor)), None)
 
 
+def _launch(load: Callable[[], Implementation], args: Sequence[Any]) -> Any:
+    tensor = _first_tensor(args)
+    if tensor is None or tensor.device.type != "cuda":
+        return load()(*args, wrap=identity)
+    # Kernels are launched on the current device, which need not be that of the tensors.
+    with torch.cuda.device(tensor.device):
+        return load()(*args, wrap=identity)
+
+
 def _on_gpu(name: str, load: Callable[[], Implementation]) -> Callable[..., Any]:
+    """The operator's kernel where it has no other."""
+
     def run(*args: Any) -> Any:
         tensor = _first_tensor(args)
         if tensor is not None and (reason := _triton.unavailable_for(tensor)):
             raise RuntimeError(f"{name}: no kernel for this call: {reason}")
-        # Kernels are launched on the current device, which need not be that of the tensors.
-        with torch.cuda.device(tensor.device if tensor is not None else -1):
-            return load()(*args, wrap=identity)
+        return _launch(load, args)
 
     return run
 
 
-def _interpreted(op: Any, load: Callable[[], Implementation]) -> Callable[..., Any]:
-    native = torch.library.get_kernel(op, "CPU")
+def _instead(op: Any, key: str, load: Callable[[], Implementation]) -> Callable[..., Any]:
+    """The operator's compiled kernel, but for calls on the Triton backend."""
+    native = torch.library.get_kernel(op, key)
 
     def run(keyset: Any, *args: Any) -> Any:
         if _backend.state.backend == "triton":
-            return load()(*args, wrap=identity)
+            return _launch(load, args)
         return native.call_boxed(keyset, *args)
 
     return run
 
 
-def _traced(load: Callable[[], Implementation], sees_through: Callable[..., bool]) -> Callable[..., Any]:
+def _traced(name: str, load: Callable[[], Implementation], sees_through: Callable[..., bool]) -> Callable[..., Any]:
+    wanted = ("triton",) if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") else (None, "triton")
+
     def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
         tensor = _first_tensor(args)
-        ours = tensor is not None and tensor.device.type == "cuda" and _backend.state.backend in (None, "triton")
+        ours = tensor is not None and tensor.device.type == "cuda" and _backend.state.backend in wanted
         runs = ours and _triton.unavailable() is None and not _triton.interpreted()
         if runs and not custom_triton_ops_decomposition_disabled() and sees_through(*args, **kwargs):
             with mode:
@@ -96,13 +108,28 @@ def implement(
     def can_trace(*args: Any, **kwargs: Any) -> bool:
         return sees_through is None or getattr(importlib.import_module(module), sees_through)(*args, **kwargs)
 
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
-        return
     short = name.partition("::")[2]
-    library.impl(short, _on_gpu(name, load), "CUDA")
-    if _triton.interpreted():
+    # Before the registrations below, which would make the operator look as if it had a compiled CUDA kernel.
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, _traced(name, load, can_trace), lib=library)
+
+    def replace(key: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a kernel is replaced, as it should be
-            library.impl(short, _interpreted(op, load), "CPU", with_keyset=True, allow_override=True)
-    rule = _traced(load, can_trace)
-    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
+            library.impl(short, _instead(op, key, load), key, with_keyset=True, allow_override=True)
+
+    if _triton.interpreted():
+        replace("CPU")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        # A look at the backend in Python would slow down every call: it comes with the first that may ask for Triton.
+        _not_yet_replaced.append(lambda: replace("CUDA"))
+    else:
+        library.impl(short, _on_gpu(name, load), "CUDA")
+
+
+_not_yet_replaced: list[Callable[[], None]] = []
+
+
+def stand_by() -> None:
+    """Put Triton kernels in front of compiled CUDA kernels, for calls on the Triton backend."""
+    while _not_yet_replaced:
+        _not_yet_replaced.pop()()

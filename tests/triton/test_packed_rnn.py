@@ -47,3 +47,6 @@ def test_layers_and_directions_of_a_stack(mode: str, device: str) -> None:
     with ptk.backend("triton"):
         got = getattr(ptk, mode)(on_device, None, params, num_layers=2, bidirectional=True)[0].data
     torch.testing.assert_close(got.cpu(), want)
+    # Without the backend asked for, the operator is what it was.
+    compiled = getattr(ptk, mode)(packed, None, list(module.parameters()), num_layers=2, bidirectional=True)[0].data
+    torch.testing.assert_close(compiled, want)

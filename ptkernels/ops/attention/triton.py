@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton import tuning
 from ptkernels.ops.attention import triton_kernels as kernels
 
 KEEP_ALL = 1 << 16
@@ -120,7 +121,7 @@ class _Arguments:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> None:
         self.batch, self.heads, self.len_q, self.len_k = _shape(query, key, call)
         self.group = self.heads // max(key.size(1), 1)
-        self.dtype, self.arch = query.dtype, _triton.arch_of(query)
+        self.dtype, self.arch, self.device = query.dtype, _triton.arch_of(query), query.device
         dim, dim_v = query.size(-1), value.size(-1)
         self.scale = 1.0 / math.sqrt(dim) if call.scale is None else call.scale
         right = 0 if call.is_causal else call.window_right
@@ -177,7 +178,8 @@ class _Arguments:
         """The best guess; with a bias or much arithmetic on the scores, the candidate that leaves most room for it."""
         candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)
         crowded = self.switches["MASK"] or any(self.switches[name] for name in ("ALIBI", "SOFTCAP", "DROPOUT"))
-        return candidates[-1 if crowded else 0]
+        key = (self.dtype, self.dims["D"], self.dims["DV"], self.switches["RIGHT"], crowded)
+        return tuning.pick(f"attention_{kernel}", key, candidates[:: -1 if crowded else 1], self.device)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

@@ -1,13 +1,17 @@
-"""Device code of decoding in Triton: few queries against a long cache, contiguous or in pages.
+"""Device code of attention to a cache in Triton: few queries against many keys, contiguous or in pages.
 
-    out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j,  i + length - len_q - left <= j <= i + length - len_q
+    p_i = length - len_q + i,  S[i, j] = cap(scale * q_i . (k_j * k_scale)) - slope * |p_i - j|
+    out_i = sum_j softmax_j(S[i, :]) v_j * v_scale,  over  pad <= j < length,  p_i - left <= j <= p_i + right
 
-Layout: queries [batch, heads, len_q, dim]; caches [batch, kv heads, room, dim], or [pages, kv heads, page size, dim]
-with block_table[b, j // page size] naming the page of key j. Only the first lengths[b] keys of a sequence exist.
+Layout: queries [batch, heads, len_q, dim]; caches [entries, kv heads, room, dim]: an entry for each sequence (INDEX
+names it where there is one), or pages, of which block_table[b, j // page size] holds key j. int8 caches have a scale
+for each head or each slot.
 
-Tiling: the len_q * group queries that share a key head are the rows of one product, so that a key is read once for all
-of them. The keys of a sequence are cut into splits, which run at the same time: each leaves a normalised output and a
-log-sum-exp, and `combine` adds them up in a fixed order, so every run gives the same bits.
+Tiling: the len_q * group queries that share a key head are the rows of products, BLOCK_M at a time, so that a key is
+read once for all of them where they are few. The keys of a sequence are cut into splits, which run at the same time:
+each leaves a normalised output and a log-sum-exp, and `combine` adds them up in a fixed order, so every run gives the
+same bits. Lengths and pages that are out of range are cut off at the cache's bounds: they are on the GPU, where nothing
+checks them.
 """
 
 from __future__ import annotations
@@ -17,25 +21,126 @@ import triton.language as tl
 
 from ptkernels._triton.math import LN2, LOG2E, tanh
 
+NO_SCALE = tl.constexpr(0)
+SCALE_PER_HEAD = tl.constexpr(1)
+SCALE_PER_SLOT = tl.constexpr(2)
+
+
+@triton.jit
+def _place(TABLE, INDEX, b, j, inside, stride_tb, page_size, entries, PAGED: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """Entry of the cache and place in it of slots j of a sequence."""
+    if PAGED:
+        entry = tl.load(TABLE + b.to(tl.int64) * stride_tb + j // page_size, mask=inside, other=0).to(tl.int64)
+        slot = (j % page_size).to(tl.int64)
+    else:
+        entry = tl.zeros(j.shape, tl.int64) + (tl.load(INDEX + b) if HAS_INDEX else b)
+        slot = j.to(tl.int64)
+    return tl.minimum(tl.maximum(entry, 0), entries - 1), slot
+
+
+@triton.jit
+def _scales(SCALE, entry, kv, slot, inside, stride_e, stride_h, stride_s, KIND: tl.constexpr):
+    """Scales of slots of one head."""
+    if KIND == SCALE_PER_SLOT:
+        there = SCALE + entry * stride_e + kv * stride_h + slot * stride_s
+        return tl.load(there, mask=inside, other=0.0)
+    else:
+        return tl.zeros(slot.shape, tl.float32) + tl.load(SCALE + kv * stride_h)
+
+
+@triton.jit
+def _rotated(x, row, dims, stride, COS, SIN, angles, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first 2 * PAIRS values of a row in float32, rotated; `row` is read again for what each is paired with."""
+    if INTERLEAVED:
+        partner, angle, is_first = dims ^ 1, dims // 2, dims % 2 == 0
+    else:
+        is_first = dims < PAIRS
+        partner, angle = tl.where(is_first, dims + PAIRS, dims - PAIRS), dims % PAIRS
+    turned = dims < 2 * PAIRS
+    other = tl.load(row + partner * stride, mask=turned, other=0.0).to(tl.float32)
+    cos = tl.load(COS + angles + angle, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(SIN + angles + angle, mask=turned, other=0.0).to(tl.float32)
+    return tl.where(turned, x * cos + tl.where(is_first, -other * sin, other * sin), x)
+
+
+@triton.jit
+def rotate(
+    X, OUT, LENGTHS, COS, SIN, positions, stride_xb, stride_xh, stride_xi, stride_xd, stride_cos, heads, rows,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FIXED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Queries [batch, heads, rows, D] rotated by the angles of their slots, FIXED: all by that of the first."""
+    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dims = tl.arange(0, BLOCK_D)
+    row = X + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh + i.to(tl.int64) * stride_xi
+    x = tl.load(row + dims * stride_xd, mask=dims < D, other=0.0).to(tl.float32)
+    position = tl.load(LENGTHS + b).to(tl.int64) + (0 if FIXED else i)
+    angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
+    x = _rotated(x, row, dims, stride_xd, COS, SIN, angles, PAIRS, INTERLEAVED)
+    there = ((b.to(tl.int64) * heads + h) * rows + i) * D
+    tl.store(OUT + there + dims, x.to(OUT.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def append(
+    X, CACHE, SCALE, LENGTHS, TABLE, INDEX, COS, SIN, positions, room, page_size, entries,
+    stride_xb, stride_xh, stride_xi, stride_xd, stride_cb, stride_ch, stride_cn, stride_cd,
+    stride_se, stride_sh, stride_ss, stride_tb, stride_cos,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, PAGED: tl.constexpr, HAS_INDEX: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Row i of a sequence and head into slot LENGTHS[b] + i of the cache, rotated and quantised where asked for."""
+    i, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dims = tl.arange(0, BLOCK_D)
+    row = X + b.to(tl.int64) * stride_xb + kv.to(tl.int64) * stride_xh + i.to(tl.int64) * stride_xi
+    x = tl.load(row + dims * stride_xd, mask=dims < D, other=0.0)
+    position = tl.load(LENGTHS + b).to(tl.int64) + i
+    exists = (position >= 0) & (position < room)
+    j = tl.zeros((1,), tl.int64) + tl.where(exists, position, 0)
+    entry, slot = _place(TABLE, INDEX, b, j, j >= 0, stride_tb, page_size, entries, PAGED, HAS_INDEX)
+    if PAIRS > 0:
+        angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
+        x = _rotated(x.to(tl.float32), row, dims, stride_xd, COS, SIN, angles, PAIRS, INTERLEAVED)
+    if KIND != NO_SCALE:
+        # What is rotated is rounded to the dtype of the queries only where it is stored in it.
+        x = x.to(tl.float32)
+        if KIND == SCALE_PER_SLOT:
+            top = tl.max(tl.where(x == x, tl.abs(x), 0.0), 0)
+            broken = tl.max(tl.where(x == x, 0, 1), 0) > 0
+            scale = tl.div_rn(top, tl.full(top.shape, 127.0, tl.float32))
+            scale = tl.where(broken, float("nan"), tl.where(scale == 0.0, 1.0, scale))
+            at = SCALE + entry * stride_se + kv * stride_sh + slot * stride_ss
+            tl.store(at, tl.zeros((1,), tl.float32) + scale, mask=exists & (j >= 0))
+        else:
+            scale = tl.load(SCALE + kv * stride_sh)
+        x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale)
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -127.0), 127.0), 0.0)
+        # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest even integer.
+        x = ((x + 12582912.0) - 12582912.0).to(tl.int8)
+    there = CACHE + (entry * stride_cb + kv.to(tl.int64) * stride_ch + slot * stride_cn) + dims * stride_cd
+    tl.store(there, x.to(CACHE.dtype.element_ty), mask=(dims < D) & exists)
+
 
 @triton.jit
 def decode(
-    Q, K, V, TABLE, LENGTHS, PARTIAL, LSE,
+    Q, K, V, TABLE, INDEX, LENGTHS, PAD, SLOPES, K_SCALE, V_SCALE, PARTIAL, LSE,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_tb,
-    heads, group, len_q, page_size, left, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, PAGED: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_tb, stride_ab, stride_ah,
+    stride_ke, stride_ks, stride_kt, stride_ve, stride_vs, stride_vt,
+    heads, group, len_q, added, room, page_size, entries, splits, left, right, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, PAGED: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_PAD: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    split, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(0)
-    length = tl.load(LENGTHS + b).to(tl.int32)
+    """BLOCK_M rows of one key head against one split of its keys."""
+    split, kv, b = tl.program_id(0) % splits, tl.program_id(1), tl.program_id(2)
+    length = tl.minimum(tl.load(LENGTHS + b).to(tl.int32) + added, room)
     keys_per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     lo = split * keys_per_split
     hi = tl.minimum(lo + keys_per_split, length)
+    pad = tl.load(PAD + b).to(tl.int32) if HAS_PAD else 0
 
-    r = tl.arange(0, BLOCK_M)
+    r = (tl.program_id(0) // splits) * BLOCK_M + tl.arange(0, BLOCK_M)
     i, h = r // group, kv * group + r % group
     last = i + length - len_q
     dims = tl.arange(0, BLOCK_D)
@@ -43,26 +148,30 @@ def decode(
     real = i < len_q
     q_rows = b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh + i.to(tl.int64) * stride_qm
     q = tl.load(Q + q_rows[:, None] + dims[None, :] * stride_qd, mask=real[:, None] & (dims[None, :] < D), other=0.0)
+    if ALIBI:
+        slope = tl.load(SLOPES + b * stride_ab + h * stride_ah, mask=real, other=0.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(lo, hi, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        if PAGED:
-            entry = tl.load(TABLE + b.to(tl.int64) * stride_tb + j // page_size, mask=j < hi, other=0).to(tl.int64)
-            slot = (j % page_size).to(tl.int64)
-        else:
-            entry = tl.zeros((BLOCK_N,), tl.int64) + b
-            slot = j.to(tl.int64)
+        entry, slot = _place(TABLE, INDEX, b, j, j < hi, stride_tb, page_size, entries, PAGED, HAS_INDEX)
         k_rows = K + entry * stride_kb + kv.to(tl.int64) * stride_kh + slot * stride_kn
-        k = tl.load(
-            k_rows[None, :] + dims[:, None] * stride_kd, mask=(j[None, :] < hi) & (dims[:, None] < D), other=0.0
-        )
+        seen = (j >= pad) & (j < hi)
+        k = tl.load(k_rows[None, :] + dims[:, None] * stride_kd, mask=seen[None, :] & (dims[:, None] < D), other=0)
+        if KIND != NO_SCALE:
+            k = k.to(tl.float32).to(q.dtype)
         s = tl.dot(q, k, input_precision=PRECISION) * scale
+        if KIND != NO_SCALE:
+            s *= _scales(K_SCALE, entry, kv, slot, seen, stride_ke, stride_ks, stride_kt, KIND)[None, :]
         if SOFTCAP:
             s = softcap * tanh(s / softcap)
-        visible = (j[None, :] < hi) & (j[None, :] <= last[:, None])
+        if ALIBI:
+            s -= slope[:, None] * tl.abs(last[:, None] - j[None, :]).to(tl.float32)
+        visible = seen[None, :] & (last[:, None] == last[:, None])
+        if RIGHT:
+            visible &= j[None, :] <= last[:, None] + right
         if LEFT:
             visible &= j[None, :] >= last[:, None] - left
         s = tl.where(visible, s, float("-inf"))
@@ -73,9 +182,10 @@ def decode(
         l = l * rescale + tl.sum(p, 1)
         m = m_new
         v_rows = V + entry * stride_vb + kv.to(tl.int64) * stride_vh + slot * stride_vn
-        v = tl.load(
-            v_rows[:, None] + dims_v[None, :] * stride_vd, mask=(j[:, None] < hi) & (dims_v[None, :] < DV), other=0.0
-        )
+        v = tl.load(v_rows[:, None] + dims_v[None, :] * stride_vd, mask=seen[:, None] & (dims_v[None, :] < DV), other=0)
+        if KIND != NO_SCALE:
+            p *= _scales(V_SCALE, entry, kv, slot, seen, stride_ve, stride_vs, stride_vt, KIND)[None, :]
+            v = v.to(tl.float32).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     row = ((b.to(tl.int64) * heads + h) * len_q + i) * splits + split
@@ -107,5 +217,8 @@ def combine(
     pointers = PARTIAL + (row * splits + split)[:, None] * DV + dims[None, :]
     partial = tl.load(pointers, mask=(split[:, None] < splits) & (dims[None, :] < DV), other=0.0)
     out = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(OUT + row * DV + dims, out.to(OUT.dtype.element_ty), mask=dims < DV)
+    # Rows are counted by head and query; the result has queries outside and heads inside.
+    i, h, b = row % len_q, row // len_q % heads, row // (len_q * heads)
+    there = ((b * len_q + i) * heads + h) * DV
+    tl.store(OUT + there + dims, out.to(OUT.dtype.element_ty), mask=dims < DV)
     tl.store(LSE + row, tl.where(total == 0.0, float("-inf"), shift + tl.log2(total) * LN2))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ptkernels._autograd import below_autograd, has_tangent
+from ptkernels._triton import dispatch
 from ptkernels.ops.attention.options import compute_dtype
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs
 from ptkernels.ops.attention_kv_cache.library import append_op, attend_op
@@ -165,5 +166,7 @@ def _autograd_append(keyset: Any, *args: Any) -> Result:
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::attention_with_kv_cache", _fake_attend, lib=_library)
 torch.library.register_fake("ptkernels::attention_with_kv_cache_append", _fake_append, lib=_library)
+dispatch.implement(_library, attend_op, "ptkernels.ops.attention_kv_cache.triton", "attend")
+dispatch.implement(_library, append_op, "ptkernels.ops.attention_kv_cache.triton", "append_and_attend")
 _library.impl("attention_with_kv_cache", _autograd_attend, "Autograd", with_keyset=True)
 _library.impl("attention_with_kv_cache_append", _autograd_append, "Autograd", with_keyset=True)

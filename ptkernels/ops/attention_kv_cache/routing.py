@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels import _backend, _loader
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels import _backend, _loader, _triton
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.attention_kv_cache import library, register
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs, check_values
 
@@ -18,11 +18,16 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _DIRECT_ROWS = 16
 
 
-def _fallback_reason(device: str) -> str | None:
-    return None if device in (*library.DEVICES, "meta") else f"no kernel for {device} tensors"
+def _fallback_reason(query: Tensor, k_cache: Any) -> str | None:
+    device = query.device.type
+    if _backend.runs_on_triton(device, library.DEVICES):
+        if isinstance(k_cache, Tensor) and k_cache.dtype == torch.float8_e4m3fn:
+            return "the Triton kernels have no float8 cache"
+        return _triton.uncovered(query)
+    return None if device in (*library.DEVICES, "meta") else _backend.no_kernel(device)
 
 
-def runs_on_reference(query: Any) -> bool:
+def runs_on_reference(query: Any, k_cache: Any) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -35,7 +40,7 @@ def runs_on_reference(query: Any) -> bool:
         return False
     device = query.device.type
     _backend.check_requested(OP, device)
-    reason = _fallback_reason(device)
+    reason = _fallback_reason(query, k_cache)
     if reason is not None:
         _backend.fallback(OP, reason)
     return reason is not None
@@ -96,11 +101,13 @@ def explain(
         return Explanation(OP, _COMPOSITION, "reference", requested, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
-    if reason := _fallback_reason(device):
+    if reason := _fallback_reason(query, k_cache):
         return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.runs_on_triton(device, library.DEVICES):
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}")
     if device != "cpu":
         return Explanation(OP, "shape propagation", device, reason)
     kernel = _cpu_kernel(query, k_cache)
@@ -121,5 +128,6 @@ def kernels() -> list[KernelInfo]:
     cpu = [KernelInfo(name, "cpu", tuple(dtypes), True) for name, dtypes in by_name.items()]
     return [
         *(cpu or [KernelInfo("libptkernels.so", "cpu", _DTYPES, True, "ptkernels._introspect is not built")]),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", _DTYPES, True),
     ]

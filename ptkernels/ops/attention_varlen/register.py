@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._triton import dispatch
 from ptkernels.ops.attention.options import Options, compute_dtype
 from ptkernels.ops.attention.register import FORWARD_MODE, autocast
 from ptkernels.ops.attention_varlen import batching, reference
@@ -154,6 +155,8 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::attention_varlen", _fake_forward, lib=_library)
 torch.library.register_fake("ptkernels::_attention_varlen_backward", _fake_backward, lib=_library)
+dispatch.implement(_library, varlen_op, "ptkernels.ops.attention_varlen.triton", "forward")
+dispatch.implement(_library, varlen_backward_op, "ptkernels.ops.attention_varlen.triton", "backward")
 _library.impl("attention_varlen", _autograd_forward, "Autograd", with_keyset=True)
 _library.impl("_attention_varlen_backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("ptkernels::attention_varlen", batching.vmap_forward, lib=_library)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkernels import _backend
+from ptkernels import _backend, _triton
 from ptkernels._autograd import has_tangent
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.attention import routing as dense
 from ptkernels.ops.attention.checks import check_window
 from ptkernels.ops.attention.options import Options, resolve
@@ -21,9 +21,12 @@ _LOOP = "plain torch loop over sequences"
 
 def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    tangent = FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
+    if _backend.runs_on_triton(query.device.type, library.DEVICES):
+        return _triton.uncovered(query) or tangent
     if query.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {query.device.type} tensors"
-    return FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
+        return _backend.no_kernel(query.device.type)
+    return tangent
 
 
 def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
@@ -71,6 +74,8 @@ def explain(
     _backend.check_requested(OP, device)
     if uncovered := fallback_reason(query, key, value, options):
         return Explanation(OP, _LOOP, "reference", uncovered)
+    if _backend.runs_on_triton(device, library.DEVICES):
+        return Explanation(OP, "Triton", "triton", f"fused kernel for {device} tensors; {_triton.NOT_YET_RUN}")
     # The choice of kernel is that of one batch as long as the longest sequence.
     kernel = "shape propagation"
     if device == "cpu":
@@ -86,4 +91,4 @@ def explain(
 def kernels() -> list[KernelInfo]:
     """Every implementation of packed attention and whether it can run in this process."""
     found = [info for info in dense.kernels() if info.backend == "cpu"]
-    return [*found, KernelInfo(_LOOP, "reference", found[0].dtypes, True)]
+    return [*found, triton_row(), KernelInfo(_LOOP, "reference", found[0].dtypes, True)]

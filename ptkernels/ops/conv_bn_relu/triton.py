@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton import tuning
 from ptkernels._triton.dispatch import identity
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.conv_bn_relu import triton_backward_kernels as backward_kernels
@@ -145,10 +146,16 @@ class _Conv:
         """Tile and groups of the forward's launches, and what depends on them."""
         if self.multiplier:
             switches = {"FILTERS": self.filters, "FLAT": False, "MULTIPLIER": self.multiplier}
-            return depthwise_tiles(self.filters)[0], 1, switches
+            return self.pick("depthwise", depthwise_tiles(self.filters), self.filters), 1, switches
         depth = self.channels * math.prod(self.taps) if self.flat else self.channels
         switches = {"FLAT": self.flat, "MULTIPLIER": 0}
-        return tiles(self.input.dtype, self.per_group, depth)[0], self.groups, switches
+        found = tiles(self.input.dtype, self.per_group, depth)
+        return self.pick("forward", found, self.per_group, depth), self.groups, switches
+
+    def pick(self, kernel: str, candidates: Sequence[Tile], *key: int) -> Tile:
+        """The tile of a kernel for channels ``key``; no size of the images decides."""
+        taps = math.prod(self.taps)
+        return tuning.pick(f"conv_{kernel}", (self.input.dtype, *key, taps), candidates, self.input.device)
 
     def empty_z(self) -> Tensor:
         """In channels last, whatever the input is in; a line's strides are those of one."""
@@ -404,14 +411,16 @@ def _input_gradient(a: _Conv, dz: Tensor, dx: Tensor, wrap: Launcher) -> Tensor:
     steps = [s if d == 1 else 1 for s, d in zip(a.stride, a.dilation, strict=True)]
     pixels = a.input.size(0) * math.prod(triton.cdiv(size, step) for size, step in zip(a.in_size, steps, strict=True))
     channels, groups, constants = a.channels, a.groups, {**a.constants, "MULTIPLIER": a.multiplier}
-    tile = tiles(a.input.dtype, channels, a.per_group)[0]
     if a.multiplier:
         channels, groups = a.groups, 1
-        constants["CHANNELS"], tile = channels, depthwise_tiles(channels)[0]
+        constants["CHANNELS"] = channels
+        tile = a.pick("depthwise_input", depthwise_tiles(channels), channels)
+    else:
+        tile = a.pick("input", tiles(a.input.dtype, channels, a.per_group), channels, a.per_group)
     grid = (triton.cdiv(pixels, tile.m) * triton.cdiv(channels, tile.n), groups, math.prod(steps))
     wrap(backward_kernels.input_gradient)[grid](
-        dz, a.weight, dx, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight), *_strides(dx),
-        *a.window, **constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
+        dz, a.weight, dx, pixels, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight),
+        *_strides(dx), *a.window, **constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
     )  # fmt: skip
     return dx
 
@@ -424,7 +433,7 @@ def _shares(pixels: int, programs: int, block: int) -> tuple[int, int]:
 
 
 def _depthwise_weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
-    tile, taps = depthwise_tiles(a.filters)[0], math.prod(a.taps)
+    tile, taps = a.pick("depthwise_weight", depthwise_tiles(a.filters), a.filters), math.prod(a.taps)
     blocks = triton.cdiv(a.filters, tile.n)
     shares, share = _shares(a.pixels, blocks * taps, tile.m)
     partial = dz.new_empty(shares, a.filters, taps, dtype=torch.float32)
@@ -443,7 +452,7 @@ def _weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     if a.multiplier:
         return _depthwise_weight_gradient(a, dz, wrap)
     columns = a.channels * taps if a.flat else a.channels
-    tile = weight_tiles(a.input.dtype, a.per_group, columns)[0]
+    tile = a.pick("weight", weight_tiles(a.input.dtype, a.per_group, columns), a.per_group, columns)
     programs = triton.cdiv(a.per_group, tile.m) * triton.cdiv(columns, tile.n) * (1 if a.flat else taps)
     shares, share = _shares(a.pixels, programs * a.groups, tile.k)
     partial = dz.new_empty(shares, a.filters, taps * a.channels, dtype=torch.float32)

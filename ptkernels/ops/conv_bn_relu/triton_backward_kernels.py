@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ptkernels._triton.math import activation_derivative
-from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, normalization, offset_of
+from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, normalization, offset_of, pixels_of
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _gradient_of_u(
     mean, invstd, weight, shift = normalization(
         MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, HAS_NORM, HAS_WEIGHT, HAS_SHIFT
     )
-    xhat = tl.load(Z + pixel[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    xhat = tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_NORM:
         xhat = (xhat - mean[None, :]) * invstd[None, :]
     u = xhat * weight[None, :] + shift[None, :]
@@ -53,7 +53,7 @@ def _gradient_of_u(
     return du, tl.where(inside, xhat, 0.0), weight * invstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def backward_sums(
     G, Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, PARTIAL, pixels, filters, depth, height, width,
     stride_gn, stride_gc, stride_gd, stride_gh, stride_gw, stride_rn, stride_rc, stride_rd, stride_rh, stride_rw,
@@ -66,7 +66,7 @@ def backward_sums(
     of_du = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     of_product = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for repeat in range(0, REPEATS):
-        pixel = (tl.program_id(0).to(tl.int64) * REPEATS + repeat) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel = pixels_of(tl.program_id(0) * REPEATS + repeat, pixels, BLOCK_M)
         du, xhat, _ = _gradient_of_u(
             G, Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, pixel, f, pixels, filters, depth, height, width,
             stride_gn, stride_gc, stride_gd, stride_gh, stride_gw,
@@ -80,7 +80,7 @@ def backward_sums(
     tl.store(there + filters, tl.sum(of_product, 0), mask=f < filters)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def backward_normalize(
     G, Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, SUMS, DZ, DR, pixels, filters, depth, height, width,
     stride_gn, stride_gc, stride_gd, stride_gh, stride_gw, stride_rn, stride_rc, stride_rd, stride_rh, stride_rw,
@@ -90,7 +90,7 @@ def backward_normalize(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz and the gradient of the residual, in one pass."""
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = pixels_of(tl.program_id(0), pixels, BLOCK_M)
     f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     du, xhat, factor = _gradient_of_u(
         G, Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, pixel, f, pixels, filters, depth, height, width,
@@ -109,7 +109,7 @@ def backward_normalize(
             of_product = tl.load(SUMS + filters + f, mask=f < filters, other=0.0) / pixels
             du -= of_du[None, :] + xhat * of_product[None, :]
         dz = du * factor[None, :]
-        tl.store(DZ + pixel[:, None] * filters + f[None, :], dz.to(DZ.dtype.element_ty), mask=inside)
+        tl.store(DZ + pixel.to(tl.int64)[:, None] * filters + f[None, :], dz.to(DZ.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,23 +126,23 @@ def _met(coordinate, tap, padding, stride, dilation, size):
     return distance // stride, (distance >= 0) & (distance % stride == 0) & (distance // stride < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def input_gradient(
-    DZ, W, DX, batch, filters, depth, height, width, out_depth, out_height, out_width,
+    DZ, W, DX, pixels, batch, filters, depth, height, width, out_depth, out_height, out_width,
     stride_wf, stride_wc, stride_wq, stride_wr, stride_ws, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
     stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M pixels of one class by BLOCK_N channels of one group."""
+    """BLOCK_M pixels of one class, the largest of which has `pixels`, by BLOCK_N channels of one group."""
     tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
     group, index = tl.program_id(1), tl.program_id(2)
     a_w, a_h, a_d = index % STEP_W, index // STEP_W % STEP_H, index // (STEP_W * STEP_H)
     class_d = (depth - a_d + STEP_D - 1) // STEP_D
     class_h = (height - a_h + STEP_H - 1) // STEP_H
     class_w = (width - a_w + STEP_W - 1) // STEP_W
-    pixel = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = pixels_of(tl.program_id(0) // tiles_n, pixels, BLOCK_M)
     exists = pixel < class_d.to(tl.int64) * class_h * class_w * batch
     within = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     image, z, y, x = coordinates(pixel, tl.maximum(class_d, 1), tl.maximum(class_h, 1), tl.maximum(class_w, 1))
@@ -193,7 +193,7 @@ def input_gradient(
     tl.store(pointers, acc.to(DX.dtype.element_ty), mask=exists[:, None] & (within[None, :] < CHANNELS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
@@ -220,7 +220,7 @@ def weight_gradient(
     q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
     f = (group * FILTERS + within).to(tl.int64)
     X += (group * CHANNELS + channel).to(tl.int64)[None, :] * stride_xc
-    begin = tl.program_id(2).to(tl.int64) * share
+    begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -230,13 +230,14 @@ def weight_gradient(
         layer = z[:, None] * stride_d + (q * dilation_d - padding_d)
         row = y[:, None] * stride_h + (r * dilation_h - padding_h)
         column = x[:, None] * stride_w + (s * dilation_w - padding_w)
-        inside = (pixel < end)[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        real = (pixel >= begin) & (pixel < end)
+        inside = real[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(image[:, None], layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
         b = tl.load(X + offset, mask=inside & inside_n[None, :], other=0.0)
         a = tl.load(
-            DZ + pixel[None, :] * filters + f[:, None],
-            mask=(pixel < end)[None, :] & (within[:, None] < FILTERS),
+            DZ + pixel.to(tl.int64)[None, :] * filters + f[:, None],
+            mask=real[None, :] & (within[:, None] < FILTERS),
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -244,7 +245,7 @@ def weight_gradient(
     tl.store(PARTIAL + there, acc, mask=(within[:, None] < FILTERS) & inside_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def depthwise_weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
@@ -257,7 +258,7 @@ def depthwise_weight_gradient(
     f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tap = tl.program_id(1)
     q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
-    begin = tl.program_id(2).to(tl.int64) * share
+    begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for first in range(0, share, BLOCK_M):
@@ -266,12 +267,14 @@ def depthwise_weight_gradient(
         layer = z * stride_d + (q * dilation_d - padding_d)
         row = y * stride_h + (r * dilation_h - padding_h)
         column = x * stride_w + (s * dilation_w - padding_w)
-        inside = (pixel < end) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        inside = (pixel >= begin) & (pixel < end) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(image, layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
         valid = inside[:, None] & (f[None, :] < filters)
         of_input = X + offset[:, None] + (f // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
         a = tl.load(of_input, mask=valid, other=0.0).to(tl.float32)
-        acc += a * tl.load(DZ + pixel[:, None] * filters + f[None, :], mask=valid, other=0.0).to(tl.float32)
+        acc += a * tl.load(DZ + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=valid, other=0.0).to(
+            tl.float32
+        )
     there = (tl.program_id(2).to(tl.int64) * filters + f) * TAPS + tap
     tl.store(PARTIAL + there, tl.sum(acc, 0), mask=f < filters)

@@ -24,13 +24,20 @@ from ptkernels._triton.math import activate
 
 
 @triton.jit
+def pixels_of(block, pixels, BLOCK: tl.constexpr):
+    """Numbers of the pixels of a block, as wide as their count needs: 64-bit divisions are calls of functions."""
+    number = block.to(pixels.dtype) * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(number < 0, pixels, number)  # the last block may end beyond 2^31
+
+
+@triton.jit
 def coordinates(pixel, depth, height, width):
     """Image, layer, row and column of pixels."""
     x = (pixel % width).to(tl.int32)
     rest = pixel // width
     y = (rest % height).to(tl.int32)
     rest = rest // height
-    return rest // depth, (rest % depth).to(tl.int32), y, x
+    return (rest // depth).to(tl.int64), (rest % depth).to(tl.int32), y, x
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def normalization(
     return mean, invstd, weight, per_channel(BN_BIAS, f, real, 0.0, HAS_SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def conv(
     X, W, BIAS, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, OUT, Z, PARTIAL,
     pixels, filters, depth, height, width, out_depth, out_height, out_width,
@@ -82,7 +89,7 @@ def conv(
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
     group = tl.program_id(1)
     tile_m = tl.program_id(0) // tiles_n
-    pixel = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = pixels_of(tile_m, pixels, BLOCK_M)
     within = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = (group * FILTERS + within).to(tl.int64)
     image, z, y, x = coordinates(pixel, out_depth, out_height, out_width)
@@ -136,7 +143,7 @@ def conv(
     rounded = acc.to(X.dtype.element_ty)
     acc = rounded.to(tl.float32)
     if WRITE_Z:
-        tl.store(Z + pixel[:, None] * filters + f[None, :], rounded, mask=stored)
+        tl.store(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], rounded, mask=stored)
     if STATISTICS:
         count = tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
         mean = tl.sum(tl.where(stored, acc, 0.0), 0) / count
@@ -195,7 +202,7 @@ def merge_statistics(
     tl.store(VAR + f, squares / seen, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def normalize(
     Z, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, OUT, pixels, filters, depth, height, width,
     stride_rn, stride_rc, stride_rd, stride_rh, stride_rw, stride_on, stride_oc, stride_od, stride_oh, stride_ow,
@@ -204,12 +211,12 @@ def normalize(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out from z, in one pass."""
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = pixels_of(tl.program_id(0), pixels, BLOCK_M)
     f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = f < filters
     inside = (pixel[:, None] < pixels) & real[None, :]
     mean, invstd, scale, shift = normalization(MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, True, HAS_WEIGHT, HAS_SHIFT)
-    u = tl.load(Z + pixel[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
     u = (u - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
     image, z, y, x = coordinates(pixel, depth, height, width)
     channel = f.to(tl.int64)[None, :]

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton import tuning
 from ptkernels._triton.dispatch import identity
 from ptkernels.ops.packed_rnn import triton_kernels as kernels
 from ptkernels.ops.packed_rnn.reference import GATES
@@ -120,7 +121,11 @@ class _Layer:
     def plan(self, arch: int) -> tuple[Tile, bool]:
         """The tile, and whether a program runs all steps."""
         persistent = persistent_tiles(self.dtype, self.hidden, arch)
-        return (persistent or step_tiles(self.dtype, self.batch))[0], bool(persistent)
+        if persistent:
+            return tuning.pick("rnn", (self.mode, self.dtype, self.hidden), persistent, self.input.device), True
+        stepwise = step_tiles(self.dtype, self.batch)
+        key = (self.mode, self.dtype, self.hidden, stepwise[0].b)
+        return tuning.pick("rnn_step", key, stepwise, self.input.device), False
 
     def switches(self) -> dict[str, Any]:
         return {

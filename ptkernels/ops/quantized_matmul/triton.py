@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton import tuning
 from ptkernels._triton.dispatch import identity
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.quantized_matmul import formats, reference
@@ -143,7 +144,10 @@ def linear(
         return out
     precision = _triton.dot_precision(input.dtype)
     x, x_scales = quantize_rows(input, input_scale, wrap) if quantize_input else (input, input)
-    tile = tiles(x.dtype, rows, weight.group)[0]
+    candidates = tiles(x.dtype, rows, weight.group)
+    # The rows count only by the bucket that their candidates stand for.
+    key = (code_format, x.dtype, group_size, weight.out_features, columns, candidates[0].m)
+    tile = tuning.pick("linear", key, candidates, input.device)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(weight.out_features, tile.n),)
     wrap(kernels.linear)[grid](
         x, x_scales, *weight.operands, weight.book, x if bias is None else bias.contiguous(),
@@ -173,7 +177,8 @@ def linear_backward(
     if dx.numel() == 0 or features == 0:
         return dx.zero_()
     weight = _Weight(codes, scales, zeros, code_format, group_size, in_features)
-    tile = dx_tiles(grad_out.dtype)[0]
+    key = (code_format, grad_out.dtype, features, in_features)
+    tile = tuning.pick("linear_dx", key, dx_tiles(grad_out.dtype), grad_out.device)
     wrap(kernels.linear_dx)[(triton.cdiv(rows, tile.m) * triton.cdiv(in_features, tile.k),)](
         grad_out, *weight.operands, weight.book, dx, rows, features, in_features, *weight.numbers, *grad_out.stride(),
         weight.codes.stride(0), dx.stride(0), **weight.constants, PRECISION=_triton.dot_precision(grad_out.dtype),
