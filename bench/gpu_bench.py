@@ -33,6 +33,15 @@ from ptkernels.ops.quantized_matmul.weight import QuantizedWeight
 
 ROUNDS, BLOCK_MILLISECONDS = 7, 15.0
 CHECK_FLOPS = 2e11
+SCHEMES = (
+    ("int8_dynamic", -1),
+    ("int4_weight_only", 128),
+    ("fp8", -1),
+    ("int8_weight_only", -1),
+    ("int4_int8", 128),
+    ("nf4", 64),
+    ("mxfp4", 32),
+)
 
 
 def on_gpu(spec: OpSpec, case: BenchCase) -> BenchCase:
@@ -61,11 +70,10 @@ def cases_of(op: str) -> Iterator[BenchCase]:
             for direction in ("forward+backward", "forward"):
                 yield conv._bench_case(f"{name}-n64", model, shape, torch.bfloat16, direction)  # type: ignore[arg-type]
     elif op == "quantized_matmul":
-        layer, model, n, k = quantized._BENCH_LAYERS[0]
-        for scheme, group in quantized._BENCH_SCHEMES:
-            for rows in (1, 16, 64, 1024, 4096):
-                shape = {"M": rows, "N": n, "K": k, "scheme": scheme, "group": group}
-                yield quantized._bench_case(f"{layer}-{scheme}-{rows}", model, shape, torch.bfloat16, "forward")
+        for rows in (16, 4096, 1, 1024):
+            for scheme, group in SCHEMES:
+                shape = {"M": rows, "N": 4096, "K": 4096, "scheme": scheme, "group": group}
+                yield quantized._bench_case(f"4096-{scheme}-{rows}", "Llama", shape, torch.bfloat16, "forward")
     else:
         found = get(op).bench_cases()
         yield from (case for case in found if case.dtype == torch.bfloat16)
@@ -178,7 +186,8 @@ def measure(spec: OpSpec, case: BenchCase, results: Results) -> Row:
     row.seconds = row.peers.pop("ptkernels")
     row.settle()
     limits = results.machine["ceilings"]
-    peak = limits.get(row.dtype, math.inf)
+    integers = case.shape.get("scheme") in ("int8_dynamic", "int4_int8")
+    peak = limits.get("int8" if integers else row.dtype, math.inf)
     row.limit_fraction = max(row.work_flops / peak, row.work_bytes / limits["copy_bandwidth"]) / row.seconds
     return row
 

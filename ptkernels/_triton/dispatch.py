@@ -1,9 +1,10 @@
 """Triton kernels as an implementation of the package's own operators.
 
 An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which
-launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for. What is registered above it (autograd, autocast, vmap, shapes) is that of the operator. Under
-``torch.compile`` and AOTInductor the function is traced in the operator's place, as ``torch.library.triton_op`` does,
-so that they see its kernels; ``torch.export`` keeps the operator.
+launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for. What is registered above
+(autograd, autocast, vmap, shapes) is that of the operator. Under ``torch.compile`` and AOTInductor the function is
+traced in the operator's place, as ``torch.library.triton_op`` does, so that they see its kernels; ``torch.export``
+keeps the operator.
 """
 
 from __future__ import annotations
