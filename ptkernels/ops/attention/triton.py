@@ -302,7 +302,7 @@ def _backward(
         dmask = torch.zeros_like(mask) if want_mask and mask is not None else None
         dslopes = torch.zeros_like(call.alibi_slopes) if want_slopes and call.alibi_slopes is not None else None
         delta = -grad_lse if grad_lse is not None else torch.zeros_like(lse)
-        dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+        dsinks = _sinks_gradient(lse, delta, call.sinks, call) if want_sinks and call.sinks is not None else None
         return Gradients(empty[0], empty[1], empty[2], dmask, dslopes, dsinks)
 
     a = _Arguments(query, key, value, mask, call)
@@ -329,8 +329,8 @@ def _backward(
             heads_kv, a.group, *a.problem, **common, **_blocks(tile),
         )  # fmt: skip
     dmask = _mask_gradient(mask, a, inputs, grad_out, statistics, strides, masks, wrap) if want_mask else None
-    dslopes = _sum_rows(dslope_rows, call.alibi_slopes) if want_slopes else None
-    dsinks = _sinks_gradient(lse, delta, call.sinks) if want_sinks and call.sinks is not None else None
+    dslopes = _sum_rows(dslope_rows, call.alibi_slopes, call) if want_slopes else None
+    dsinks = _sinks_gradient(lse, delta, call.sinks, call) if want_sinks and call.sinks is not None else None
     return Gradients(dq if want_dq else None, dk if want_dk else None, dv if want_dv else None, dmask, dslopes, dsinks)
 
 
@@ -391,17 +391,27 @@ def _mask_gradient(
     return partial.sum_to_size((batch, heads, rows, keys)).view(mask.shape).to(mask.dtype)
 
 
-def _by_head(values: Tensor) -> Tensor:
-    """Sum over the rows: ``[batch, heads]``, or ``[1, heads]`` of packed sequences."""
-    return values.sum(-1).view(-1, values.size(-2))
+def _per_sequence(like: Tensor, call: Call) -> Tensor | None:
+    """Lengths of packed sequences whose heads have a number each per sequence; None where they share one."""
+    return None if call.cu_seqlens_q is None or like.dim() < 2 else call.cu_seqlens_q.diff()
 
 
-def _sum_rows(rows: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else _by_head(rows).sum_to_size(like.shape).to(like.dtype)
+def _sum_rows(rows: Tensor, like: Tensor | None, call: Call) -> Tensor | None:
+    """Sum ``[batch, heads, length]``, or ``[heads, tokens]``, over rows into the shape of ``like``."""
+    if like is None:
+        return None
+    lengths = _per_sequence(like, call)
+    if lengths is None:
+        total = rows.sum(-1).view(-1, rows.size(-2))
+    else:
+        total = torch.segment_reduce(rows.t().contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
+    return total.sum_to_size(like.shape).to(like.dtype)
 
 
-def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor) -> Tensor:
+def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor, call: Call) -> Tensor | None:
     """A sink is one more score without a value: its dS is its weight times -delta."""
-    weights = torch.exp(sinks.float().unsqueeze(-1) - lse)
-    weights = weights.masked_fill(lse == -math.inf, 0.0)
-    return _by_head(-weights * delta).sum_to_size(sinks.shape).to(sinks.dtype)
+    lengths, scores = _per_sequence(sinks, call), sinks.float().unsqueeze(-1)
+    if lengths is not None:
+        scores = sinks.float().repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
+    weights = torch.exp(scores - lse).masked_fill(lse == -math.inf, 0.0)
+    return _sum_rows(-weights * delta, sinks, call)

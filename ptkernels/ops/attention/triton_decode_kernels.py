@@ -93,9 +93,9 @@ def append(
     dims = tl.arange(0, BLOCK_D)
     row = X + b.to(tl.int64) * stride_xb + kv.to(tl.int64) * stride_xh + i.to(tl.int64) * stride_xi
     x = tl.load(row + dims * stride_xd, mask=dims < D, other=0.0)
-    position = tl.load(LENGTHS + b).to(tl.int64) + i
+    position = tl.zeros((1,), tl.int64) + tl.load(LENGTHS + b).to(tl.int64) + i
     exists = (position >= 0) & (position < room)
-    j = tl.zeros((1,), tl.int64) + tl.where(exists, position, 0)
+    j = tl.where(exists, position, 0)
     entry, slot = _place(TABLE, INDEX, b, j, j >= 0, stride_tb, page_size, entries, PAGED, HAS_INDEX)
     if PAIRS > 0:
         angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
@@ -109,7 +109,7 @@ def append(
             scale = tl.div_rn(top, tl.full(top.shape, 127.0, tl.float32))
             scale = tl.where(broken, float("nan"), tl.where(scale == 0.0, 1.0, scale))
             at = SCALE + entry * stride_se + kv * stride_sh + slot * stride_ss
-            tl.store(at, tl.zeros((1,), tl.float32) + scale, mask=exists & (j >= 0))
+            tl.store(at, tl.zeros((1,), tl.float32) + scale, mask=exists)
         else:
             scale = tl.load(SCALE + kv * stride_sh)
         x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale)

@@ -21,7 +21,8 @@ def _call(query: Tensor, key: Tensor, cu_seqlens: Sequence[Tensor], bounds: Sequ
     longest = [bound if bound >= 0 else tensor.size(0) for bound, tensor in zip(bounds, (query, key), strict=True)]
     for name, offsets, tensor, bound in zip("qk", cu_seqlens, (query, key), longest, strict=True):
         lengths = offsets.diff()
-        fits = (offsets[0] == 0) & (offsets[-1] == tensor.size(0)) & ((lengths >= 0) & (lengths <= bound)).all()
+        ends = (offsets.select(0, 0) == 0) & (offsets.select(0, offsets.size(0) - 1) == tensor.size(0))
+        fits = ends & ((lengths >= 0) & (lengths <= bound)).all()
         torch._assert_async(
             fits, f"{OP}: cu_seqlens_{name}: expected offsets from 0 to {tensor.size(0)}, at most {bound} apart"
         )

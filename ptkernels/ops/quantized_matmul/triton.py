@@ -67,7 +67,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tiles(dtype: torch.dtype, rows: int, group: int) -> list[Tile]:
+def tiles(dtype: torch.dtype, rows: int, group: int, in_groups: bool) -> list[Tile]:
     """The tile sizes worth trying for a number of rows, best guess first.
 
     They depend on whether rows are few, where a product only streams the weight, and on no other size, so that a new
@@ -80,7 +80,9 @@ def tiles(dtype: torch.dtype, rows: int, group: int) -> list[Tile]:
     elif rows <= 64:
         candidates = [Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 3)]
     else:
-        candidates = [Tile(128, 128 if dtype == torch.int8 else 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)]
+        # Integer sums that are scaled step by step are held twice.
+        wide = 128 if dtype == torch.int8 and not in_groups else 64
+        candidates = [Tile(128, wide, 64, 8, 3), Tile(64, 64, 64, 4, 3)]
     # A step of K that stays in one group needs one scale.
     return [tile._replace(k=max(min(tile.k, group & -group), 16 if dtype != torch.int8 else 32)) for tile in candidates]
 
@@ -144,7 +146,7 @@ def linear(
         return out
     precision = _triton.dot_precision(input.dtype)
     x, x_scales = quantize_rows(input, input_scale, wrap) if quantize_input else (input, input)
-    candidates = tiles(x.dtype, rows, weight.group)
+    candidates = tiles(x.dtype, rows, weight.group, weight.group < columns or zeros is not None)
     # The rows count only by the bucket that their candidates stand for.
     key = (code_format, x.dtype, group_size, weight.out_features, columns, candidates[0].m)
     tile = tuning.pick("linear", key, candidates, input.device)
