@@ -23,6 +23,9 @@ from ptkernels import _backend, _triton
 Implementation = Callable[..., Any]
 """Takes the operator's arguments, and ``wrap``: the identity, or ``torch.library.wrap_triton`` under tracing."""
 
+Launcher = Callable[[Any], Any]
+"""Turns a kernel into what is indexed by a grid: ``identity``, or ``torch.library.wrap_triton`` under tracing."""
+
 
 def identity(kernel: Any) -> Any:
     """Of a kernel that is launched and not traced."""

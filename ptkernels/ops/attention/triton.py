@@ -9,7 +9,7 @@ can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,11 @@ from torch import Tensor
 
 from ptkernels import _triton
 from ptkernels._triton import tuning
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.attention import triton_kernels as kernels
 
 KEEP_ALL = 1 << 16
 UNBOUNDED = -1
-
-Launcher = Callable[[Any], Any]
-"""Turns a kernel into what is indexed by a grid: the identity, or ``torch.library.wrap_triton`` under tracing."""
 
 
 class Tile(NamedTuple):
@@ -199,16 +197,12 @@ def _launch_forward(
     )  # fmt: skip
 
 
-def _identity(kernel: Any) -> Any:
-    return kernel
-
-
 def _heads_inside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Call, wrap: Launcher = _identity
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: Call, wrap: Launcher = identity
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``ptkernels::attention`` for arguments that were checked."""
     batch, heads, length, _ = query.shape
@@ -220,7 +214,7 @@ def forward(
 
 
 def varlen_forward(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, wrap: Launcher = _identity
+    query: Tensor, key: Tensor, value: Tensor, call: Call, wrap: Launcher = identity
 ) -> tuple[Tensor, Tensor]:
     """``out`` of shape ``[tokens, heads, dim_v]`` and ``lse`` ``[heads, tokens]`` of packed sequences."""
     tokens, heads, _ = query.shape
@@ -253,7 +247,7 @@ def backward(
     attn_mask: Tensor | None,
     call: Call,
     needed: Sequence[bool] = (True,) * 6,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> Gradients:
     """Gradients of ``ptkernels::attention`` with respect to query, key, value, attn_mask, alibi_slopes and sinks."""
     dq = _heads_inside(query, *query.shape)
@@ -272,7 +266,7 @@ def varlen_backward(
     lse: Tensor,
     call: Call,
     needed: Sequence[bool] = (True,) * 6,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> Gradients:
     """The same for packed sequences."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ptkernels import _triton
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.attention import triton_decode_kernels as kernels
-from ptkernels.ops.attention.triton import UNBOUNDED, Launcher, Tile, _identity
+from ptkernels.ops.attention.triton import UNBOUNDED, Tile
 
 # A GPU is full with two programs on each of its multiprocessors; 132 is what an H100 has.
 _PROGRAMS = 264
@@ -82,7 +83,7 @@ def decode(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     splits: int | None = None,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of queries ``[batch, heads, len_q, dim]`` that are the last of their sequences.
 
@@ -145,7 +146,7 @@ def _rotary_arguments(rotary: Rotary | None, dummy: Tensor) -> tuple[tuple[Tenso
     return (cos, sin, cos.size(0)), constants, cos.size(1)
 
 
-def rotate(query: Tensor, lengths: Tensor, rotary: Rotary, fixed: bool, wrap: Launcher = _identity) -> Tensor:
+def rotate(query: Tensor, lengths: Tensor, rotary: Rotary, fixed: bool, wrap: Launcher = identity) -> Tensor:
     """Queries by the angles of slots ``lengths`` and on, or, ``fixed``, all by that of the first."""
     batch, heads, rows, dim = query.shape
     out = query.new_empty(query.shape)
@@ -164,7 +165,7 @@ def append(
     scale: Tensor | None,
     cache: Cache,
     rotary: Rotary | None = None,
-    wrap: Launcher = _identity,
+    wrap: Launcher = identity,
 ) -> None:
     """Write rows ``[batch, kv_heads, n, dim]`` behind ``cache.lengths`` into ``target``, its keys or values."""
     batch, kv_heads, rows, dim = new.shape

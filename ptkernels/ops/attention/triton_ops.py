@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from ptkernels import _triton
+from ptkernels._triton.dispatch import identity
 from ptkernels.ops.attention import triton as launch
 
-_wrap = launch._identity if _triton.interpreted() else wrap_triton
+_wrap = identity if _triton.interpreted() else wrap_triton
 
 
 @triton_op("ptkernels::_attention_triton", mutates_args={})

@@ -5,15 +5,12 @@ Nothing is read on the host, so a step of decoding can be captured in a CUDA gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ptkernels._triton.dispatch import identity
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.attention.triton_decode import Cache, Rotary, append, decode, rotate
-
-Launcher = Callable[[Any], Any]
 
 
 def attend(

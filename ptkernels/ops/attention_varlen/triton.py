@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels._triton.dispatch import identity
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.attention import triton as launch
 from ptkernels.ops.attention_varlen.checks import OP
 
@@ -40,7 +40,7 @@ def forward(
     max_seqlen_q: int = -1,
     max_seqlen_k: int = -1,
     *options: Any,
-    wrap: launch.Launcher = identity,
+    wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of checked arguments."""
     call = _call(query, key, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
@@ -61,7 +61,7 @@ def backward(
     max_seqlen_k: int,
     output_mask: Sequence[bool],
     *options: Any,
-    wrap: launch.Launcher = identity,
+    wrap: Launcher = identity,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, alibi_slopes and sinks, None where not asked for."""
     call = _call(query, key, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)

@@ -9,7 +9,7 @@ on the host, so a call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ptkernels import _triton
 from ptkernels._triton import tuning
-from ptkernels._triton.dispatch import identity
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.conv_bn_relu import triton_backward_kernels as backward_kernels
 from ptkernels.ops.conv_bn_relu import triton_kernels as kernels
 
-Launcher = Callable[[Any], Any]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 # Programs that fill a GPU of 132 multiprocessors twice: into so many shares the pixels of a weight gradient are cut.

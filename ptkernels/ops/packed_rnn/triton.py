@@ -8,7 +8,7 @@ be captured in a CUDA graph, as can one whose lengths are in pinned memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptkernels import _triton
 from ptkernels._triton import tuning
-from ptkernels._triton.dispatch import identity
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels.ops.packed_rnn import triton_kernels as kernels
 from ptkernels.ops.packed_rnn.reference import GATES
 from ptkernels.ops.packed_rnn.triton_order import Order, order_of
@@ -25,8 +25,6 @@ from ptkernels.ops.packed_rnn.triton_order import Order, order_of
 MODES = {"lstm": kernels.LSTM.value, "gru": kernels.GRU.value, "tanh": kernels.TANH.value, "relu": kernels.RELU.value}
 # Gradients of gates that the backward keeps of a unit: a gru's n has one for each of its two terms.
 STORED = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
-
-Launcher = Callable[[Any], Any]
 
 
 class Tile(NamedTuple):

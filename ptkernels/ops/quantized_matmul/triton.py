@@ -8,8 +8,7 @@ quarter of it: the product then reads that as often as it has columns of tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from ptkernels import _triton
 from ptkernels._triton import tuning
-from ptkernels._triton.dispatch import identity
+from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.quantized_matmul import formats, reference
 from ptkernels.ops.quantized_matmul import triton_kernels as kernels
 
 CODES = {name: getattr(kernels, name.upper()).value for name in formats.CODE_FORMATS}
-Launcher = Callable[[Any], Any]
 
 _books: dict[torch.device, Tensor] = {}
 
