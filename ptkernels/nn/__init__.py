@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from ptkernels.nn.cells import (
+    BidirectionalCombine,
+    CellLayer,
+    LayerNormGRUCell,
+    LayerNormLSTMCell,
+    PeepholeLSTMCell,
+    ResetBeforeGRUCell,
+    ZoneoutCell,
+)
 from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
 from ptkernels.nn.quantized import LoRALinear, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -11,15 +20,22 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "BidirectionalCombine",
+    "CellLayer",
     "ConvBNReLU1d",
     "ConvBNReLU2d",
     "ConvBNReLU3d",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
     "LoRALinear",
     "MultiheadAttention",
+    "PeepholeLSTMCell",
     "QuantizedLinear",
     "RNNCell",
+    "ResetBeforeGRUCell",
     "TransformerEncoderLayer",
+    "ZoneoutCell",
     "quantize_",
 ]

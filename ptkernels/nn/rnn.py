@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ptkernels.ops.packed_rnn.inputs import sequences_of
 from ptkernels.ops.packed_rnn.layer import run_layer
-from ptkernels.ops.packed_rnn.stack import _states, run_stack
+from ptkernels.ops.packed_rnn.stack import _states, run_with_resets
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -22,27 +22,63 @@ class _Stack(nn.RNNBase):
     ``torch.nn.LSTM`` and the others themselves.
     """
 
+    # On the class for layers of torch's that `ptkernels.replace` gives this class.
+    weight_dropout: float = 0.0
+    recompute: bool = False
+
+    def __init__(self, *args: Any, weight_dropout: float, recompute: bool, **kwargs: Any) -> None:
+        if isinstance(weight_dropout, bool) or not 0.0 <= weight_dropout <= 1.0:
+            raise ValueError(f"{args[0]}: weight_dropout: got {weight_dropout!r}, expected a probability from 0 to 1")
+        self.weight_dropout = weight_dropout
+        self.recompute = recompute
+        super().__init__(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        text += f", weight_dropout={self.weight_dropout}" if self.weight_dropout else ""
+        return text + (", recompute=True" if self.recompute else "")
+
+    def _params(self) -> list[Tensor]:
+        """By name, not from _flat_weights: a reparametrised or replaced weight counts as it is now."""
+        names = [name for names in self._all_weights for name in names]
+        own = self._parameters  # in most modules all are there; getattr finds the others, more slowly
+        found = [weight if (weight := own.get(name)) is not None else getattr(self, name) for name in names]
+        if self.weight_dropout and self.training:
+            dropped = zip(names, found, strict=True)
+            found = [
+                torch.dropout(weight, self.weight_dropout, True) if name.startswith("weight_hh") else weight
+                for name, weight in dropped
+            ]
+        return found
+
     def _run(
-        self, op: str, mode: str, input: Any, hx: Any, lengths: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        op: str,
+        mode: str,
+        input: Any,
+        hx: Any,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Any, Tensor, Tensor]:
         first = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
         sequences = sequences_of(op, input, first, self.batch_first, lengths, cu_seqlens)
         if sequences.data.size(-1) != self.input_size:
             raise ValueError(f"{op}: input: got {sequences.data.size(-1)} features, expected {self.input_size}")
         state = _states(op, hx, mode, sequences.unbatched)
-        # By name, not from _flat_weights: a reparametrised or replaced weight counts as it is now.
-        params = [getattr(self, name) for names in self._all_weights for name in names]
         dropout = self.dropout if self.training else 0.0
-        return run_stack(
+        return run_with_resets(
             op,
             sequences,
             state,
-            params,
+            self._params(),
+            resets,
             mode,
             self.num_layers,
             dropout,
             self.bidirectional,
             len(self._all_weights[0]),
+            self.recompute,
         )
 
 
@@ -60,10 +96,14 @@ class LSTM(_Stack):
         proj_size: features that h is projected to; 0 means no projection.
         device: of the parameters.
         dtype: of the parameters.
+        weight_dropout: probability of dropping an entry of the recurrent weights in training, anew in every call and
+            the same for all its steps (Merity et al., "Regularizing and optimizing LSTM language models", 2018).
+        recompute: keep neither gates nor cells for the backward, which computes them again: see
+            :func:`ptkernels.packed_rnn`.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, (h_n, c_n))``. Forms of
-        input, shapes and errors are those of :func:`ptkernels.lstm`.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, (h_n, c_n))``.
+        Forms of input, shapes and errors are those of :func:`ptkernels.lstm`.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -87,10 +127,23 @@ class LSTM(_Stack):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         super().__init__(
-            "LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device=device, dtype=dtype
+            "LSTM",
+            *sizes,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+            weight_dropout=weight_dropout,
+            recompute=recompute,
         )
 
     def forward(
@@ -100,8 +153,9 @@ class LSTM(_Stack):
         *,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = self._run("lstm", "lstm", input, hx, lengths, cu_seqlens)
+        output, h_n, c_n = self._run("lstm", "lstm", input, hx, lengths, cu_seqlens, resets)
         return output, (h_n, c_n)
 
 
@@ -111,7 +165,7 @@ class GRU(_Stack):
     Arguments are those of :class:`ptkernels.nn.LSTM` without ``proj_size``.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, h_n)``.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -131,9 +185,23 @@ class GRU(_Stack):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
-        super().__init__("GRU", *sizes, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype)
+        super().__init__(
+            "GRU",
+            *sizes,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            weight_dropout=weight_dropout,
+            recompute=recompute,
+        )
 
     def forward(
         self,
@@ -142,8 +210,9 @@ class GRU(_Stack):
         *,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
-        return self._run("gru", "gru", input, hx, lengths, cu_seqlens)[:2]
+        return self._run("gru", "gru", input, hx, lengths, cu_seqlens, resets)[:2]
 
 
 class RNN(_Stack):
@@ -153,7 +222,7 @@ class RNN(_Stack):
     ``num_layers``.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, h_n)``.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -174,13 +243,25 @@ class RNN(_Stack):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"RNN: nonlinearity: got {nonlinearity!r}, expected tanh or relu")
         self.nonlinearity = nonlinearity
         sizes = (input_size, hidden_size, num_layers)
         super().__init__(
-            f"RNN_{nonlinearity.upper()}", *sizes, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+            f"RNN_{nonlinearity.upper()}",
+            *sizes,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            weight_dropout=weight_dropout,
+            recompute=recompute,
         )
 
     def forward(
@@ -190,8 +271,9 @@ class RNN(_Stack):
         *,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
-        return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens)[:2]
+        return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens, resets)[:2]
 
 
 def _cell(op: str, mode: str, module: nn.RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ namespace {
 Tensor state_like(const Layer& layer, size_t index, int64_t features) {
   Tensor out = empty_contiguous(layer.input, layer.state_shape(features), layer.problem.dtype);
   // Sequences without a token keep what they came with.
-  if (index < layer.state.size()) {
-    torch::stable::copy_(out, layer.state[index]);
-  } else {
-    torch::stable::zero_(out);
+  const size_t bytes = out.numel() * element_size(layer.problem.dtype);
+  if (bytes > 0 && index < layer.state.size()) {
+    std::memcpy(out.mutable_data_ptr(), layer.state[index].const_data_ptr(), bytes);
+  } else if (bytes > 0) {
+    std::memset(out.mutable_data_ptr(), 0, bytes);
   }
   return out;
 }
@@ -25,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_rnn(Tensor input, std:
                                                               std::optional<Tensor> sorted_indices,
                                                               std::vector<Tensor> state, std::vector<Tensor> params,
                                                               int64_t batch_size, std::string layout, std::string mode,
-                                                              bool bidirectional, bool save) {
+                                                              bool bidirectional, bool save, bool /*recompute*/) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
                     bidirectional);
   const RnnProblem& p = layer.problem;
@@ -299,7 +300,7 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
     if (tensor) {
       check_rnn_tensor(name, *tensor, layer.input);
       check_rnn_shape(name, *tensor, shape);
-      tensor = torch::stable::contiguous(*tensor);
+      tensor = as_contiguous(*tensor);
     }
   };
   PTK_CHECK(!grad_c_n || p.mode == RnnMode::lstm, "packed_rnn: grad_c_n: got one, expected None without cells");
@@ -317,9 +318,9 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
               "packed_rnn: cells: got another dtype, expected ", dtype_name(sum_dtype(p.dtype)));
     check_rnn_shape("cells", cells, layer.cells_shape());
   }
-  output = torch::stable::contiguous(output);
-  gates = torch::stable::contiguous(gates);
-  cells = torch::stable::contiguous(cells);
+  output = as_contiguous(output);
+  gates = as_contiguous(gates);
+  cells = as_contiguous(cells);
   return Backward(layer, output, gates, cells, output_mask).run(grad_output, grad_h_n, grad_c_n);
 }
 
@@ -333,7 +334,7 @@ const char* packed_rnn_kernel_name(const RnnProblem& problem) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
   library.def("packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
-              "int batch_size, str layout, str mode, bool bidirectional=False, bool save=False) "
+              "int batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False) "
               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("_packed_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
               "Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, Tensor output, Tensor gates, "

@@ -147,7 +147,7 @@ private:
     if (round > 0)
       rnn_product<T>(f_.batch_sizes[step_of(d, round - 1)], (end - first) * kNr, depth(), m.grad_gates[(round - 1) % 2],
                      ld_gates(), m.w_hidden + first * depth() * kNr, depth() * kNr, m.grad_h + first * kNr, z_.outputs,
-                     p_.mode == RnnMode::gru);
+                     p_.mode == RnnMode::gru, round % 2 == 1);
     if (!p_.projected || round == p_.steps) return;
     const int64_t t = step_of(d, round);
     for (int64_t b = 0; b < f_.batch_sizes[t]; ++b) {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "csrc/cpu/carver.h"
-#include "csrc/cpu/gemm/gemm.h"
 #include "csrc/cpu/math.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/ops/packed_rnn/packed_rnn.h"
+#include "csrc/ops/packed_rnn/packed_rnn_cpu_product.h"
 #include "csrc/ops/packed_rnn/packed_rnn_team.h"
 
 namespace ptk::PTK_ISA {
@@ -53,21 +53,6 @@ struct RnnSizes {
   int64_t slices;
   bool serial;
 };
-
-// C = or += A B, depth in steps whose panel of B stays in L1.
-template <class T>
-static inline void rnn_product(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b,
-                               int64_t panel_stride, Acc<T>* c, int64_t ldc, bool add) {
-  constexpr int64_t kDepth = 512;
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-    const int64_t depth = least(kDepth, k - k0);
-    if (add || k0 > 0) {
-      gemm<T>(m, n, depth, a + k0, lda, b + k0 * GemmTraits<T>::kNr, panel_stride, AddSums<Acc<T>>{c, ldc});
-    } else {
-      gemm<T>(m, n, depth, a + k0, lda, b + k0 * GemmTraits<T>::kNr, panel_stride, StoreSums<Acc<T>>{c, ldc});
-    }
-  }
-}
 
 template <class T>
 PTK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {

@@ -128,18 +128,26 @@ private:
 
   // The slice's columns of gates [first, end) of a W or a U, added to or stored in the sums of gate `first`.
   void gate_product(int64_t d, int64_t slice, int64_t which, int64_t first, int64_t end, int64_t rows, const E* a,
-                    int64_t lda, A* sums, bool add) const {
+                    int64_t lda, A* sums, bool add, bool backwards = false) const {
     const int64_t panel = z_.slice_panel(slice), columns = z_.slice_units(slice), ld = buffered_gates() * columns;
     const int64_t k = which == 0 ? p_.input : p_.outputs, stride = depth(which) * kNr;
     if (!streams())
       return rnn_product<T>(rows, (end - first) * columns, k, a, lda,
                             packed(d, which) + panel * z_.gates * stride + first * columns * depth(which), stride, sums,
-                            ld, add);
-    E* buffer = slice_[d * z_.slices + slice].panel;
+                            ld, add, backwards);
     for (int64_t gate = first; gate < end; ++gate) {
+      A* to = sums + (gate - first) * columns;
+      if (rows <= kStreamedRows<T>) {
+        const void* w = which == 0 ? f_.weights[d].input : f_.weights[d].hidden;
+        const int64_t unit = panel * kNr;
+        rnn_streamed_product<T>(rows, columns, p_.hidden - unit, k, a, lda,
+                                at<const T>(w, (gate * p_.hidden + unit) * k), k, to, ld, add);
+        continue;
+      }
+      E* buffer = slice_[d * z_.slices + slice].panel;
       for (int64_t i = 0; i < columns / kNr; ++i) {
         pack_gate_panel(d, which, gate, panel + i, buffer);
-        rnn_product<T>(rows, kNr, k, a, lda, buffer, stride, sums + (gate - first) * columns + i * kNr, ld, add);
+        rnn_product<T>(rows, kNr, k, a, lda, buffer, stride, to + i * kNr, ld, add);
       }
     }
   }
@@ -210,11 +218,12 @@ private:
     A* sums = sums_of(d, slice, round);
     if (round > 0 || f_.h0) {
       const E* h = m.h[round % 2];
+      const bool backwards = round % 2 == 1;
       if (p_.mode == RnnMode::gru) {
-        gate_product(d, slice, 1, 0, 2, n, h, ld_h(), sums, true);
-        gate_product(d, slice, 1, 2, 3, n, h, ld_h(), sums + 3 * columns, false);
+        gate_product(d, slice, 1, 0, 2, n, h, ld_h(), sums, true, backwards);
+        gate_product(d, slice, 1, 2, 3, n, h, ld_h(), sums + 3 * columns, false, backwards);
       } else {
-        gate_product(d, slice, 1, 0, z_.gates, n, h, ld_h(), sums, true);
+        gate_product(d, slice, 1, 0, z_.gates, n, h, ld_h(), sums, true, backwards);
       }
     } else if (p_.mode == RnnMode::gru) {
       for (int64_t b = 0; b < n; ++b) std::memset(sums + b * ld + 3 * columns, 0, columns * sizeof(A));

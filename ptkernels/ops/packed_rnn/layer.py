@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
+from ptkernels import _backend
 from ptkernels.ops.packed_rnn import reference, routing
 from ptkernels.ops.packed_rnn.checks import OP, check_layer, check_values
 from ptkernels.ops.packed_rnn.library import rnn_op
@@ -24,9 +26,40 @@ def host_integers(tensor: Tensor | None) -> Tensor | None:
     return tensor.to("cpu", torch.int64)
 
 
-def run_layer(op: str, args: OpArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked arguments to output, h_n and c_n (empty where there are no cells)."""
+def _is_plain(input: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a call is what the CPU operator takes as it is: nothing to cast, trace, transform or differentiate."""
+    return (
+        type(input) is Tensor
+        and input.is_cpu
+        and _backend.state.backend in (None, "cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(input, *tensors))
+    )
+
+
+def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments to output, h_n and c_n (empty where there are no cells).
+
+    With ``recompute`` the backward runs the forward again instead of keeping its gates and cells.
+
+    Raises:
+        TypeError: something is not a tensor of the right kind and dtype.
+        ValueError: a shape, a device or a length is wrong.
+    """
     input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional = args
+    if _is_plain(input, (*state, *params)):
+        # The operator checks everything itself; what it refuses is looked at again for the error that names it best.
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                output, h_n, c_n, _, _ = rnn_op(*args)
+            return output, h_n, c_n
+        except (RuntimeError, TypeError):
+            check_layer(op, *args)
+            check_values(op, input, sizes, sorted_indices, batch_size, layout)
+            raise
     device_type = input.device.type
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         input, *others = autocast(device_type, (input, *state, *params))
@@ -39,13 +72,7 @@ def run_layer(op: str, args: OpArguments) -> tuple[Tensor, Tensor, Tensor]:
     if routing.runs_on_reference(op, input, state, params):
         with torch.autocast(device_type, enabled=False):
             return reference.layer(*args)
-    tensors = (input, *state, *params)
-    plain = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    if plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        with torch._C._AutoDispatchBelowAutograd():
-            output, h_n, c_n, _, _ = rnn_op(*args)
-    else:
-        output, h_n, c_n, _, _ = rnn_op(*args)
+    output, h_n, c_n, _, _ = rnn_op(*args, False, recompute)
     return output, h_n, c_n
 
 
@@ -129,6 +156,7 @@ def packed_rnn(
     layout: str = "packed",
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""One recurrent layer over ragged sequences, forward or in both directions, as one operator.
 
@@ -152,6 +180,8 @@ def packed_rnn(
             after sequence), ``"time_first"`` (``[steps, batch, features]``) or ``"batch_first"``.
         batch_size: number of sequences. Default: found from the others.
         sorted_indices: of packed input, which sequence (row of ``hx``) is longest, next longest, and so on.
+        recompute: run the forward again in the backward instead of keeping its gates and cells: a sixth (LSTM, float32)
+            or a fifth (GRU) of the memory, a third more time. The gradients are the same bits.
 
     Returns:
         ``output`` laid out like ``input``, padding 0; ``h_n`` like ``hx``; for ``"lstm"`` also ``c_n`` like ``cx``.
@@ -192,5 +222,5 @@ def packed_rnn(
         batch_size,
         sorted_indices,
     )
-    output, h_n, c_n = run_layer(OP, args)
+    output, h_n, c_n = run_layer(OP, args, recompute)
     return (output, h_n, c_n) if mode == "lstm" else (output, h_n)

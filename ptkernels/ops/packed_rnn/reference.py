@@ -160,10 +160,11 @@ def packed_rnn(
     layout: str = "packed",
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """Plain torch :func:`ptkernels.packed_rnn`: same arguments and results, one step at a time.
 
-    Computes in float64 for float64 and in float32 otherwise, rounding at the end. Differentiable any number of times in
+    ``recompute`` makes no difference here. Computes in float64 for float64 and in float32 otherwise, rounding at the end. Differentiable any number of times in
     forward and reverse mode.
     """
     from ptkernels.ops.packed_rnn.layer import as_op_arguments

@@ -38,6 +38,7 @@ def _fake_rnn(
     mode: str,
     bidirectional: bool = False,
     save: bool = False,
+    recompute: bool = False,
 ) -> Results:
     hidden, outputs = check_layer(
         OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional
@@ -101,27 +102,32 @@ class _PackedRnn(Function):
         sorted_indices: Tensor | None,
         states: int,
         options: tuple[int, str, str, bool],
+        recompute: bool,
         input: Tensor,
         *tensors: Tensor,
     ) -> Results:
         state, params = list(tensors[:states]), list(tensors[states:])
         results: Results = forward_of_function(
-            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, True
+            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, not recompute
         )
         output, _, c_n, gates, cells = results
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, *tensors, output, gates, cells, sizes, sorted_indices)
-        ctx.states, ctx.options = states, options
+        ctx.states, ctx.options, ctx.recompute = states, options, recompute
         ctx.mark_non_differentiable(gates, cells, *([] if options[2] == "lstm" else [c_n]))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         input, *tensors, output, gates, cells, sizes, sorted_indices = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[5:])
+        needed = list(ctx.needs_input_grad[6:])
         results: list[Tensor | None] = [None] * len(needed)
         if any(grad is not None for grad in grads[:3]):
             state, params = tensors[: ctx.states], tensors[ctx.states :]
+            if ctx.recompute:
+                # An intermediate result of the same inputs, as what a forward saves is: nothing is differentiated here.
+                with torch.no_grad():
+                    *_, gates, cells = rnn_op(input, sizes, sorted_indices, state, params, *ctx.options, True)
             saved = (output, gates, cells)
             args = (*grads[:3], input, sizes, sorted_indices, state, params, *saved, *ctx.options, needed)
             if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
@@ -129,7 +135,7 @@ class _PackedRnn(Function):
             else:
                 found = iter(below_autograd(backward_op, None, *args))
             results = [next(found) if wanted else None for wanted in needed]
-        return (None, None, None, None, None, *results)
+        return (None, None, None, None, None, None, *results)
 
 
 class _PackedRnnBackward(Function):
@@ -198,7 +204,7 @@ def _autograd_rnn(
     *options: Any,
 ) -> Results:
     state = [] if state is None else state  # which AOTInductor makes of an empty list
-    options = (*options, *(False, False)[len(options) - 3 :])
+    options = (*options, *(False, False, False)[len(options) - 3 :])
     tensors = (input, *state, *params)
     if has_tangent(*tensors):
         check_layer(OP, input, sizes, sorted_indices, state, params, *options[:4])
@@ -207,7 +213,9 @@ def _autograd_rnn(
         gates, cells = input.new_empty(0), input.new_empty(0, dtype=reference.compute_dtype(input.dtype))
         return output, h_n, c_n, gates, cells
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-        result: Results = apply(_PackedRnn, keyset, sizes, sorted_indices, len(state), options[:4], *tensors)
+        result: Results = apply(
+            _PackedRnn, keyset, sizes, sorted_indices, len(state), options[:4], options[5], *tensors
+        )
     else:
         result = below_autograd(rnn_op, keyset, input, sizes, sorted_indices, state, params, *options)
     return result

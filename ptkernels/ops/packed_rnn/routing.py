@@ -87,6 +87,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     from ptkernels.ops.packed_rnn import layer
 
     named = bind(layer.packed_rnn, args, kwargs)
+    del named["recompute"]  # which the same kernels serve
     return explain_layer(OP, layer.as_op_arguments(**named))
 
 

@@ -32,6 +32,7 @@ class _Case:
     sorted: bool = True
     steps: int = 0
     strided: bool = False
+    recompute: bool = False
 
     def sizes(self) -> tuple[Tensor | None, tuple[int, ...]]:
         """What describes the lengths, and the shape of the data in front of its features."""
@@ -83,6 +84,8 @@ class _Case:
             kwargs["weight_hr"] = draw(*directions, outputs, self.hidden, scale=scale)
         grad_inputs = ("input", "weight_ih", "weight_hh", *kwargs)
         kwargs |= {"mode": self.mode, "sizes": sizes, "layout": self.layout, "batch_size": batch}
+        if self.recompute:
+            kwargs["recompute"] = True
         if not self.sorted:
             kwargs["sorted_indices"] = torch.randperm(batch, generator=generator, device=device)
         return Sample(self.name, args, kwargs, grad_inputs)
@@ -96,6 +99,7 @@ _GRADCHECK = [
     _Case("relu-padded", "relu", lengths=(2, 0, 1), features=2, hidden=3, layout="time_first", bias=False, state=True),
     _Case("lstm-padded-both", lengths=(1, 0, 2), features=2, hidden=2, both=True, layout="time_first", state=True),
     _Case("gru", "gru", lengths=(2, 1), features=3, hidden=2, bias=False, state=True),
+    _Case("lstm-recompute", lengths=(2, 1), features=2, hidden=2, both=True, state=True, recompute=True),
 ]
 
 _RAGGED = (7, 12, 19, 66)
@@ -111,6 +115,8 @@ _QUICK = [
     _Case("lstm-full", lengths=(4, 4), layout="batch_first"),
     _Case("lstm-strided", lengths=(4, 2), layout="batch_first", strided=True),
     _Case("gru-many-rows", "gru", lengths=(3,) * 140, hidden=17, layout="time_first"),
+    _Case("lstm-recompute", recompute=True, both=True, projection=4, state=True),
+    _Case("gru-recompute", "gru", recompute=True, lengths=(3, 0, 5), layout="time_first"),
     _Case("one-token", lengths=(1,), hidden=8),
     _Case("all-empty", lengths=(0, 0), layout="varlen", state=True),
     _Case("no-sequences", lengths=(), layout="batch_first", steps=3),
@@ -167,7 +173,9 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
 def _named(*args: Any, **kwargs: Any) -> dict[str, Any]:
     from ptkernels.cli.arguments import bind
 
-    return bind(layer.packed_rnn, args, kwargs)
+    named = bind(layer.packed_rnn, args, kwargs)
+    del named["recompute"]
+    return named
 
 
 def torch_layer(
@@ -185,6 +193,7 @@ def torch_layer(
     layout: str = "packed",
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """PyTorch's own layer on packed data, tokens moved there and back where they lie otherwise."""
     named = (input, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, weight_hr, mode, sizes, layout, batch_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ptkernels.ops.packed_rnn.checks import check_tensor
 from ptkernels.ops.packed_rnn.inputs import Sequences, sequences_of
 from ptkernels.ops.packed_rnn.layer import run_layer
+from ptkernels.ops.packed_rnn.resets import split_at_resets
 
 
 def _states(op: str, hx: Any, mode: str, unbatched: bool) -> list[Tensor]:
@@ -61,6 +62,7 @@ def run_stack(
     dropout: float,
     bidirectional: bool,
     each: int,
+    recompute: bool = False,
 ) -> tuple[Any, Tensor, Tensor]:
     """All layers; output in the form of the input, states ``[layers * directions, batch, features]``."""
     directions = 2 if bidirectional else 1
@@ -74,7 +76,7 @@ def run_stack(
         own = [tensor[index * directions : (index + 1) * directions] for tensor in state]
         weights = list(params[index * per_layer : (index + 1) * per_layer])
         place = (sequences.batch_size, sequences.layout, mode, bidirectional)
-        data, h, c = run_layer(op, (data, sequences.sizes, sequences.sorted_indices, own, weights, *place))
+        data, h, c = run_layer(op, (data, sequences.sizes, sequences.sorted_indices, own, weights, *place), recompute)
         h_n.append(h)
         c_n.append(c)
         if dropout and index + 1 < num_layers:
@@ -83,6 +85,32 @@ def run_stack(
     if sequences.unbatched:
         states = [tensor.squeeze(1) if tensor.dim() == 3 else tensor for tensor in states]
     return sequences.restore(data), states[0], states[1]
+
+
+def run_with_resets(
+    op: str,
+    sequences: Sequences,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    resets: Tensor | None,
+    mode: str,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    each: int,
+    recompute: bool = False,
+) -> tuple[Any, Tensor, Tensor]:
+    """:func:`run_stack`, with the states cleared before the tokens that ``resets`` marks."""
+    options = (mode, num_layers, dropout, bidirectional, each, recompute)
+    if resets is None:
+        return run_stack(op, sequences, state, params, *options)
+    directions = 2 if bidirectional else 1
+    pieces = split_at_resets(op, sequences, resets)
+    own = pieces.states_of_pieces(state, directions)
+    output, *final = run_stack(op, pieces.sequences, own, params, *options)
+    before = [*state, *[None] * (2 - len(state))]
+    h_n, c_n = (pieces.states_of_sequences(f, b, directions) for f, b in zip(final, before, strict=True))
+    return output, h_n, c_n
 
 
 def _call(
@@ -99,13 +127,16 @@ def _call(
     batch_first: bool,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    recompute: bool,
 ) -> tuple[Any, Tensor, Tensor]:
     each = _check_options(op, num_layers, dropout, params, has_biases, 2 if bidirectional else 1)
     first = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
     sequences = sequences_of(op, input, first, batch_first, lengths, cu_seqlens)
     state = _states(op, hx, mode, sequences.unbatched)
     active = dropout if train else 0.0
-    return run_stack(op, sequences, state, params, mode, num_layers, active, bidirectional, each)
+    options = (mode, num_layers, active, bidirectional, each, recompute)
+    return run_with_resets(op, sequences, state, params, resets, *options)
 
 
 def lstm(
@@ -121,6 +152,8 @@ def lstm(
     *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Any, Tensor, Tensor]:
     r"""Long short-term memory over ragged sequences: ``torch.lstm``'s arguments, at the cost of real tokens only.
 
@@ -147,6 +180,10 @@ def lstm(
         batch_first: where the batch of a padded input is.
         lengths: ``[batch]`` integers from 0 to steps, on any device.
         cu_seqlens: ``[batch + 1]`` integers, where each sequence begins, and the end.
+        resets: booleans, one for each token, laid out like the input without its features (in a packed input, like its
+            ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
+            pieces as that makes run at once.
+        recompute: as for :func:`ptkernels.packed_rnn`.
 
     Returns:
         ``(output, h_n, c_n)``: output in the form of the input, ``[.., directions * outputs]``, padding 0; states after
@@ -173,7 +210,18 @@ def lstm(
         >>> torch.equal(h_n[0, 1], output[1, 1])  # the second sequence ends at its second token
         True
     """
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, lengths, cu_seqlens)
+    options = (
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+        batch_first,
+        lengths,
+        cu_seqlens,
+        resets,
+        recompute,
+    )
     return _call("lstm", "lstm", input, hx, params, *options)
 
 
@@ -190,6 +238,8 @@ def gru(
     *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Any, Tensor]:
     r"""Gated recurrent units over ragged sequences: ``torch.gru``'s arguments, at the cost of real tokens only.
 
@@ -209,6 +259,10 @@ def gru(
         batch_first: where the batch of a padded input is.
         lengths: ``[batch]`` integers from 0 to steps, on any device.
         cu_seqlens: ``[batch + 1]`` integers, where each sequence begins, and the end.
+        resets: booleans, one for each token, laid out like the input without its features (in a packed input, like its
+            ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
+            pieces as that makes run at once.
+        recompute: as for :func:`ptkernels.packed_rnn`.
 
     Returns:
         ``(output, h_n)``, as for :func:`ptkernels.lstm`.
@@ -226,7 +280,18 @@ def gru(
         >>> output.shape, h_n.shape
         (torch.Size([9, 8]), torch.Size([2, 3, 4]))
     """
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, lengths, cu_seqlens)
+    options = (
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+        batch_first,
+        lengths,
+        cu_seqlens,
+        resets,
+        recompute,
+    )
     return _call("gru", "gru", input, hx, params, *options)[:2]
 
 
@@ -244,6 +309,8 @@ def rnn(
     nonlinearity: str = "tanh",
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Any, Tensor]:
     r"""Plain recurrent layers over ragged sequences, ``h' = tanh(W x + b + U h + b')`` or ``relu`` of it.
 
@@ -262,6 +329,10 @@ def rnn(
         nonlinearity: ``"tanh"`` or ``"relu"``.
         lengths: ``[batch]`` integers from 0 to steps, on any device.
         cu_seqlens: ``[batch + 1]`` integers, where each sequence begins, and the end.
+        resets: booleans, one for each token, laid out like the input without its features (in a packed input, like its
+            ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
+            pieces as that makes run at once.
+        recompute: as for :func:`ptkernels.packed_rnn`.
 
     Returns:
         ``(output, h_n)``, as for :func:`ptkernels.lstm`.
@@ -280,5 +351,16 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity: got {nonlinearity!r}, expected tanh or relu")
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, lengths, cu_seqlens)
+    options = (
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+        batch_first,
+        lengths,
+        cu_seqlens,
+        resets,
+        recompute,
+    )
     return _call("rnn", nonlinearity, input, hx, params, *options)[:2]
