@@ -164,8 +164,8 @@ def packed_rnn(
 ) -> tuple[Tensor, ...]:
     """Plain torch :func:`ptkernels.packed_rnn`: same arguments and results, one step at a time.
 
-    ``recompute`` makes no difference here. Computes in float64 for float64 and in float32 otherwise, rounding at the end. Differentiable any number of times in
-    forward and reverse mode.
+    Computes in float64 for float64 and in float32 otherwise, rounding at the end. Differentiable any number of times in
+    forward and reverse mode; ``recompute`` makes no difference.
     """
     from ptkernels.ops.packed_rnn.layer import as_op_arguments
 
