@@ -53,8 +53,6 @@ template <class T, int M, int Panels>
 static inline void thin_panels(int64_t k, const Element<T>* a, int64_t lda, const ElementB<T>* b, int64_t panel_stride,
                                Acc<T>* c, int64_t ldc, bool add) {
   constexpr int nr = GemmTraits<T>::kNr, lanes = kLanes<Acc<T>>, pack = kUnitElements<T>;
-  // Each weight is read once, from L2: asked for this many steps ahead of its use.
-  constexpr int ahead = 16;
   for (int64_t k0 = 0; k0 < k; k0 += kRnnDepth<T>) {
     Vec<Acc<T>> sum[M][Panels][2] = {};
     const int64_t end = least(k, k0 + kRnnDepth<T>);
@@ -63,8 +61,6 @@ static inline void thin_panels(int64_t k, const Element<T>* a, int64_t lda, cons
       for (int p = 0; p < Panels; ++p) {
         const auto* unit = reinterpret_cast<const RnnUnit<T>*>(b + p * panel_stride + i * nr);
         const Vec<RnnUnit<T>> b0 = load(unit), b1 = load(unit + lanes);
-        for (int line = 0; line < 2 * kVectorBytes; line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(unit + ahead * 2 * lanes) + line);
 #pragma GCC unroll 2
         for (int m = 0; m < M; ++m) {
           sum[m][p][0] = add_product<T>(sum[m][p][0], a + m * lda + i, b0);
