@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
 from ptkernels.nn.cells import (
-    BidirectionalCombine,
     CellLayer,
     LayerNormGRUCell,
     LayerNormLSTMCell,
@@ -20,7 +19,6 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
-    "BidirectionalCombine",
     "CellLayer",
     "ConvBNReLU1d",
     "ConvBNReLU2d",
@@ -32,7 +30,6 @@ __all__ = [
     "LoRALinear",
     "MultiheadAttention",
     "PeepholeLSTMCell",
-    "QuantizedEmbedding",
     "QuantizedLinear",
     "RNNCell",
     "ResetBeforeGRUCell",

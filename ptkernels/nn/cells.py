@@ -20,7 +20,6 @@ from ptkernels.ops.packed_rnn.inputs import sequences_of
 from ptkernels.ops.packed_rnn.reference import order_of
 
 __all__ = [
-    "BidirectionalCombine",
     "CellLayer",
     "LayerNormGRUCell",
     "LayerNormLSTMCell",
@@ -325,46 +324,3 @@ class CellLayer(nn.Module):
         final = [s.squeeze(1) for s in final] if sequences.unbatched else final
         restored = sequences.restore(output.unflatten(0, data.shape[:-1]))
         return restored, tuple(final) if len(final) > 1 else final[0]
-
-
-class BidirectionalCombine(nn.Module):
-    """The outputs of both directions as one: side by side, their sum, or a learned mixture.
-
-    Args:
-        hidden_size: features of a direction.
-        mode: ``"concat"``, ``"sum"``, or ``"gated"``: ``s f + (1 - s) b`` with ``s = sigmoid(W [f, b] + bias)``.
-
-    Shape:
-        From ``[.., 2 * hidden_size]``, a tensor or a ``PackedSequence``, to ``[.., hidden_size]``, or to the same for
-        ``"concat"``.
-
-    Example:
-        >>> import torch, ptkernels as ptk
-        >>> output, _ = ptk.nn.GRU(8, 16, bidirectional=True)(torch.randn(5, 3, 8))
-        >>> ptk.nn.BidirectionalCombine(16, "gated")(output).shape
-        torch.Size([5, 3, 16])
-    """
-
-    def __init__(self, hidden_size: int, mode: str = "concat", **factory: Any) -> None:
-        super().__init__()
-        if mode not in ("concat", "sum", "gated"):
-            raise ValueError(f"BidirectionalCombine: mode: got {mode!r}, expected concat, sum or gated")
-        self.hidden_size, self.mode = hidden_size, mode
-        self.gate = nn.Linear(2 * hidden_size, hidden_size, **factory) if mode == "gated" else None
-
-    def extra_repr(self) -> str:
-        return f"{self.hidden_size}, mode={self.mode!r}"
-
-    def forward(self, output: Any) -> Any:
-        if isinstance(output, PackedSequence):
-            return output._replace(data=self.forward(output.data))
-        if output.size(-1) != 2 * self.hidden_size:
-            raise ValueError(
-                f"BidirectionalCombine: output: got {output.size(-1)} features, expected {2 * self.hidden_size}"
-            )
-        if self.mode == "concat":
-            return output
-        forward, backward = output.chunk(2, -1)
-        if self.gate is None:
-            return forward + backward
-        return torch.lerp(backward, forward, self.gate(output).sigmoid())

@@ -162,21 +162,3 @@ def test_bad_calls_are_named() -> None:
         ptk.nn.CellLayer(cell_of("LayerNormLSTMCell"), cell_of("LayerNormGRUCell"))
     with pytest.raises(ValueError, match="ZoneoutCell: probability: got 2, expected"):
         ptk.nn.ZoneoutCell(cell_of("LayerNormGRUCell"), 2)
-    with pytest.raises(ValueError, match="BidirectionalCombine: mode: got 'mean', expected concat, sum or gated"):
-        ptk.nn.BidirectionalCombine(4, "mean")
-    with pytest.raises(ValueError, match="BidirectionalCombine: output: got 4 features, expected 8"):
-        ptk.nn.BidirectionalCombine(4)(torch.randn(2, 4))
-
-
-@pytest.mark.parametrize("mode", ["concat", "sum", "gated"])
-def test_combined_directions(mode: str) -> None:
-    output, _ = ptk.nn.GRU(3, 4, bidirectional=True)(pack_sequence([torch.randn(n, 3) for n in (3, 1)]))
-    combine = ptk.nn.BidirectionalCombine(4, mode)
-    found = combine(output)
-    assert torch.equal(found.batch_sizes, output.batch_sizes)
-    forward, backward = output.data.chunk(2, 1)
-    if mode == "gated":
-        s = (output.data @ combine.gate.weight.T + combine.gate.bias).sigmoid()
-        torch.testing.assert_close(found.data, s * forward + (1 - s) * backward)
-    else:
-        assert torch.equal(found.data, output.data if mode == "concat" else forward + backward)
