@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptkernels.nn import synchronized
-from ptkernels.ops.conv_bn_relu import conv_bn_relu, replays_forward
+from ptkernels.ops.conv_bn_relu import conv_bn_relu, reference, replays_forward
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
 
@@ -138,7 +138,7 @@ def fused(
         z = conv_bn_relu(x, conv.weight, conv.bias, activation="none", **options)
         u = synchronized.normalize(bn, z, momentum)
         u = u if residual is None else u + residual
-        return (u if act is None or activation == "none" else act(u)).to(z.dtype)  # type: ignore[no-any-return]
+        return reference.ACTIVATIONS[activation](u, options.get("negative_slope", 0.01)).to(z.dtype)
     running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
     options.update(training=training, momentum=momentum, eps=bn.eps)
     return conv_bn_relu(x, conv.weight, conv.bias, bn.weight, bn.bias, *running, **options)

@@ -7,6 +7,8 @@ has to wait for the other processes in the middle, is plain torch.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -17,7 +19,7 @@ from ptkernels.ops.conv_bn_relu.reference import compute_dtype, per_channel, upd
 __all__ = ["is_synchronized", "normalize"]
 
 
-def is_synchronized(bn: nn.Module | None) -> bool:
+def is_synchronized(bn: nn.Module | None) -> TypeGuard[nn.SyncBatchNorm]:
     """Whether a normalisation has to ask other processes."""
     if not isinstance(bn, nn.SyncBatchNorm) or not (bn.training or bn.running_mean is None):
         return False

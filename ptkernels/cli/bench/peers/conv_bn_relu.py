@@ -84,8 +84,9 @@ def _module(problem: Problem) -> nn.Module:
     conv.weight.data = weight.clone()
     norm.weight.data, norm.bias.data = named["bn_weight"].detach().clone(), named["bn_bias"].detach().clone()
     norm.running_mean, norm.running_var = named["running_mean"].clone(), named["running_var"].clone()
-    layer = nn.Sequential(conv, norm, ACTIVATIONS[named["activation"]]())
-    return layer.to(problem.case.dtype).to(memory_format=torch.channels_last).eval()
+    layer: Any = nn.Sequential(conv, norm, ACTIVATIONS[named["activation"]]())
+    plain: nn.Module = layer.to(problem.case.dtype, memory_format=torch.channels_last).eval()
+    return plain
 
 
 def _compile(problem: Problem, threads: int) -> Contender:
@@ -159,7 +160,12 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
         [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants],
     )
     session = OnnxSession(graph, {"": 17}, {"x": named["input"]}, threads)
-    return Contender(ONNX, session.run, lambda: (session.run(), (session.output(),))[1])
+
+    def outputs() -> tuple[Tensor, ...]:
+        session.run()
+        return (session.output(),)
+
+    return Contender(ONNX, session.run, outputs)
 
 
 def _openvino_version() -> str:
@@ -188,7 +194,7 @@ def _openvino(problem: Problem, threads: int) -> Contender:
         y = ops.convolution(planes, ops.constant(weight.numpy()), *geometry)
     y = ops.add(y, ops.constant(bias.reshape(1, -1, 1, 1).numpy()))
     if named["activation"] == "leaky_relu":
-        y = ops.prelu(y, ops.constant(numpy.float32([named["negative_slope"]])))
+        y = ops.prelu(y, ops.constant(numpy.array([named["negative_slope"]], numpy.float32)))
     elif named["activation"] != "none":
         y = ops.relu(y) if named["activation"] == "relu" else ops.clamp(y, 0.0, 6.0)
     model = openvino.Model([ops.transpose(y, numpy.array([0, 2, 3, 1]))], [x])
