@@ -148,7 +148,7 @@ def test_holds_every_kernel_for_every_architecture() -> None:
 
 @needs_library
 def test_no_kernel_spills_registers() -> None:
-    # The gradients of a key of 256 columns take 128 registers, and leave a few addresses no room: see the kernel's plan.
+    # The gradient of a key of 256 columns takes 128 registers and leaves a few addresses no room: see its plan.
     allowed = {f"AttentionGradKeyValueSm80IN3c10{name}ELi256": 64 for name in ("8BFloat16", "4Half")}
     spilling = [
         (arch, name, kernel.stack)
