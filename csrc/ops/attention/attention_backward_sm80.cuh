@@ -14,7 +14,7 @@
 //   128            32          2     65 KiB         up to 255, grad_key and grad_value in launches of their own
 //   192/128        32          2     81 KiB         up to 255, the same
 //   192            32          2     97 KiB         up to 255, the same
-//   256            32          1     97 KiB         up to 255, the same
+//   256            32          1     97 KiB         255 and, for grad_key, up to 64 bytes of spilled addresses
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"
