@@ -177,6 +177,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "int4-few-rows": lambda arch: linear(arch, 8, "int4_weight_only", 128),
     "int8-groups": lambda arch: linear(arch, 64, "int8_weight_only", 128),
     "int2-zeros": lambda arch: linear(arch, 64, "int2_weight_only", 32),
+    "int3": lambda arch: linear(arch, 64, "int3_weight_only", 64),
     "nf4": lambda arch: linear(arch, 64, "nf4", 64),
     "mxfp4": lambda arch: linear(arch, 64, "mxfp4", 32),
     "fp8": lambda arch: linear(arch, 4096, "fp8"),

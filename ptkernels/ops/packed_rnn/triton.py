@@ -164,10 +164,11 @@ def rnn(
     mode: str,
     bidirectional: bool = False,
     save: bool = False,
+    recompute: bool = False,
     *,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``output, h_n, c_n, gates, cells`` of checked arguments."""
+    """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     make = input.new_zeros if a.has_padding else input.new_empty
     output = make((*input.shape[:-1], a.directions * a.hidden))

@@ -8,7 +8,7 @@ quarter of it: the product then reads that as often as it has columns of tiles.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -128,10 +128,21 @@ def linear(
     input_scale: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
     *,
     wrap: Launcher = identity,
 ) -> Tensor:
-    """``act(input @ W^T + bias + residual)`` of ``[M, K]``, of checked arguments."""
+    """``act(input @ W^T + bias + residual)`` of ``[M, K]``, of checked arguments.
+
+    With ``counts``, which are on the host, every expert that has rows is a launch of its own.
+    """
+    if counts is not None:
+        options: Any = (code_format, group_size, quantize_input, input_scale, activation, out_dtype)
+        rows_of = counts.tolist()
+        parts: Any = zip(*(reference.expert_parts(t, len(rows_of)) for t in (codes, scales, zeros, bias)), strict=True)
+        residuals: Any = (None,) * len(rows_of) if residual is None else residual.split(rows_of)
+        each = zip(input.split(rows_of), parts, residuals, strict=True)
+        return torch.cat([linear(*(x, *part, rest, *options), wrap=wrap) for x, part, rest in each])
     if activation == "swiglu":
         # The gate and what it multiplies are columns of different programs.
         args = (codes, scales, zeros, bias, residual, code_format, group_size, quantize_input, input_scale)
@@ -168,10 +179,17 @@ def linear_backward(
     code_format: str,
     group_size: int,
     in_features: int,
+    counts: Tensor | None = None,
     *,
     wrap: Launcher = identity,
 ) -> Tensor:
     """``grad_out @ W`` of ``[M, N]``: the gradient of the input, with the weight dequantized tile by tile."""
+    if counts is not None:
+        rows_of = counts.tolist()
+        parts: Any = zip(*(reference.expert_parts(t, len(rows_of)) for t in (codes, scales, zeros)), strict=True)
+        each = zip(grad_out.split(rows_of), parts, strict=True)
+        options: Any = (code_format, group_size, in_features)
+        return torch.cat([linear_backward(grad, *part, *options, wrap=wrap) for grad, part in each])
     rows, features = grad_out.shape
     dx = grad_out.new_empty(rows, in_features)
     if dx.numel() == 0 or features == 0:
@@ -185,3 +203,8 @@ def linear_backward(
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
+
+
+def sees_through(*args: Any, **kwargs: Any) -> bool:
+    """Whether a call can be traced: the rows of experts, which are on the host, decide what is launched."""
+    return all(arg.is_cuda for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))

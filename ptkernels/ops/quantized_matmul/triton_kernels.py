@@ -4,8 +4,8 @@
     W[n, k] = scales[n, k // group] * (value(codes[n, k]) - zeros[n, k // group])
 
 Layout: codes [N, bytes of a row] as they are stored, those of fewer than 8 bits from the low bits of a byte on; scales
-and zeros float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4) or 2 (U2), a small float (FP8,
-e4m3; FP4, e2m1) whose bits are moved to where float32 has them, or a look-up (NF4).
+and zeros float32 [N, groups]. value(code) is the code itself (S8), the code minus 8 (U4), 4 (U3) or 2 (U2), a small
+float (FP8, e4m3; FP4, e2m1) whose bits are moved to where float32 has them, or a look-up (NF4).
 
 Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits (those of nf4 are rounded
 once), so where a step of K stays inside one group the product is taken of the codes and the scale multiplies what it
@@ -26,6 +26,7 @@ U2 = tl.constexpr(2)
 NF4 = tl.constexpr(3)
 FP4 = tl.constexpr(4)
 FP8 = tl.constexpr(5)
+U3 = tl.constexpr(6)
 
 SCALE_AT_END = tl.constexpr(0)
 SCALE_PER_STEP = tl.constexpr(1)
@@ -53,6 +54,8 @@ def _values(BOOK, codes, CODE: tl.constexpr):
         return codes.to(tl.int8) - 8
     elif CODE == U2:
         return codes.to(tl.int8) - 2
+    elif CODE == U3:
+        return codes.to(tl.int8) - 4
     elif CODE == FP8:
         bits = codes.to(tl.int32)
         value = ((bits & 127) << 20 | (bits & 128) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
@@ -71,6 +74,15 @@ def _weights(CODES, BOOK, n, N, first, K, stride_c, CODE: tl.constexpr, BLOCK_N:
     if CODE == S8 or CODE == FP8:
         k = first + tl.arange(0, BLOCK_K)
         codes = tl.load(rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0)
+    elif CODE == U3:
+        # Eight codes in three bytes: each is read with the byte behind it.
+        bit = (first + tl.arange(0, BLOCK_K)) * 3
+        bytes_of_row = tl.cdiv(3 * K, 8)
+        inside = (n[:, None] < N) & (bit // 8 < bytes_of_row)[None, :]
+        low = tl.load(rows + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
+        behind = inside & (bit // 8 + 1 < bytes_of_row)[None, :]
+        high = tl.load(rows + (bit // 8 + 1)[None, :], mask=behind, other=0).to(tl.int32)
+        codes = (low | high << 8) >> (bit % 8)[None, :] & 7
     else:
         PER_BYTE: tl.constexpr = 4 if CODE == U2 else 2
         byte = first // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
