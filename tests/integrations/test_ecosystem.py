@@ -1,0 +1,292 @@
+"""New weights count in the next call, however they came; and what PyTorch's tools make of every module of ours."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+
+import ptkernels as ptk
+
+
+class SelfAttention(nn.Module):
+    """MultiheadAttention on one input, so that every module here maps a tensor to a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = ptk.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Recurrent(nn.Module):
+    """The outputs of a recurrent stack, without its states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stack = getattr(ptk.nn, kind)(8, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x)[0]
+
+
+class Cell(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.cell = getattr(ptk.nn, kind)(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.cell(x.flatten(0, 1))
+        return result[0] if isinstance(result, tuple) else result
+
+
+def fused_block() -> nn.Module:
+    """A residual block whose forward replace() has rewritten."""
+    block = nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.ReLU())
+    ptk.replace(block, "conv_bn_relu")
+    return block
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "MultiheadAttention": SelfAttention,
+    "TransformerEncoderLayer": lambda: ptk.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    "ConvBNReLU1d": lambda: ptk.nn.ConvBNReLU1d(5, 4, 3, padding=1),
+    "QuantizedLinear": lambda: ptk.nn.QuantizedLinear.from_float(nn.Linear(8, 6), "int8_weight_only"),
+    "LoRALinear": lambda: ptk.nn.LoRALinear(ptk.nn.QuantizedLinear.from_float(nn.Linear(8, 6), "int8_weight_only"), 2),
+    "LSTM": lambda: Recurrent("LSTM"),
+    "GRU": lambda: Recurrent("GRU"),
+    "RNN": lambda: Recurrent("RNN"),
+    "LSTMCell": lambda: Cell("LSTMCell"),
+    "GRUCell": lambda: Cell("GRUCell"),
+    "RNNCell": lambda: Cell("RNNCell"),
+    "replaced Sequential": fused_block,
+}
+TRAINED = [name for name in MAKERS if name != "QuantizedLinear"]
+each = pytest.mark.parametrize("name", MAKERS)
+each_trained = pytest.mark.parametrize("name", TRAINED)
+
+
+def made(name: str, training: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    module = MAKERS[name]()
+    if name == "LoRALinear":
+        nn.init.normal_(module.lora_b)
+    return module.train(training)
+
+
+def example() -> Tensor:
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(module(x).sum(), list(trained_parameters(module).values()))
+
+
+def fresh(module: nn.Module) -> nn.Module:
+    """The same module made anew, with today's weights: it can remember nothing of earlier calls."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+# New weights count in the next call.
+
+
+def ema_update(module: nn.Module) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(
+        copy.deepcopy(module), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    for _ in range(2):  # the first one copies
+        averaged.update_parameters(module)
+    with torch.no_grad():
+        for parameter in trained_parameters(averaged.module).values():
+            parameter.mul_(3.0)
+    averaged.update_parameters(module)
+    module.load_state_dict(averaged.module.state_dict())
+
+
+def optimizer_step(module: nn.Module, fused: bool = False) -> None:
+    parameters = list(trained_parameters(module).values())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam(parameters, 0.3, fused=fused).step()
+
+
+def data_write(module: nn.Module) -> None:
+    for parameter in trained_parameters(module).values():
+        parameter.data.mul_(1.7)
+
+
+def data_exchange(module: nn.Module) -> None:
+    for parameter in trained_parameters(module).values():
+        parameter.data = parameter.data * 1.7
+
+
+def numpy_write(module: nn.Module) -> None:
+    for parameter in trained_parameters(module).values():
+        parameter.detach().numpy()[...] *= 1.7
+
+
+def state_dict_load(module: nn.Module, assign: bool = False) -> None:
+    state = {n: t * 1.7 if t.is_floating_point() else t for n, t in module.state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+
+
+def attribute(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(child, name, nn.Parameter(parameter.detach() * 1.7))
+
+
+WRITES: dict[str, Callable[[nn.Module], None]] = {
+    "optimizer.step": optimizer_step,
+    "fused optimizer.step": lambda module: optimizer_step(module, fused=True),
+    ".data in place": data_write,
+    ".data exchanged": data_exchange,
+    "through numpy": numpy_write,
+    "load_state_dict": state_dict_load,
+    "load_state_dict(assign)": lambda module: state_dict_load(module, assign=True),
+    "exponential moving average": ema_update,
+    "new parameter": attribute,
+    "to bfloat16 and back": lambda module: module.bfloat16().float() and None,
+    "to another device and back": lambda module: module.to("meta").to_empty(device="cpu") and state_dict_zero(module),
+}
+
+
+def state_dict_zero(module: nn.Module) -> None:
+    """What to_empty leaves is not initialised."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(0.25)
+
+
+@each
+@pytest.mark.parametrize("write", WRITES)
+def test_the_next_call_uses_the_new_weights(name: str, write: str) -> None:
+    if name not in TRAINED and write not in ("load_state_dict", "load_state_dict(assign)"):
+        pytest.skip("its weights are not trained")
+    for training in (False, True):
+        module, x = made(name, training), example()
+        with torch.no_grad():
+            before = module(x)
+            again = module(x)
+        assert torch.equal(before, again) or training
+        WRITES[write](module)
+        other = fresh(module)
+        with torch.no_grad():
+            after = module(x)
+            assert torch.equal(after, other(x))
+        if not training:
+            assert not torch.equal(after, before)
+        if name in TRAINED:
+            grads = [
+                torch.autograd.grad(one(x).sum(), list(trained_parameters(one).values())) for one in (module, other)
+            ]
+            assert all(map(torch.equal, *grads))
+
+
+# torch.func.
+
+
+@each
+def test_functional_call(name: str) -> None:
+    module, x = made(name, training=False), example()
+    state = {
+        n: t * 0.5 if t.is_floating_point() and t.requires_grad else t
+        for n, t in module.state_dict(keep_vars=True).items()
+    }
+    other = copy.deepcopy(module)
+    other.load_state_dict({n: t.detach() for n, t in state.items()})
+    torch.testing.assert_close(functional_call(module, state, (x,)), other(x))
+
+
+@each_trained
+def test_forward_mode(name: str) -> None:
+    module, x = made(name, training=False).double(), example().double()
+    direction = torch.randn_like(x)
+    _, tangent = jvp(module, (x,), (direction,))
+    step = 1e-6
+    with torch.no_grad():
+        expected = (module(x + step * direction) - module(x - step * direction)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-6)
+
+
+# Training.
+
+
+@each_trained
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(name: str, use_reentrant: bool) -> None:
+    results = []
+    for save in (False, True):
+        module, x = made(name), example().requires_grad_()
+        out = checkpoint(module, x, use_reentrant=use_reentrant) if save else module(x)
+        out.sin().sum().backward()
+        results.append(
+            [out.detach(), x.grad, *(p.grad for p in trained_parameters(module).values()), *module.buffers()]
+        )
+    assert all(map(torch.equal, *results))
+
+
+# Export, other processes, the profiler.
+
+
+@each
+def test_export_with_dynamic_batch(name: str) -> None:
+    module = nn.Sequential(made(name, training=False))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (example(),), dynamic_shapes=({0: batch},))
+    for size in (3, 6):
+        x = torch.randn(size, 5, 8)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+class Rows(Dataset[Tensor]):
+    """Samples that are computed by a module, as a loader's process would."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        with torch.no_grad():
+            return self.module(example() + index)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_data_loader_processes(context: str) -> None:
+    """One process for all modules: starting it is what takes time."""
+    rows = Rows(nn.Sequential(*(made(name, training=False) for name in ("MultiheadAttention", "replaced Sequential"))))
+    rows.module.append(made("LSTM", training=False))
+    expected = torch.stack([rows[index] for index in range(4)])
+    loader = DataLoader(rows, batch_size=2, num_workers=2, multiprocessing_context=context)
+    torch.testing.assert_close(torch.cat(list(loader)), expected)
+
+
+def test_profiler_names_the_operators() -> None:
+    names: set[str] = set()
+    for name in ("MultiheadAttention", "ConvBNReLU1d", "QuantizedLinear", "LSTM"):
+        module = made(name)
+        with torch.profiler.profile() as profile:
+            module(example().requires_grad_()).sum().backward()
+        names |= {event.name for event in profile.events()}
+    found = {name.removeprefix("ptkernels::") for name in names if name.startswith("ptkernels::")}
+    assert {"attention", "_attention_backward", "conv_bn_relu", "_conv_bn_relu_backward"} <= found
+    assert {"quantized_linear", "packed_rnn", "_packed_rnn_backward"} <= found
