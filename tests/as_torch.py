@@ -49,10 +49,13 @@ def conv_bn_relu(
     return F.leaky_relu(out, negative_slope) if activation == "leaky_relu" else ACTIVATIONS[activation](out)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, window: Any = None, **options: Any
-) -> Tensor:
-    assert window is None
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Tensor:
+    relative_bias = options.pop("relative_bias", None)
+    assert options.pop("window", None) is None
+    if relative_bias is not None:
+        length, keys = query.size(-2), key.size(-2)
+        bias = relative_bias[..., torch.arange(keys) - torch.arange(length)[:, None] + length - 1]
+        attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
     if attn_mask is not None and options.get("is_causal"):  # torch takes one of them
         hidden = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).triu(1)
         attn_mask, options = attn_mask.masked_fill(hidden, -torch.inf), {**options, "is_causal": False}

@@ -22,6 +22,7 @@ from ptkernels.models.kv_cache import KVCache
 from ptkernels.nn.quantized import quantize_
 from ptkernels.ops.attention import attention
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
+from ptkernels.ops.rotary_embedding import rotary_embedding
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,9 @@ class Rotary(nn.Module):
         self._fill()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [B, H, L, head_dim]``, rotated by its positions from 0 on."""
-        cos, sin = (table[: x.size(2)].to(x.dtype) for table in (self.cos, self.sin))
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, H, L, head_dim]`` both, rotated by their positions from 0 on."""
+        return rotary_embedding(query, key, self.cos, self.sin)
 
 
 class SelfAttention(nn.Module):
@@ -178,7 +177,7 @@ class SelfAttention(nn.Module):
         window = None if config.window is None else (config.window - 1, 0)
         if cache is None:
             if rotary is not None:
-                query, key = rotary(query), rotary(key)
+                query, key = rotary(query, key)
             dropout_p = self.dropout.p if self.training else 0.0
             attended = attention(query, key, value, None, dropout_p, True, enable_gqa=True, window=window)
         else:

@@ -1,12 +1,11 @@
 """An encoder-decoder transformer (T5; Raffel et al., 2019, https://arxiv.org/abs/1910.10683).
 
-Positions enter as a learned bias of the scores, by distance, one table for all layers of a side. Attention adds it as
-its mask, whose gradient the fused operator gives.
+Positions enter as a learned bias of the scores, by distance, one table for all layers of a side. Attention takes it as
+one number per head and distance: no matrix of biases is made, nor is one differentiated.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ptkernels.models.blocks import FeedForward, project
 from ptkernels.models.kv_cache import KVCache
 from ptkernels.ops.attention import attention
+from ptkernels.ops.attention.relative import t5_buckets
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,13 @@ class RelativeBias(nn.Module):
         bidirectional: whether queries see keys behind them.
 
     Shape:
-        Positions of queries ``[..., L]`` and of keys ``[S]`` to ``[..., heads, L, S]``.
+        ``L`` queries and ``S`` keys to ``[heads, L + S - 1]``, attention's ``relative_bias``; with the
+        positions ``[B]`` of every row's first query, to ``[B, heads, L + S - 1]``.
 
     Example:
         >>> bias = RelativeBias(32, 128, num_heads=2, bidirectional=False)
-        >>> bias.buckets(torch.tensor([0, -1, -15, -16, -20, -500, 3])).tolist()
-        [0, 1, 15, 16, 17, 31, 0]
-        >>> bias(torch.arange(3), torch.arange(5)).shape
-        torch.Size([2, 3, 5])
+        >>> bias(3, 5).shape, bias(1, 5, torch.tensor([4, 2, 0])).shape
+        (torch.Size([2, 7]), torch.Size([3, 2, 5]))
     """
 
     def __init__(self, num_buckets: int, max_distance: int, num_heads: int, bidirectional: bool) -> None:
@@ -81,22 +80,12 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(num_buckets, num_heads)
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
-    def buckets(self, offset: Tensor) -> Tensor:
-        """Of ``offset``, the position of the key minus that of the query."""
-        count, first = self.table.num_embeddings, torch.zeros_like(offset)
-        distance = -offset.clamp(max=0)
-        if self.bidirectional:
-            count //= 2
-            first, distance = torch.where(offset > 0, count, first), offset.abs()
-        exact = count // 2
-        # Float32 as everywhere else: a distance on the edge of a bucket must fall into the same one.
-        ratio = (distance.clamp(min=exact).float() / exact).log() / math.log(self.max_distance / exact)
-        far = exact + (ratio * (count - exact)).long()
-        return first + torch.where(distance < exact, distance, far.clamp(max=count - 1))
-
-    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        bias: Tensor = self.table(self.buckets(key_positions - query_positions[..., None]))
-        return torch.movedim(bias, -1, -3)
+    def forward(self, query_length: int, key_length: int, first: Tensor | None = None) -> Tensor:
+        offset = torch.arange(1 - query_length, key_length, device=self.table.weight.device)
+        offset = offset if first is None else offset - first[:, None]
+        buckets = t5_buckets(offset, self.table.num_embeddings, self.bidirectional, self.max_distance)
+        bias: Tensor = self.table(buckets)
+        return torch.movedim(bias, -1, -2)
 
 
 class T5Attention(nn.Module):
@@ -228,27 +217,24 @@ class T5(nn.Module):
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Source:
         """Every decoder layer's keys and values of the source."""
         mask = None if source_mask is None else source_mask.bool()[:, None, None, :]
-        positions = torch.arange(source.size(1), device=source.device)
-        bias = self.encoder_bias(positions, positions)[None]
-        bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        options = {"relative_bias": self.encoder_bias(source.size(1), source.size(1)), "attn_mask": mask}
         x = self.dropout(self.embedding(source))
         for layer in self.encoder:
-            x = layer(x, {"attn_mask": bias})
+            x = layer(x, options)
         x = self.dropout(self.encoder_norm(x))
         decoder: Any = self.decoder
         return Source([layer.cross_attention.memory(x) for layer in decoder], mask)
 
     def _decode(self, target: Tensor, source: Source, cache: KVCache | None = None) -> Tensor:
-        positions = torch.arange(target.size(1), device=target.device)
-        options: dict[str, Any] = {}
+        length = target.size(1)
         if cache is None:
-            options = {"attn_mask": self.decoder_bias(positions, positions)[None], "is_causal": True}
+            options: dict[str, Any] = {"relative_bias": self.decoder_bias(length, length), "is_causal": True}
         else:
-            # Rows may stand at different positions: each has a bias of its own.
-            positions = cache.lengths[:, None] + positions
+            # Rows may stand at different positions: each has a bias and a mask of its own.
+            positions = cache.lengths[:, None] + torch.arange(length, device=target.device)
             keys = torch.arange(int(positions.max()) + 1, device=target.device)
-            unseen = keys > positions[..., None]
-            options["attn_mask"] = self.decoder_bias(positions, keys).masked_fill(unseen[:, None], -torch.inf)
+            options = {"relative_bias": self.decoder_bias(length, len(keys), cache.lengths)}
+            options["attn_mask"] = (keys <= positions[..., None])[:, None]
         x = self.dropout(self.embedding(target))
         for index, (layer, memory) in enumerate(zip(self.decoder, source.memory, strict=True)):
             x = layer(x, options, (memory, source.mask), None if cache is None else (cache, index))
