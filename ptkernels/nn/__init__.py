@@ -30,6 +30,7 @@ __all__ = [
     "LoRALinear",
     "MultiheadAttention",
     "PeepholeLSTMCell",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RNNCell",
     "ResetBeforeGRUCell",
