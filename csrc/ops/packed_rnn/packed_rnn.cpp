@@ -333,9 +333,10 @@ const char* packed_rnn_kernel_name(const RnnProblem& problem) {
 }  // namespace ptk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
-  library.def("packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
-              "SymInt batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False) "
-              "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
+      "SymInt batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("_packed_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
               "Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, Tensor output, Tensor gates, "
               "Tensor cells, SymInt batch_size, str layout, str mode, bool bidirectional, bool[] output_mask) "
