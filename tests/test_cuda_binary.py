@@ -225,7 +225,8 @@ print(before, [has(op, "CUDA") for op in ops])
 """
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    assert ran.stdout.strip() == f"{[False] * 4} {[True] * 4}"
+    # Of packed sequences, the Triton kernels had been registered; the library takes their place.
+    assert ran.stdout.strip() == f"{[False, False, True, True]} {[True] * 4}"
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")

@@ -41,7 +41,8 @@ def operand(shape: tuple[int, int, int], transposed: bool, dtype: torch.dtype) -
 def check_float(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> None:
     got = gemm(a, b, bias, relu)
     exact = (a.double() @ b.double()).sum(0)
-    # |a| @ |b| bounds every partial sum: k roundings of the accumulator, and one of the result.
+    # |a| @ |b| bounds every partial sum: k roundings of the accumulator, and one of the result, which has an absolute
+    # step below the smallest normal number.
     magnitude = (a.double().abs() @ b.double().abs()).sum(0)
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
@@ -49,7 +50,8 @@ def check_float(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rel
         exact = exact.relu()
     accumulator = torch.float64 if a.dtype == torch.float64 else torch.float32
     terms = a.shape[0] * a.shape[2] + 2
-    bound = terms * torch.finfo(accumulator).eps * magnitude + torch.finfo(a.dtype).eps * exact.abs()
+    own = torch.finfo(a.dtype)
+    bound = terms * torch.finfo(accumulator).eps * magnitude + own.eps * exact.abs().clamp(min=own.smallest_normal)
     assert got.dtype == a.dtype
     assert ((got.double() - exact).abs() <= bound).all()
 

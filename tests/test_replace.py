@@ -131,9 +131,9 @@ def test_failed_verification_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     model = encoder()
     right = ptk.attention
 
-    def wrong(*args: object, **options: object) -> tuple[Tensor, Tensor]:
-        out, lse = right(*args, **options)  # type: ignore[call-overload]
-        return out * 1.01, lse
+    def wrong(*args: object, **options: object) -> Tensor:
+        out: Tensor = right(*args, **options)  # type: ignore[call-overload]
+        return out * 1.01
 
     monkeypatch.setattr(module, "attention", wrong)
     with pytest.raises(RuntimeError, match=r"output 0: got error .* the model was restored"):

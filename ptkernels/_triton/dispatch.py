@@ -1,8 +1,8 @@
 """Triton kernels as an implementation of the package's own operators.
 
-An operator that libptkernels_cuda.so has no kernel for gets a Python function as its CUDA implementation, which
-launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for. What is registered above
-(autograd, autocast, vmap, shapes) is that of the operator. Under ``torch.compile`` and AOTInductor the function is
+An operator that libptkernels_cuda.so has no kernel for, or none that may be chosen, gets a Python function as its CUDA
+implementation, which launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for.
+What is registered above (autograd, autocast, vmap, shapes) is that of the operator. Under ``torch.compile`` and AOTInductor the function is
 traced in the operator's place, as ``torch.library.triton_op`` does, so that they see its kernels; ``torch.export``
 keeps the operator.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from ptkernels import _backend, _triton
+from ptkernels import _backend, _cuda, _triton
 
 Implementation = Callable[..., Any]
 """Takes the operator's arguments, and ``wrap``: the identity, or ``torch.library.wrap_triton`` under tracing."""
@@ -69,8 +69,13 @@ def _instead(op: Any, key: str, load: Callable[[], Implementation]) -> Callable[
     return run
 
 
+def _has_compiled(name: str) -> bool:
+    """Whether an operator has a compiled CUDA kernel that may be chosen."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") and _cuda.newest() is not None
+
+
 def _traced(name: str, load: Callable[[], Implementation], sees_through: Callable[..., bool]) -> Callable[..., Any]:
-    wanted = ("triton",) if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") else (None, "triton")
+    wanted = ("triton",) if _has_compiled(name) else (None, "triton")
 
     def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
@@ -116,18 +121,18 @@ def implement(
     # Before the registrations below, which would make the operator look as if it had a compiled CUDA kernel.
     torch.library.register_torch_dispatch(name, FunctionalTensorMode, _traced(name, load, can_trace), lib=library)
 
-    def replace(key: str) -> None:
+    def register(function: Callable[..., Any], key: str, with_keyset: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a kernel is replaced, as it should be
-            library.impl(short, _instead(op, key, load), key, with_keyset=True, allow_override=True)
+            library.impl(short, function, key, with_keyset=with_keyset, allow_override=True)
 
     if _triton.interpreted():
-        replace("CPU")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        register(_instead(op, "CPU", load), "CPU", True)
+    if _has_compiled(name):
         # A look at the backend in Python would slow down every call: it comes with the first that may ask for Triton.
-        _not_yet_replaced.append(lambda: replace("CUDA"))
+        _not_yet_replaced.append(lambda: register(_instead(op, "CUDA", load), "CUDA", True))
     else:
-        library.impl(short, _on_gpu(name, load), "CUDA")
+        register(_on_gpu(name, load), "CUDA", False)
 
 
 _not_yet_replaced: list[Callable[[], None]] = []

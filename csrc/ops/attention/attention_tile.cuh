@@ -12,14 +12,14 @@ namespace ptk::cuda {
 
 // Score tile of a block on the CUDA cores, as entries per thread, when the block also accumulates `Outputs`
 // head-dim-wide results in registers: as many rows as let those take at most 128 of the 255 that a thread can have.
-// Where they take 32 or fewer, two blocks fit a multiprocessor.
+// Where they take 16 or fewer, two blocks fit a multiprocessor.
 template <typename Acc, int HeadDim, int Outputs>
 struct AttentionTile {
   static constexpr int kChunks = HeadDim / kChunk;
   static constexpr int kMaxRows = sizeof(Acc) == 8 ? 2 : 4;
   static constexpr int kRegistersPerRow = Outputs * kChunks * kQuad * static_cast<int>(sizeof(Acc) / 4);
   static constexpr int kRows = std::clamp(128 / kRegistersPerRow, 1, kMaxRows);
-  static constexpr int kBlocksPerMultiprocessor = kRows * kRegistersPerRow <= 32 ? 2 : 1;
+  static constexpr int kBlocksPerMultiprocessor = kRows * kRegistersPerRow <= 16 ? 2 : 1;
   static constexpr int kCols = kMaxRows;
   static constexpr int kBlockRows = kGrid * kRows;
   static constexpr int kBlockCols = kGrid * kCols;
