@@ -2,9 +2,9 @@
 
 An operator that libptkernels_cuda.so has no kernel for, or none that may be chosen, gets a Python function as its CUDA
 implementation, which launches Triton kernels; one that has a kernel runs them where the Triton backend is asked for.
-What is registered above (autograd, autocast, vmap, shapes) is that of the operator. Under ``torch.compile`` and AOTInductor the function is
-traced in the operator's place, as ``torch.library.triton_op`` does, so that they see its kernels; ``torch.export``
-keeps the operator.
+What is registered above (autograd, autocast, vmap, shapes) is that of the operator. Under ``torch.compile`` and
+AOTInductor the function is traced in the operator's place, as ``torch.library.triton_op`` does, so that they see its
+kernels; ``torch.export`` keeps the operator.
 """
 
 from __future__ import annotations
