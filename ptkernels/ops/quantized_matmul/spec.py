@@ -199,10 +199,17 @@ def composition(
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's own linear layer, in the dtype of the input, on the dequantized weight and the rounded input."""
     value = reference.straight_through(x, qweight.input_scale) if qweight.spec.quantizes_input else x
-    out = F.linear(value, qweight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight = qweight.dequantize(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if counts is None:
+        out = F.linear(value, weight, bias)
+    else:
+        biases = [None] * len(weight) if bias is None else bias
+        out = torch.cat(list(map(F.linear, value.split(counts.tolist()), weight, biases)))
     if residual is not None:
         out = out + residual.to(x.dtype)
     return reference.activate(out, activation).to(x.dtype if out_dtype is None else out_dtype)
