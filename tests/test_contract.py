@@ -633,6 +633,16 @@ def test_dispatch_modes_and_the_profiler_see_the_operator(spec: OpSpec, requires
 
 
 @each_op
+def test_reference_and_baseline_take_the_functions_arguments(spec: OpSpec) -> None:
+    """By name, as the benchmark's check gives them."""
+    names = inspect.signature(spec.function).parameters.keys()
+    for other in (spec.reference, spec.baseline):
+        parameters = inspect.signature(other).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        assert takes_all or names <= {parameter.name for parameter in parameters}, other
+
+
+@each_op
 def test_every_bench_case_is_well_formed(spec: OpSpec) -> None:
     found = spec.bench_cases()
     assert len({(case.name, case.dtype, case.direction) for case in found}) == len(found)
