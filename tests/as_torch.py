@@ -182,7 +182,7 @@ def _away_from_kinks(model: nn.Module, inputs: tuple[Any, ...], training: bool) 
         exact = torch_modules(without_dropout(copy.deepcopy(model))).train(training).double()
         with torch_functions(), _Kinks() as kinks:
             exact(*doubles)
-        if kinks.nearest > 1e-6:
+        if kinks.nearest > 3e-6:
             return model
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
