@@ -103,9 +103,9 @@ public:
 
   explicit TiledForward(const ForwardParams& params) : f_(params), p_(params.problem) {
     const int64_t rows = p_.heads_q * (p_.first_q ? p_.total_q : p_.batch * p_.len_q);
-    // A window's first key depends on the block, and with it how keys fall into blocks: the size must not depend on the
-    // number of threads then.
-    const int64_t parts = p_.left < kUnbounded ? 16 : 4 * num_threads();
+    // Where a window or a mask of blocks begins depends on the block of queries, and with it how keys fall into blocks:
+    // the size must not depend on the number of threads then.
+    const int64_t parts = p_.left < kUnbounded || p_.mask_block > 1 ? 16 : 4 * num_threads();
     queries_ = least(kQueries, most(Traits::kMr, round_up(rows / parts + 1, Traits::kMr)));
   }
 
