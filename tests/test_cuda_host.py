@@ -99,7 +99,7 @@ def contract_samples() -> Iterator[Any]:
         ("sm_90a", torch.bfloat16),
     ):
         for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if "relative_bias" in sample.kwargs:
+            if sample.kwargs.keys() & {"relative_bias", "mask_block_size"}:
                 continue  # refused, see below
             every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
             if every or sample.name in SELECTION:

@@ -9,6 +9,7 @@ namespace {
 struct CpuBackend {
   static constexpr const char* kDevice = "cpu";
   static constexpr bool kHasRelativeBias = true;
+  static constexpr bool kHasBlockMask = true;
 
   static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
 
@@ -33,12 +34,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
   library.def("attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
               "float? scale=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? dropout_seed=None, "
               "int window_left=-1, int window_right=-1, bool bottom_right=False, float softcap=0.0, "
-              "float dropout_p=0.0, Tensor? relative_bias=None) -> (Tensor, Tensor)");
+              "float dropout_p=0.0, Tensor? relative_bias=None, int mask_block_size=1) -> (Tensor, Tensor)");
   library.def("_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
               "Tensor out, Tensor lse, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
               "bool[] output_mask=[True, True, True], Tensor? alibi_slopes=None, Tensor? sinks=None, "
               "Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, bool bottom_right=False, "
-              "float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None) "
+              "float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None, int mask_block_size=1) "
               "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
 }
 

@@ -63,6 +63,8 @@ struct Problem {
   HeadValues relative_bias;
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
+  // A boolean mask may have one element for so many rows and as many keys: [batch, heads_q, blocks_q, blocks_k] then.
+  int64_t mask_block = 1;
 
   // Dropout keeps a weight where 16 bits of philox(seed, {key, row / 8, head, batch}) are below keep_below. Batches
   // come in groups of batch_per_seed that share a seed and count from 0 within.

@@ -277,6 +277,11 @@ private:
     return {seq.first_row(k0) / kQueries * kQueries, seq.end_row(k0, keys)};
   }
 
+  // Whether a mask of blocks leaves anything to do for a block of queries.
+  bool sees_any(const Sequence& seq, int64_t head, int64_t k0, int64_t keys, int64_t q0) const {
+    return sees_keys(p_, seq.batch, head, q0, least(kQueries, seq.len_q - q0), k0, keys);
+  }
+
   // All queries of one head against one block of keys.
   void run_keys(const Scratch& s, const Item& item, int64_t head, int64_t k0, A* dk, A* dv, A* dq,
                 bool has_weights) const {
@@ -289,6 +294,7 @@ private:
     if (needs_ds()) pack_a<T>(value.row(k0), value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, ld_v());
     if (b_.grad_query.data) pack_a<T>(key.row(k0), key.stride_dim, key.stride_row, p_.dim_qk, keys, s.k_t, kLdKt);
     for (int64_t q0 = span.first; q0 < span.end; q0 += kQueries) {
+      if (!sees_any(item.seq, head, k0, keys, q0)) continue;
       const Block block{item.seq, head, k0, keys, q0, least(kQueries, item.queries - q0)};
       run_block(s, item, block, dk, dv, dq, has_weights);
     }
@@ -330,6 +336,7 @@ private:
       const auto key = head_of<T>(b_.key, seq.batch, item.head_kv, seq.first_k);
       pack_a<T>(key.row(k0), key.stride_row, key.stride_dim, keys, p_.dim_qk, s.k, ld_k());
       for (int64_t q0 = span.first; q0 < span.end; q0 += kQueries) {
+        if (!sees_any(seq, head, k0, keys, q0)) continue;
         const Block block{seq, head, k0, keys, q0, least(kQueries, item.queries - q0)};
         probabilities(s, block, nullptr);
         for (int64_t i = 0; i < block.queries; i += kLanes<A>) {

@@ -103,9 +103,9 @@ public:
 
   explicit TiledForward(const ForwardParams& params) : f_(params), p_(params.problem) {
     const int64_t rows = p_.heads_q * (p_.first_q ? p_.total_q : p_.batch * p_.len_q);
-    // A window's first key depends on the block, and with it how keys fall into blocks: the size must not depend on the
-    // number of threads then.
-    const int64_t parts = p_.left < kUnbounded ? 16 : 4 * num_threads();
+    // Where a window or a mask of blocks begins depends on the block of queries, and with it how keys fall into blocks:
+    // the size must not depend on the number of threads then.
+    const int64_t parts = p_.left < kUnbounded || p_.mask_block > 1 ? 16 : 4 * num_threads();
     queries_ = least(kQueries, most(Traits::kMr, round_up(rows / parts + 1, Traits::kMr)));
   }
 
@@ -240,6 +240,24 @@ private:
     pack_b<T>(value.data, value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, padded_k<T>(keys));
   }
 
+  // Up to kKeys keys, whole panels of them but for the last.
+  struct Run {
+    int64_t begin, end;
+  };
+
+  // The first keys from k0 on that a mask of blocks lets any of the rows see; from `end` on where there are none.
+  Run next_run(const Sequence& seq, int64_t head, int64_t q0, int64_t rows, int64_t k0, int64_t end) const {
+    const int64_t size = p_.mask_block;
+    if (size == 1) return {k0, least(end, k0 + kKeys)};
+    const auto sees = [&](int64_t block) { return sees_keys(p_, seq.batch, head, q0, rows, block * size, 1); };
+    int64_t block = k0 / size;
+    while (block * size < end && !sees(block)) ++block;
+    if (block * size >= end) return {end, end};
+    const int64_t begin = most(k0, block * size / Traits::kNr * Traits::kNr);
+    while (block * size < least(end, begin + kKeys) && sees(block)) ++block;
+    return {begin, least(least(end, begin + kKeys), round_up(block * size, Traits::kNr))};
+  }
+
   void run_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0) const {
     const int64_t rows = least(queries_, seq.len_q - q0), ldo = padded_n<T>(p_.dim_v);
     const auto query = head_of<T>(f_.query, seq.batch, head, seq.first_q);
@@ -253,19 +271,22 @@ private:
     }
     const int64_t packed = packed_begin(seq), panel = panel_v(packed_end(seq) - packed);
     const int64_t end = seq.end_key(q0 + rows - 1), begin = seq.first_key(q0) / Traits::kNr * Traits::kNr;
-    if (begin >= end) std::memset(s.out, 0, rows * ldo * sizeof(A));
-    for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
-      const int64_t keys = least(kKeys, end - k0);
+    bool is_first = true;
+    for (Run run = next_run(seq, head, q0, rows, begin, end); run.begin < end;
+         run = next_run(seq, head, q0, rows, run.end, end)) {
+      const int64_t k0 = run.begin, keys = run.end - k0;
       gemm<T>(rows, padded_n<T>(keys), p_.dim_qk, s.q, ldq(), s.k + (k0 - packed) / Traits::kNr * panel_k(), panel_k(),
               StoreSums<A>{s.scores, kLds});
       softmax_block(s, seq, head, q0, rows, k0, keys);
       const E* v = s.v + (k0 - packed) * Traits::kNr;
-      if (k0 == begin) {
+      if (is_first) {
         gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, StoreSums<A>{s.out, ldo});
       } else {
         gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, RescaleAndAdd<A>{s.out, ldo, s.factor});
       }
+      is_first = false;
     }
+    if (is_first) std::memset(s.out, 0, rows * ldo * sizeof(A));
     write_block(s, seq, head, q0, rows);
   }
 

@@ -107,9 +107,14 @@ struct ScoreBlocks {
 
   static void fill_bias_row(const Problem& p, const Block& b, int64_t row, A* to) {
     const int64_t* strides = p.mask.strides;
-    with_mask<T>(p, b.seq.batch, b.head, [&](auto* mask) {
-      detail::bias_row(mask + row * strides[2] + b.k0 * strides[3], strides[3], b.keys, to);
-    });
+    if (p.mask_block > 1) {
+      std::memset(to, 0, b.keys * sizeof(A));
+      hide_blocks(p, b.seq.batch, b.head, row, b.k0, b.keys, to);
+    } else {
+      with_mask<T>(p, b.seq.batch, b.head, [&](auto* mask) {
+        detail::bias_row(mask + row * strides[2] + b.k0 * strides[3], strides[3], b.keys, to);
+      });
+    }
     if (!p.relative_bias.data) return;
     const A* relative = relative_bias_of<A>(p, b.seq.batch, b.head) + b.k0 - row;
     if (p.mask_kind == MaskKind::none) {

@@ -141,6 +141,37 @@ PTK_INLINE void with_mask(const Problem& p, int64_t batch, int64_t head, const B
   }
 }
 
+// ---- mask of blocks
+
+// Whether a mask of blocks, or the lack of one, lets any of the rows q0.. see any of the keys k0..
+PTK_INLINE bool sees_keys(const Problem& p, int64_t batch, int64_t head, int64_t q0, int64_t rows, int64_t k0,
+                          int64_t keys) {
+  if (p.mask_block == 1) return true;
+  const int64_t* strides = p.mask.strides;
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data) + batch * strides[0] + head * strides[1];
+  for (int64_t i = q0 / p.mask_block; i <= (q0 + rows - 1) / p.mask_block; ++i)
+    for (int64_t j = k0 / p.mask_block; j <= (k0 + keys - 1) / p.mask_block; ++j)
+      if (mask[i * strides[2] + j * strides[3]]) return true;
+  return false;
+}
+
+// Scores of the keys k0.. that a mask of blocks hides from a row become -inf.
+template <class A>
+static void hide_blocks(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t k0, int64_t keys,
+                        A* scores) {
+  const int64_t* strides = p.mask.strides;
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data) + batch * strides[0] + head * strides[1] +
+                     row / p.mask_block * strides[2];
+  for (int64_t j = 0; j < keys;) {
+    const int64_t block = (k0 + j) / p.mask_block, end = least(keys, (block + 1) * p.mask_block - k0);
+    if (mask[block * strides[3]]) {
+      j = end;
+    } else {
+      for (; j < end; ++j) scores[j] = -static_cast<A>(__builtin_inf());
+    }
+  }
+}
+
 // Whether scores are more than products times scale.
 PTK_INLINE bool has_shaped_scores(const Problem& p) {
   return p.mask_kind != MaskKind::none || p.softcap != 0 || p.alibi.data || p.relative_bias.data;
@@ -165,6 +196,15 @@ static void shape_rows(const Problem& p, const Sequence& seq, int64_t head, A* s
     const A* bias = relative_bias_of<A>(p, seq.batch, head) + k0 - q0;
     for (int64_t i = 0; i < rows; ++i) detail::apply_mask_row(scores + i * ld, keys, scale, bias - i, 1);
     scale = 1;
+  }
+  if (p.mask_block > 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = scores + i * ld;
+      if (scale != 1)
+        for (int64_t j = 0; j < keys; j += kLanes<A>) store(row + j, load(row + j) * scale);
+      hide_blocks(p, seq.batch, head, q0 + i, k0, keys, row);
+    }
+    return;
   }
   with_mask<T>(p, seq.batch, head, [&](auto* mask) {
     for (int64_t i = 0; i < rows; ++i)

@@ -76,13 +76,20 @@ inline DType lse_dtype(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
 }
 
-inline void set_mask(Problem& p, const Tensor& mask) {
+// The mask has one element per block of `block` rows and as many keys.
+inline void set_mask(Problem& p, const Tensor& mask, int64_t block) {
   const std::optional<DType> dtype = float_dtype(mask);
   PTK_CHECK(is_bool(mask) || dtype == p.dtype || dtype == DType::f32, "attention: attn_mask: got ",
             dtype ? dtype_name(*dtype) : "another dtype", ", expected bool, float32 or ", dtype_name(p.dtype));
   p.mask_kind = is_bool(mask) ? MaskKind::boolean : dtype == p.dtype ? MaskKind::same_dtype : MaskKind::f32;
 
-  const Shape4 full = {p.batch, p.heads_q, p.len_q, p.len_k};
+  PTK_CHECK(block == 1 || (block > 1 && is_bool(mask)), "attention: mask_block_size: got ", block,
+            is_bool(mask) ? ", expected 1 or more" : ", expected 1 where attn_mask is not boolean");
+  // No more than the lengths, which is the same and cannot overflow.
+  p.mask_block = std::min(block, std::max({p.len_q, p.len_k, int64_t{1}}));
+
+  const auto blocks = [&](int64_t length) { return length / block + (length % block != 0); };
+  const Shape4 full = {p.batch, p.heads_q, blocks(p.len_q), blocks(p.len_k)};
   const auto sizes = mask.sizes();
   const auto strides = mask.strides();
   const size_t rank = sizes.size();
@@ -109,6 +116,7 @@ struct Options {
   double softcap = 0;
   double dropout_p = 0;
   std::optional<Tensor> relative_bias = std::nullopt;
+  int64_t mask_block = 1;
 };
 
 inline int64_t window_side(const char* name, int64_t value) {
@@ -231,9 +239,14 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
   check_shape("value", value, value_shape(p));
   check_heads_and_dims(p);
   set_options<Backend>(p, query, options);
+  PTK_CHECK(options.mask_block == 1 || options.attn_mask, "attention: mask_block_size: got ", options.mask_block,
+            ", expected 1 without attn_mask");
   if (options.attn_mask) {
     check_device<Backend>("attn_mask", *options.attn_mask, query);
-    set_mask(p, *options.attn_mask);
+    PTK_CHECK(
+        options.mask_block == 1 || requires { Backend::kHasBlockMask; }, "attention: mask_block_size: got ",
+        options.mask_block, ", expected 1 on ", Backend::kDevice, ", which has no kernel for masks of blocks");
+    set_mask(p, *options.attn_mask, options.mask_block);
   }
   if (options.relative_bias) {
     set_relative_bias<Backend>(p, *options.relative_bias, query);
@@ -265,9 +278,9 @@ std::tuple<Tensor, Tensor>
 attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
                   std::optional<double> scale, std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                   std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right, bool bottom_right,
-                  double softcap, double dropout_p, std::optional<Tensor> relative_bias) {
-  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
-                  window_left, window_right, bottom_right, softcap,      dropout_p, relative_bias};
+                  double softcap, double dropout_p, std::optional<Tensor> relative_bias, int64_t mask_block) {
+  Options options{attn_mask,    is_causal,    scale,   alibi_slopes, sinks,         dropout_seed, window_left,
+                  window_right, bottom_right, softcap, dropout_p,    relative_bias, mask_block};
   const Problem p = make_problem<Backend>(query, key, value, options);
   Tensor out = empty_heads_inside(query, out_shape(p), p.dtype);
   Tensor lse = empty_lse(query, p);
@@ -323,14 +336,14 @@ inline View summing_view(const std::optional<Tensor>& tensor, int64_t axes) {
 }
 
 template <typename Backend>
-Gradients attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
-                             Tensor out, Tensor lse, std::optional<Tensor> attn_mask, bool is_causal,
-                             std::optional<double> scale, std::vector<bool> output_mask,
-                             std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
-                             std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right,
-                             bool bottom_right, double softcap, double dropout_p, std::optional<Tensor> relative_bias) {
-  Options options{attn_mask,   is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
-                  window_left, window_right, bottom_right, softcap,      dropout_p, relative_bias};
+Gradients
+attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor out,
+                   Tensor lse, std::optional<Tensor> attn_mask, bool is_causal, std::optional<double> scale,
+                   std::vector<bool> output_mask, std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                   std::optional<Tensor> dropout_seed, int64_t window_left, int64_t window_right, bool bottom_right,
+                   double softcap, double dropout_p, std::optional<Tensor> relative_bias, int64_t mask_block) {
+  Options options{attn_mask,    is_causal,    scale,   alibi_slopes, sinks,         dropout_seed, window_left,
+                  window_right, bottom_right, softcap, dropout_p,    relative_bias, mask_block};
   const Problem p = make_problem<Backend>(query, key, value, options);
   const auto check_given = [&](const char* name, const Tensor& tensor, const auto& shape, DType dtype) {
     check_device<Backend>(name, tensor, query);

@@ -40,6 +40,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -60,6 +61,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -79,6 +81,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fused attention, ``softmax(scale * query @ key^T + attn_mask) @ value``, in memory linear in the lengths.
@@ -120,6 +123,10 @@ def attention(
         relative_bias: ``[Hq, Lq + Lk - 1]`` or ``[..., Hq, Lq + Lk - 1]``, the same dtypes: added to the scores by
             distance, ``j - i`` at place ``j - i + Lq - 1``, without ever becoming a matrix. Differentiable, gradient of
             the same size. :func:`ptkernels.t5_relative_bias` makes it from T5's table. Default: none.
+        mask_block_size: above 1, ``attn_mask`` is boolean with one element per block of so many queries and as many
+            keys, broadcastable to ``[..., Hq, ceil(Lq / size), ceil(Lk / size)]``. Blocks that it hides are not
+            computed: sparse patterns, local and global ones for instance, cost what they let through. Default: 1, an
+            element for every pair.
         return_lse: also return the log-sum-exp of every row of scores.
 
     Returns:
@@ -166,7 +173,7 @@ def attention(
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
     is_plain = window is None and alibi_slopes is None and sinks is None and relative_bias is None
-    is_plain = is_plain and not softcap and not dropout_p
+    is_plain = is_plain and not softcap and not dropout_p and mask_block_size == 1
     is_plain = is_plain and (attn_mask is None or attn_mask.__class__ is Tensor)
     if is_plain and _state.backend is None and not _is_compiling():
         try:
@@ -188,7 +195,7 @@ def attention(
                 return result if return_lse else result[0]  # type: ignore[no-any-return]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # what bad arguments raise and no more: checkpointing, for one, stops a recomputation by an exception
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     out, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     return (out, lse) if return_lse else out
 
@@ -207,17 +214,19 @@ def _attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     relative_bias: Tensor | None,
+    mask_block_size: int,
 ) -> tuple[Tensor, Tensor]:
     if isinstance(query, Tensor) and query.is_nested:
-        checks.refuse_nested(relative_bias)
+        checks.refuse_nested(relative_bias, mask_block_size)
         named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
         return _nested(query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, **named)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     if (
         dropout_p
         or softcap
+        or mask_block_size != 1
         or any(given is not None for given in (window, alibi_slopes, sinks, relative_bias))
         or is_triangle(attn_mask)
     ):

@@ -176,6 +176,15 @@ def _check_mask(query: Tensor, mask: Any, scores: _Sizes) -> None:
         )
 
 
+def _check_mask_block_size(size: Any, mask: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{OP}: mask_block_size: got {type(size).__name__}, expected int")
+    if size < 1:
+        raise ValueError(f"{OP}: mask_block_size: got {size}, expected 1 or more")
+    if size > 1 and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        raise ValueError(f"{OP}: mask_block_size: got {size}, expected 1 unless attn_mask is a boolean tensor")
+
+
 def _check_triangle(mask: Any, is_causal: bool, scores: _Sizes) -> None:
     if is_causal:
         raise ValueError(f"{OP}: is_causal: got True, expected False beside an attn_mask that is a causal triangle")
@@ -224,8 +233,10 @@ def _check_relative_bias(tensor: Any, query: Tensor, batch: _Sizes, heads: int, 
         )
 
 
-def refuse_nested(relative_bias: Any) -> None:
-    """Raise where a bias by distance comes with nested operands, whose lengths differ."""
+def refuse_nested(relative_bias: Any, mask_block_size: Any) -> None:
+    """Raise where a bias by distance or a mask of blocks comes with nested operands, whose lengths differ."""
+    if mask_block_size != 1:
+        raise ValueError(f"{OP}: mask_block_size: got {mask_block_size}, expected 1 beside nested tensors")
     if relative_bias is not None:
         raise ValueError(f"{OP}: relative_bias: got a value, expected None beside nested tensors")
 
@@ -244,6 +255,7 @@ def check_inputs(
     alibi_slopes: Any = None,
     sinks: Any = None,
     relative_bias: Any = None,
+    mask_block_size: Any = 1,
 ) -> None:
     """Raise the precise error for the first argument of :func:`ptkernels.attention` that is wrong.
 
@@ -263,10 +275,12 @@ def check_inputs(
     _check_lead(query, key, value, enable_gqa)
     lead = lead_shape(query, key, value, enable_gqa)
     scores = (*lead, query.size(-2), key.size(-2))
+    _check_mask_block_size(mask_block_size, attn_mask)
     if is_triangle(attn_mask):
         _check_triangle(attn_mask, is_causal, scores)
     elif attn_mask is not None:
-        _check_mask(query, attn_mask, scores)
+        blocks = [-(-length // mask_block_size) for length in scores[-2:]]
+        _check_mask(query, attn_mask, (*lead, *blocks))
     given = Options(alibi_slopes=alibi_slopes, sinks=sinks, relative_bias=relative_bias)
     if relative_bias is not None:
         _check_relative_bias(relative_bias, query, *split_lead(lead, enable_gqa, given), key.size(-2))
@@ -295,6 +309,7 @@ def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
         alibi_slopes=options.alibi_slopes,
         sinks=options.sinks,
         relative_bias=options.relative_bias,
+        mask_block_size=options.mask_block_size,
     )
     check_seed(options, query.size(0))
 

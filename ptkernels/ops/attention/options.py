@@ -31,6 +31,7 @@ class Options(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     relative_bias: Tensor | None = None
+    mask_block_size: int = 1
 
     def diagonal(self, queries: int, keys: int) -> int:
         """Key that row 0 is aligned with."""
@@ -49,7 +50,7 @@ class Options(NamedTuple):
     @property
     def shared(self) -> tuple[Any, ...]:
         """What the operator of packed sequences and the Triton kernels take as well."""
-        return self[:-1]
+        return self[:-2]
 
     @property
     def keep_below(self) -> int:
@@ -98,6 +99,7 @@ def resolve(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     *,
     draw: bool = True,
 ) -> tuple[Tensor | None, Options]:
@@ -125,4 +127,5 @@ def resolve(
         float(softcap),
         float(dropout_p),
         None if relative_bias is None else relative_bias.to(wide),
+        mask_block_size,
     )

@@ -60,6 +60,16 @@ def _places(scores: Tensor) -> Tensor:
     return torch.arange(keys, device=scores.device) - rows[:, None] + queries - 1
 
 
+def pairs_of_blocks(mask: Tensor, size: int, queries: int, keys: int) -> Tensor:
+    """A mask with an element for every pair of row and key, from one with an element for every block of them."""
+    if size == 1:
+        return mask
+    for dim, length in ((-2, queries), (-1, keys)):
+        if mask.dim() >= -dim and mask.size(dim) > 1:
+            mask = mask.repeat_interleave(size, dim).narrow(dim, 0, length)
+    return mask
+
+
 def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options) -> Softmax:
     """Softmax of scaled products, once they are capped, shifted and masked."""
     if options.softcap:
@@ -71,6 +81,7 @@ def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options
         scores = scores + options.relative_bias.to(scores.dtype)[..., _places(scores)]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
+            attn_mask = pairs_of_blocks(attn_mask, options.mask_block_size, *scores.shape[-2:])
             scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
         else:
             scores = scores + attn_mask.to(scores.dtype)
@@ -178,6 +189,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -198,6 +210,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -217,6 +230,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain torch :func:`ptkernels.attention`: same arguments, shapes and results, ``O(Lq * Lk)`` memory.
@@ -232,7 +246,7 @@ def attention(
         >>> lse.exp()
         tensor([[[1., 2., 3.]]])
     """
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
     out, lse = attention_with(query, key, value, mask, options, enable_gqa)
     return (out, lse) if return_lse else out

@@ -68,7 +68,7 @@ class _Attention(Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = forward_of_function(attention_op, keyset, query, key, value, attn_mask, *options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, attn_mask, *options[2:5], *options[10:])
+        ctx.save_for_backward(query, key, value, out, lse, attn_mask, *options[2:5], *options[10:11])
         ctx.options = options
         return out, lse
 
@@ -83,16 +83,16 @@ class _Attention(Function):
         # Before the first option beyond torch's own, at 7, there is nothing else to say.
         wanted = needed[1:4]
         if needed[4] or len(needed) > 7:
-            wanted = (*needed[1:5], *(*needed[7:9], False, False)[:2], *needed[15:])
+            wanted = (*needed[1:5], *(*needed[7:9], False, False)[:2], *needed[15:16])
         given = (*ctx.options, *Options()[len(ctx.options) : 2])
         args = (grad_out, grad_lse, query, key, value, out, lse, attn_mask, *given[:2], wanted)
-        args = (*args, *others[:3], *given[5:10], *others[3:])
+        args = (*args, *others[:3], *given[5:10], *others[3:], *given[11:])
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
             grads = below_autograd(backward_op, None, *args)
         grad_mask = None if grads[3] is None else grads[3].to(attn_mask.dtype)
-        every = (None, *grads[:3], grad_mask, None, None, *grads[4:6], *(None,) * 6, grads[6])
+        every = (None, *grads[:3], grad_mask, None, None, *grads[4:6], *(None,) * 6, grads[6], None)
         return every[: len(needed)]
 
 

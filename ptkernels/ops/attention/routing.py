@@ -44,12 +44,16 @@ def fallback_reason(
             return reason
         if options.relative_bias is not None:
             return "the Triton kernels have no relative_bias"
+        if options.mask_block_size != 1:
+            return "the Triton kernels have no masks of blocks"
         return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
     if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):
         return _backend.no_kernel(query.device.type, library.DEVICES)
     if query.is_cuda and options.relative_bias is not None:
         return "the CUDA kernels have no relative_bias"
+    if query.is_cuda and options.mask_block_size != 1:
+        return "the CUDA kernels have no masks of blocks"
     return register.uncovered(query, key, value, attn_mask, options)
 
 
@@ -131,6 +135,7 @@ def explain(
     alibi_slopes: Any = None,
     sinks: Any = None,
     relative_bias: Any = None,
+    mask_block_size: int = 1,
     return_lse: bool = False,
 ) -> Explanation:
     """Account of the call :func:`ptkernels.attention` would make with these arguments, without making it.
@@ -140,13 +145,13 @@ def explain(
     if isinstance(query, Tensor) and query.is_nested:
         from ptkernels.ops.attention_varlen import jagged, routing  # which are built on this module
 
-        refuse_nested(relative_bias)
+        refuse_nested(relative_bias, mask_block_size)
         named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
         args = (query, key, value, attn_mask, is_causal, enable_gqa)
         packed = jagged.pack(*args, dropout_p=dropout_p, scale=scale, **named)
         return routing.explain(*packed.operands, **packed.kwargs)
     query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     attn_mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond, draw=False)
     if _backend.state.backend == "reference":

@@ -142,6 +142,8 @@ class _Case:
     relative: int = 0
     """Dimensions of ``relative_bias``."""
     dropout: float = 0.0
+    block: int = 1
+    """Queries and keys per element of the mask."""
     mask_gradient: bool = False
 
     def sample(self, dtype: torch.dtype, device: str, requires_grad: bool) -> Sample:
@@ -163,7 +165,8 @@ class _Case:
         learned = ["query", "key", "value"]
         wide = torch.promote_types(dtype, torch.float32)
         if self.mask is not None:
-            draw = _Draw((self.batch, self.heads, self.lq, self.lk), dtype, generator)
+            blocks = (-(-length // self.block) for length in (self.lq, self.lk))
+            draw = _Draw((self.batch, self.heads, *blocks), dtype, generator)
             kwargs["attn_mask"] = _MASKS[self.mask](draw)
             if self.mask_gradient:
                 kwargs["attn_mask"].requires_grad_(requires_grad)
@@ -187,6 +190,7 @@ class _Case:
             ("window", self.window, None),
             ("softcap", self.softcap, 0.0),
             ("dropout_p", self.dropout, 0.0),
+            ("mask_block_size", self.block, 1),
         ):
             if value != default:
                 kwargs[name] = value
@@ -209,6 +213,7 @@ _GRADCHECK = [
     _Case("bias-gradient", 3, 4, d=2, batch=2, heads=2, mask="bias_per_head", mask_gradient=True, window=(None, 1)),
     _Case("shaped", 3, 4, d=2, heads=2, softcap=1.5, slopes=1, sinks=True, mask="bias_of_keys", mask_gradient=True),
     _Case("relative-bias", 3, 4, d=2, heads=2, kv_heads=1, relative=2, causal=True),
+    _Case("mask-of-blocks", 5, 7, d=2, heads=2, mask="bool", block=2),
 ]
 
 _EVERYTHING: dict[str, Any] = {
@@ -257,6 +262,11 @@ _QUICK = [
     _Case("relative-bias-causal", 150, 130, relative=2, causal=True, mask="padding", kv_heads=1),
     _Case("relative-bias-one-row", 1, 300, relative=3),
     _Case("dropout", 35, 67, dropout=0.17, causal=True),
+    _Case("mask-of-blocks", 150, 700, mask="bool", block=32),
+    _Case("mask-of-blocks-empty-rows", 70, 300, mask="empty_rows", block=7, causal=True, kv_heads=1),
+    _Case("mask-of-blocks-few-rows", 2, 600, mask="bool_rows", block=16, window=(300, None)),
+    _Case("mask-of-blocks-and-everything", 141, 67, 24, mask="bool", block=12, window=(50, 9), **_EVERYTHING),
+    _Case("mask-of-one-block", 35, 67, mask="all_masked", block=1000),
     *(
         _Case(f"{mask.replace('_', '-')}-gradient", 45, 67, mask=mask, mask_gradient=True)
         for mask in ("bias", "bias_per_head", "bias_of_pairs", "bias_of_keys", "bias_of_rows", "bias_float32")
@@ -334,6 +344,7 @@ def composition(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: bool = False,
     bottom_right: bool = False,
     first_batch: int = 0,
@@ -344,7 +355,7 @@ def composition(
     if enable_gqa:
         key, value = (reference.share_heads(tensor, query.size(-3)) for tensor in (key, value))
     scores = (query @ key.transpose(-2, -1)).to(wide) * reference.default_scale(query, scale)
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     attn_mask, options = resolve(dtype, attn_mask, dropout_p, is_causal, scale, *beyond)
     options = options._replace(bottom_right=options.bottom_right or bottom_right)
     weights, _, lse = reference.softmax_of_scores(scores, attn_mask, options)
@@ -370,9 +381,12 @@ def torch_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
     return_lse: bool = False,
 ) -> Any:
     """PyTorch's own attention, and the written-out one for what that refuses or answers with NaN."""
+    if attn_mask is not None:
+        attn_mask = reference.pairs_of_blocks(attn_mask, mask_block_size, query.size(-2), key.size(-2))
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     learned: dict[str, Any] = {"alibi_slopes": alibi_slopes, "sinks": sinks, "relative_bias": relative_bias}
     beyond: dict[str, Any] = {"window": window, "softcap": softcap, **learned}

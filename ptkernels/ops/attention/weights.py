@@ -24,6 +24,7 @@ def attention_weights(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    mask_block_size: int = 1,
 ) -> Tensor:
     """The weights with which :func:`ptkernels.attention` sums the values, before dropout.
 
@@ -32,8 +33,8 @@ def attention_weights(
     ``attention`` beside it still runs fused.
 
     Args:
-        query, key, attn_mask, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks, relative_bias: as in
-            :func:`ptkernels.attention`, of which every shape, dtype and device is taken.
+        query, key, attn_mask, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks, relative_bias,
+            mask_block_size: as in :func:`ptkernels.attention`, of which every shape, dtype and device is taken.
 
     Returns:
         ``[..., Hq, Lq, Lk]`` in the query's dtype, computed in float32 (float64 for float64), differentiable in every
@@ -50,7 +51,7 @@ def attention_weights(
         torch.Size([1, 4, 10, 10])
         >>> torch.testing.assert_close(weights @ value, ptk.attention(query, key, value, is_causal=True))
     """
-    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     checks.check_inputs(query, key, key, attn_mask, 0.0, is_causal, scale, enable_gqa, *beyond)
     mask, options = resolve(query.dtype, attn_mask, 0.0, is_causal, scale, *beyond)
     wide = compute_dtype(query.dtype)
