@@ -1,4 +1,4 @@
-"""Comparing attention kernels with the float64 reference, where test_contract.py does not reach: the CUDA kernels."""
+"""Comparing attention kernels with the float64 reference, where tests/contract does not reach: the CUDA kernels."""
 
 from __future__ import annotations
 

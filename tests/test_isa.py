@@ -20,7 +20,7 @@ from ptkernels import _env, _loader
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 EMULATED = ROOT / "build" / "emulated" / "libptkernels.so"
-SUITES = ["tests/test_contract.py", "tests/test_gemm.py"]
+SUITES = ["tests/contract/test_values.py", "tests/contract/test_derivatives.py", "tests/test_gemm.py"]
 # What depends on the kernels, without the samples marked slow; the rest of the contract is the same at every level.
 SUBSET = "test_gemm or values or same_bits or left_alone or gradcheck"
 

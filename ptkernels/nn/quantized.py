@@ -18,6 +18,15 @@ __all__ = ["LoRALinear", "QuantizedEmbedding", "QuantizedLinear", "quantize_"]
 _KEPT_FLOAT32 = ("scales", "zeros", "input_scale")
 
 
+def _register_tensors(module: nn.Module, weight: QuantizedWeight, *names: str) -> None:
+    """Make the weight's tensors buffers of the module."""
+    buffers = {name: getattr(weight, name) for name in names}
+    buffers["format"] = weight.tensors()["format"].to(weight.device)
+    # torch.export looks for a buffer by its place among all, and those that are None have none: they come last.
+    for name in sorted(buffers, key=lambda name: buffers[name] is None):
+        module.register_buffer(name, buffers[name])
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored in codes; usually made by :meth:`from_float` or :func:`quantize_`.
 
@@ -92,9 +101,7 @@ class QuantizedLinear(nn.Module):
     def _hold(self, weight: QuantizedWeight) -> None:
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.scheme, self.group_size = weight.scheme, weight.group_size
-        for name in ("codes", "scales", "zeros", "input_scale"):
-            self.register_buffer(name, getattr(weight, name))
-        self.register_buffer("format", weight.tensors()["format"].to(weight.device))
+        _register_tensors(self, weight, "codes", "scales", "zeros", "input_scale")
 
     @classmethod
     def from_weight(
@@ -235,9 +242,7 @@ class QuantizedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.scheme, self.group_size = weight.scheme, weight.group_size
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        for name in ("codes", "scales", "zeros"):
-            self.register_buffer(name, getattr(weight, name))
-        self.register_buffer("format", weight.tensors()["format"].to(weight.device))
+        _register_tensors(self, weight, "codes", "scales", "zeros")
 
     @classmethod
     def from_float(

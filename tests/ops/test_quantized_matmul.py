@@ -1,4 +1,4 @@
-"""Quantized linear layers: formats, accuracy, edge cases, storage. The promises of every operator: test_contract.py."""
+"""Quantized linear layers: formats, accuracy, edge cases, storage. The promises of every operator: tests/contract."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ptkernels as ptk
-from ptkernels.nn import LoRALinear, QuantizedLinear, quantize_
+from ptkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear, quantize_
 
 
 def layer(scheme: str = "int4_weight_only", **options: object) -> QuantizedLinear:
@@ -62,6 +62,17 @@ def test_compile_and_export(scheme: str) -> None:
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(x), expected)
     assert program.module()(torch.randn(9, 64)).shape == (9, 3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_layer_by_itself(strict: bool) -> None:
+    """Where the exported module is the layer, some of whose buffers are None."""
+    index = torch.randint(0, 24, (3, 5))
+    embedding = QuantizedEmbedding.from_float(nn.Embedding(24, 64), "int8_weight_only")
+    for module, x in ((layer("int8_weight_only"), torch.randn(5, 64)), (embedding, index)):
+        assert None in module._buffers.values()
+        program = torch.export.export(module, (x,), strict=strict)
+        assert torch.equal(program.module()(x), module(x))
 
 
 def test_lora_trains_on_codes() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import op_checks as contract
 import pytest
-import test_contract as contract
 import torch
 from comparing import DEVICE
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import op_checks as contract
 import pytest
-import test_contract as contract
 import torch
 from comparing import DEVICE
 

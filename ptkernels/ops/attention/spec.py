@@ -165,8 +165,8 @@ class _Case:
         learned = ["query", "key", "value"]
         wide = torch.promote_types(dtype, torch.float32)
         if self.mask is not None:
-            blocks = (-(-length // self.block) for length in (self.lq, self.lk))
-            draw = _Draw((self.batch, self.heads, *blocks), dtype, generator)
+            rows, columns = (-(-length // self.block) for length in (self.lq, self.lk))
+            draw = _Draw((self.batch, self.heads, rows, columns), dtype, generator)
             kwargs["attn_mask"] = _MASKS[self.mask](draw)
             if self.mask_gradient:
                 kwargs["attn_mask"].requires_grad_(requires_grad)
