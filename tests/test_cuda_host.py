@@ -16,10 +16,14 @@ import pytest
 import torch
 from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptkernels import _cuda, _env
+import ptkernels as ptk
+from ptkernels import _backend, _cuda, _env, _triton
 from ptkernels._registry import Sample
+from ptkernels.errors import FallbackError, FallbackWarning
 from ptkernels.ops import attention_kv_cache
+from ptkernels.ops.attention import library as attention_library
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
 from ptkernels.ops.attention_kv_cache.spec import SPEC as CACHE_SPEC
@@ -312,6 +316,30 @@ def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytes
     monkeypatch.setattr(_env, "settings", _env.Settings())
     monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
     assert (_cuda.newest(), _cuda.note("cuda_cores")) == ("cuda_cores", "passed on an H200 at 1234567")
+
+
+def test_a_call_that_asks_for_nothing_takes_no_kernel_that_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU and the library loaded: Triton where it can run, else the reference, announced, and refused if strict.
+
+    With a cap, since plain calls go straight to the operator, which refuses by itself (see below).
+    """
+    monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
+    monkeypatch.setattr(_env, "settings", _env.Settings())
+    monkeypatch.setattr(attention_library, "DEVICES", ("cpu", "cuda"))
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+        account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
+        assert account.backend == "reference"
+        assert account.reason.startswith("its CUDA kernels are not yet run on a GPU; PTKERNELS_CUDA_ARCH=sm_80 runs")
+        with pytest.warns(FallbackWarning, match="runs on the reference: its CUDA kernels are not yet run on a GPU"):
+            assert ptk.attention(query, query, query, softcap=2.0).shape == query.shape
+        monkeypatch.setattr(_backend.state, "strict", True)
+        with pytest.raises(FallbackError, match=r"not yet run on a GPU.*PTKERNELS_STRICT=1 forbids the reference"):
+            ptk.attention(query, query, query, softcap=2.0)
+        monkeypatch.setattr(_triton, "unavailable", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
+        assert (account.backend, account.kernel) == ("triton", "Triton")
 
 
 @pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])
