@@ -57,6 +57,32 @@ concept LargeEpilogue = requires { Epilogue::kLarge; };
 template <class Epilogue>
 concept StripEpilogue = requires { Epilogue::kStrip; };
 
+// Hands sums[M][2][lanes] to an epilogue.
+template <int M, class S, class Epilogue>
+PTK_INLINE void hand_over(const S* sums, int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
+  constexpr int lanes = kLanes<S>;
+  if constexpr (StripEpilogue<Epilogue>) {
+    epilogue.strip(M, row, column, columns, sums);
+    return;
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < M; ++i) {
+    for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
+      const int64_t left = columns - half * lanes;
+      epilogue(row + i, column + half * lanes, load(sums + (2 * i + half) * lanes), left < lanes ? left : lanes);
+    }
+  }
+}
+
+template <int M, class S>
+PTK_INLINE void store_sums(Vec<S> (&sum)[M][2], S* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(to + 2 * i * kLanes<S>, sum[i][0]);
+    store(to + (2 * i + 1) * kLanes<S>, sum[i][1]);
+  }
+}
+
 template <int M, class S, class Epilogue>
 PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int lanes = kLanes<S>;
@@ -70,39 +96,27 @@ PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t
       return;
     }
   }
-  alignas(64) S buffer[M][2][lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    store(buffer[i][0], sum[i][0]);
-    store(buffer[i][1], sum[i][1]);
-  }
-  if constexpr (StripEpilogue<Epilogue>) {
-    epilogue.strip(M, row, column, columns, &buffer[0][0][0]);
-    return;
-  }
-#pragma GCC unroll 1
-  for (int i = 0; i < M; ++i) {
-    for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
-      const int64_t left = columns - half * lanes;
-      epilogue(row + i, column + half * lanes, load(buffer[i][half]), left < lanes ? left : lanes);
-    }
-  }
+  alignas(64) S buffer[M * 2 * lanes];
+  store_sums<M, S>(sum, buffer);
+  hand_over<M>(buffer, row, column, columns, epilogue);
 }
 
 // f64, f32, and 16-bit floats widened at packing.
-template <class T, int M, class Epilogue>
-PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                           int64_t column, int64_t columns, Epilogue& epilogue) {
+template <class T, int M>
+PTK_INLINE void fma_sums(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                         Vec<Element<T>> (&sum)[M][2]) {
   using E = Element<T>;
   using V = Vec<E>;
   constexpr int nr = GemmTraits<T>::kNr;
-  V sum[M][2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<E, M>::make(blocks[block].a + row * lda, lda);
     const E* b = blocks[block].b;
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; ++i) {
       V b0 = load(b), b1 = load(b + nr / 2);
+      // As an operand in memory one of them would be loaded M times, and loads are what limits.
+      PTK_OPAQUE(b0);
+      PTK_OPAQUE(b1);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         V x = broadcast(a.template at<E>(m));
@@ -113,7 +127,29 @@ PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k,
       b += nr;
     }
   }
-  finish<M, Sum<T>>(sum, row, column, columns, epilogue);
+}
+
+// Out of line, so that constants of an epilogue take no register from the loop.
+template <class T, int M>
+static __attribute__((noinline)) void fma_buffer(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda,
+                                                 int64_t row, Sum<T>* buffer) {
+  Vec<Element<T>> sum[M][2] = {};
+  fma_sums<T, M>(blocks, count, k, lda, row, sum);
+  store_sums<M, Sum<T>>(sum, buffer);
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                           int64_t column, int64_t columns, Epilogue& epilogue) {
+  if constexpr (LargeEpilogue<Epilogue>) {
+    alignas(64) Sum<T> buffer[M * GemmTraits<T>::kNr];
+    fma_buffer<T, M>(blocks, count, k, lda, row, buffer);
+    hand_over<M>(buffer, row, column, columns, epilogue);
+  } else {
+    Vec<Element<T>> sum[M][2] = {};
+    fma_sums<T, M>(blocks, count, k, lda, row, sum);
+    finish<M, Sum<T>>(sum, row, column, columns, epilogue);
+  }
 }
 
 #if PTK_ISA_LEVEL == 4

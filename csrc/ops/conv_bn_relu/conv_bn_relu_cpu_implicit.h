@@ -30,31 +30,68 @@ struct ConvEpilogue {
   T* out;
 
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t valid) const {
-    store_row(result.at(channel + column), row, column, sums, valid);
+    const Place place{partial, ld_partial, offsets, residual, out};
+    store_one(result, result.at(channel + column), place, static_cast<int>(row), column, sums, valid);
   }
 
-  // Sums of rows [row, row + rows), two vectors to a row.
+  // Sums of rows [row, row + rows), two vectors to a row. The common activations have a copy each.
   void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
-    constexpr int lanes = kLanes<A>;
-    for (int half = 0; half < 2 && half * lanes < columns; ++half, column += lanes, sums += lanes) {
-      const int64_t valid = least(lanes, columns - half * lanes);
-      // A copy of its own in which no store is partial.
-      valid == lanes ? store_rows(rows, row, column, lanes, sums) : store_rows(rows, row, column, valid, sums);
+    switch (result.activation) {
+    case Activation::none:
+      return store_rows(Activation::none, rows, row, column, columns, sums);
+    case Activation::relu:
+      return store_rows(Activation::relu, rows, row, column, columns, sums);
+    case Activation::relu6:
+      return store_rows(Activation::relu6, rows, row, column, columns, sums);
+    default:
+      return store_rows(result.activation, rows, row, column, columns, sums);
     }
   }
 
 private:
-  inline __attribute__((always_inline)) void store_rows(int rows, int64_t row, int64_t column, int64_t valid,
-                                                        const A* sums) const {
-    const auto vectors = result.at(channel + column);
+  static constexpr int64_t kLane = kLanes<A>;
+
+  inline __attribute__((always_inline)) void store_rows(Activation activation, int rows, int64_t row, int64_t column,
+                                                        int64_t columns, const A* sums) const {
+    // Of its own, so that no store can be thought to change it.
+    ConvResult<T> r = result;
+    r.activation = activation;
+    const Place place{partial ? partial + row * ld_partial + column : nullptr, ld_partial, offsets + row,
+                      residual ? residual + column : nullptr, out + column};
+    const typename ConvResult<T>::Vectors left = r.at(channel + column);
+    if (columns < 2 * kLane) {
+      const int64_t valid = least(columns, kLane);
 #pragma GCC unroll 1
-    for (int i = 0; i < rows; ++i) store_row(vectors, row + i, column, load(sums + i * 2 * kLanes<A>), valid);
+      for (int i = 0; i < rows; ++i) store_one(r, left, place, i, 0, load(sums + 2 * i * kLane), valid);
+      if (columns <= kLane) return;
+      const typename ConvResult<T>::Vectors right = r.at(channel + column + kLane);
+#pragma GCC unroll 1
+      for (int i = 0; i < rows; ++i)
+        store_one(r, right, place, i, kLane, load(sums + (2 * i + 1) * kLane), columns - kLane);
+      return;
+    }
+    const typename ConvResult<T>::Vectors right = r.at(channel + column + kLane);
+#pragma GCC unroll 1
+    for (int i = 0; i < rows; ++i) {
+      store_one(r, left, place, i, 0, load(sums + 2 * i * kLane), kLane);
+      store_one(r, right, place, i, kLane, load(sums + (2 * i + 1) * kLane), kLane);
+    }
   }
-  inline __attribute__((always_inline)) void store_row(const typename ConvResult<T>::Vectors& vectors, int64_t row,
-                                                       int64_t column, Vec<A> sums, int64_t valid) const {
-    if (partial) sums += load(partial + row * ld_partial + column);
-    const int64_t at = offsets[row] + column;
-    result.finish(sums, vectors, residual ? residual + at : nullptr, out + at, valid);
+
+  // Where row 0 and column 0 of a strip are.
+  struct Place {
+    const A* partial;
+    int64_t ld_partial;
+    const int64_t* offsets;
+    const T* residual;
+    T* out;
+  };
+  inline __attribute__((always_inline)) void store_one(const ConvResult<T>& r, const typename ConvResult<T>::Vectors& v,
+                                                       const Place& place, int row, int64_t column, Vec<A> sums,
+                                                       int64_t valid) const {
+    if (place.partial) sums += load(place.partial + row * place.ld_partial + column);
+    const int64_t at = place.offsets[row] + column;
+    r.finish(sums, v, place.residual ? place.residual + at : nullptr, place.out + at, valid);
   }
 };
 
