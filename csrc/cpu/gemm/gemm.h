@@ -57,6 +57,17 @@ template <class T>
 inline constexpr int kLargestTail = GemmTraits<T>::kMr > 8   ? 8
                                     : GemmTraits<T>::kMr > 4 ? 4
                                                              : 1;
+// Rows of the next strip where `left` are left.
+template <class T>
+PTK_INLINE constexpr int64_t strip_rows(int64_t left) {
+  constexpr int64_t mr = GemmTraits<T>::kMr;
+  if (left >= 2 * mr || left == mr) return mr;
+  if constexpr (kEvenTail<T>) return left < mr ? left : (left + 1) / 2;
+  if (left > mr) return mr;
+  int64_t rows = kLargestTail<T>;
+  while (rows > left) rows /= 2;
+  return rows;
+}
 
 template <class T, int M, class Epilogue>
 static inline void exact_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
@@ -105,8 +116,8 @@ PTK_INLINE void gemm_strips(int64_t row, int64_t end, const GemmBlock<T>* panel,
 #endif
   if constexpr (!kUsesTiles<T>) {
     if constexpr (kEvenTail<T>) {
-      for (int64_t left = end - row; left > 0; left = end - row) {
-        const int64_t rows = left >= 2 * mr || left <= mr ? least(left, mr) : (left + 1) / 2;
+      while (row < end) {
+        const int64_t rows = strip_rows<T>(end - row);
         exact_rows<T, mr>(panel, count, k, lda, row, rows, column, columns, epilogue);
         row += rows;
       }

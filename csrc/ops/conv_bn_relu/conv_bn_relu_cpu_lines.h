@@ -37,16 +37,15 @@ public:
   static constexpr int64_t kMaxLines = 128;
 
   // Positions of one line are rows of the engine's kernels, and what a line leaves over runs in small ones: true if
-  // at most a seventh of the time is lost to them.
+  // at most a seventh of the time is lost to them. Fewer than `busy` rows do not keep the multipliers busy.
   static bool fits_rows(int64_t width) {
-    constexpr int64_t mr = Traits::kMr;
-    int64_t cost = width / mr * mr, left = width % mr;
-    if (detail::kEvenTail<T>) return width >= 4;
-    for (int64_t rows = detail::kLargestTail<T>; left; rows = most(1, rows / 2))
-      if (left >= rows) {
-        cost += most(rows, 4);
-        left -= rows;
-      }
+    constexpr int64_t mr = Traits::kMr, busy = detail::kEvenTail<T> ? 5 : 4;
+    int64_t cost = 0;
+    for (int64_t left = width; left > 0;) {
+      const int64_t rows = detail::strip_rows<T>(left);
+      cost += rows == mr ? mr : most(rows, busy);
+      left -= rows;
+    }
     return 7 * cost <= 8 * width;
   }
 

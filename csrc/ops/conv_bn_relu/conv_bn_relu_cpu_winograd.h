@@ -14,8 +14,8 @@
 //   layout   source and result are channels last. Transformed weights lie in the engine's panels,
 //            [element][panel][channel][column]; transformed tiles are rows of channels, [element][tile][channel].
 //
-//   tiling   an item is a block of consecutive tiles, as many as have their transforms in L2, times a range of panels:
-//            for each panel 16 products into [element][tile][column], then the results of its channels.
+//   tiling   an item is a block of consecutive tiles times a range of panels: for kColumns channels at a time 16
+//            products into [element][tile][column], then the results of these channels.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_lines.h"
@@ -28,14 +28,18 @@ class WinogradConv {
   using Traits = GemmTraits<float>;
   using V = Vec<float>;
   static constexpr int64_t kNr = Traits::kNr, kLane = kLanes<float>, kElements = 16;
-  static constexpr int64_t kCacheBytes = PTK_ISA_LEVEL >= 2 ? 1024 * 1024 : 320 * 1024;
+  // Panels pass by once per block of tiles: more tiles read fewer panels, from memory where there are many channels.
+  static constexpr int64_t kTiles = 8 * Traits::kMr < 64 ? 12 * Traits::kMr : 8 * Traits::kMr;
+  static constexpr int64_t kBlockBytes = 2560 * 1024;
+  static constexpr int64_t kCachedWeights = 2 * 1024 * 1024;
+  static constexpr int64_t kColumns = 64;  // a block's tiles are read once for so many channels
 
 public:
   WinogradConv(const ConvProblem& problem, const Gather& gather, const float* source, const float* weight,
                const ConvResult<float>& result)
       : p_(problem), g_(gather), source_(source), weight_(weight), r_(result) {
-    const int64_t wanted = 2 * num_threads(), fitting = kCacheBytes / (kElements * channels() * 4);
-    const int64_t most_tiles = most(Traits::kMr, least(8 * Traits::kMr, fitting / Traits::kMr * Traits::kMr));
+    const int64_t wanted = 2 * num_threads(), fitting = kBlockBytes / (kElements * channels() * 4);
+    const int64_t most_tiles = most(Traits::kMr, least(kTiles, fitting / Traits::kMr * Traits::kMr));
     const int64_t blocks = most(1, (tiles() + most_tiles - 1) / most_tiles);
     // Fewer, larger blocks leave a thread idle at the end.
     const int64_t evened = least(most(blocks, wanted), (tiles() + Traits::kMr - 1) / Traits::kMr);
@@ -53,8 +57,10 @@ public:
     if (g.source_channels < 16 || g.result_channels < 16) return false;
     const int64_t tiles = g.batch * ((g.axis[1].count + 1) / 2) * ((g.axis[2].count + 1) / 2);
     // Fewer would not pay for the transformed weights, nor for tiles that lie outside in good part: 16 products of a
-    // tile with their transforms cost about as much as 22 of the 9 that each position takes directly.
-    return tiles >= 16 && 22 * tiles < 9 * g.positions();
+    // tile with their transforms cost about as much as 22 of the 9 that each position takes directly. Weights that no
+    // cache keeps cost the time of 16 tiles more to read, being 16 / 9 times as many.
+    const bool is_cached = kElements * g.source_channels * g.result_channels <= kCachedWeights;
+    return tiles >= 16 && 22 * (is_cached ? tiles : tiles + 16) < 9 * g.positions();
   }
 
   int64_t packed_kind() const { return 1; }
@@ -160,7 +166,7 @@ private:
   Scratch carve(Carver& carver) const {
     Scratch s;
     s.tiles = carver.take<float>(kElements * block_ * channels());
-    s.products = carver.take<float>(kElements * block_ * kNr);
+    s.products = carver.take<float>(kElements * block_ * kColumns);
     s.zeros = carver.take<float>(channels());
     return s;
   }
@@ -174,12 +180,14 @@ private:
     std::memset(s.zeros, 0, channels() * sizeof(float));
     const int64_t rows = least(block_, tiles() - begin);
     for (int64_t t = 0; t < rows; ++t) transform_tile(begin + t, s.zeros, s.tiles + t * channels());
-    for (int64_t panel = first_panel; panel < least(panels(), first_panel + part_); ++panel) {
+    const int64_t end = least(panels(), first_panel + part_);
+    for (int64_t panel = first_panel; panel < end; panel += kColumns / kNr) {
+      const int64_t columns = least(kColumns, (end - panel) * kNr);
       for (int64_t e = 0; e < kElements; ++e)
-        gemm<float>(rows, kNr, channels(), s.tiles + e * block_ * channels(), channels(),
+        gemm<float>(rows, columns, channels(), s.tiles + e * block_ * channels(), channels(),
                     packed + e * element_stride() + panel * panel_stride(), panel_stride(),
-                    StoreSums<float>{s.products + e * block_ * kNr, kNr});
-      for (int64_t t = 0; t < rows; ++t) store_tile(begin + t, s.products + t * kNr, panel * kNr);
+                    StoreSums<float>{s.products + e * block_ * kColumns, kColumns});
+      for (int64_t t = 0; t < rows; ++t) store_tile(begin + t, s.products + t * kColumns, panel * kNr, columns);
     }
     release_large_scratch();
     return true;
@@ -232,13 +240,13 @@ private:
     }
   }
 
-  // A^T m A, finished, for the channels of one panel.
-  void store_tile(int64_t index, const float* m, int64_t channel) const {
+  // A^T m A, finished, for some channels.
+  void store_tile(int64_t index, const float* m, int64_t channel, int64_t columns) const {
     const Tile at = tile(index);
     const Axis &h = g_.axis[1], &w = g_.axis[2];
-    const int64_t all = g_.result_channels, stride = block_ * kNr;
+    const int64_t all = g_.result_channels, stride = block_ * kColumns;
     const int64_t first = ((at.image * h.count + at.y) * w.count + at.x) * all;
-    for (int64_t c = channel; c < least(all, channel + kNr); c += kLane, m += kLane) {
+    for (int64_t c = channel; c < least(all, channel + columns); c += kLane, m += kLane) {
       V half[2][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
