@@ -20,7 +20,8 @@ _INTERNAL_ULPS = 8.0
 _LARGEST_SHARE = 0.01
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """What the model makes of an example: a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
@@ -48,7 +49,7 @@ def _results(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> dict[s
     leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() if _floating(leaf) else leaf for leaf in leaves]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        returned = _call(model, pytree.tree_unflatten(leaves, spec))
+        returned = call(model, pytree.tree_unflatten(leaves, spec))
     outputs = [leaf for leaf in pytree.tree_leaves(returned) if _floating(leaf)]
     results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     differentiable = [output for output in outputs if output.requires_grad]
