@@ -50,6 +50,9 @@ class Change:
         return undo
 
 
+SUBCLASS = "a subclass, whose own forward a replacement would lose"
+
+
 def swap(
     path: str,
     module: nn.Module,
@@ -62,7 +65,7 @@ def swap(
     if kind in classes:
         return Change(path, [Replaced(path, kind.__name__, op, effects[kind])], module, classes[kind])
     if isinstance(module, tuple(classes)) and kind not in classes.values():
-        return Kept(path, kind.__name__, op, "a subclass, whose own forward a replacement would lose")
+        return Kept(path, kind.__name__, op, SUBCLASS)
     return None
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptkernels._replace.change import Change
+from ptkernels._replace.change import SUBCLASS, Change
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels.nn.conv import ACTIVATIONS, fused
 
@@ -319,7 +319,15 @@ class ConvBnReluRule:
             if graph is None:
                 yield from self._untraceable(path, module)
             else:
+                yield from self._subclasses(path, module, graph)
                 yield from self._traced(path, module, _Matcher(module, graph).chains)
+
+    def _subclasses(self, path: str, module: nn.Module, graph: fx.Graph) -> Iterator[Kept]:
+        for node in graph.nodes:
+            found = _module(module, node)
+            if isinstance(found, tuple(_NORMS)) and type(found) not in _NORMS:
+                where = f"{path}.{node.target}" if path else str(node.target)
+                yield Kept(where, type(found).__name__, self.op, SUBCLASS)
 
     def _untraceable(self, path: str, module: nn.Module) -> Iterator[Kept]:
         if any(isinstance(child, tuple(_NORMS)) for child in module.children()):

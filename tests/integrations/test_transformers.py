@@ -93,12 +93,19 @@ MODELS = (
 def test_outputs_and_gradients(name: str) -> None:
     model, inputs = build(name)
     model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs)[0]
     report = ptk.replace(model, verify=True, example_inputs=inputs)
     assert [item.path for item in report.replaced] == [""]
     assert model.config._attn_implementation == integration.NAME
     assert len(report.verified) > 10
+    (predicted,) = report.predicted
+    assert predicted.kernels[0].startswith("attention: cpu.")
+    assert predicted.kept_after < predicted.kept_before
     report.undo()
     assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], expected)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
