@@ -51,8 +51,8 @@ def replace(
             torch's in float32.
         dry_run: only report; with ``example_inputs``, on what a copy of the model would do.
         verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
-            and gradients with the original in float64: errors may be at most three times the original's. Takes three
-            copies of the model, one of them in float64.
+            and gradients with the original in float64: errors may be at most three times the original's, or of those
+            that it has with weights rounded otherwise. Takes three copies of the model, one of them in float64.
         example_inputs: what ``model`` is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Copies of the model run on it once before and once after, for the report's ``predicted``: which kernels ran
             in every changed module, the bytes its operators move and those it keeps for its backward.

@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from ptkernels import _replace
 from ptkernels._replace import effects
+from ptkernels._replace.verify import call
 from ptkernels.cli import machine
-from ptkernels.cli.bench.timing import interleave
+from ptkernels.cli.bench.timing import Clock, interleave
 from ptkernels.cli.console import print_table, progress
 from ptkernels.cli.files import write_atomically
 
@@ -34,7 +36,7 @@ class Subject:
 
     name: str
     make: Callable[[], tuple[nn.Module, Any]]
-    """The model, and its inputs: a tensor, or keyword arguments."""
+    """The model, and its inputs: a tensor, a tuple of arguments, or a dict of keyword arguments."""
     ops: str
 
 
@@ -119,7 +121,7 @@ def demo_subjects(small: bool) -> list[Subject]:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    returned = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    returned = call(model, inputs)
     leaves = pytree.tree_leaves(dict(returned) if isinstance(returned, dict) else returned)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -129,7 +131,7 @@ def _train(model: nn.Module, inputs: Any) -> None:
     torch.stack([output.float().square().mean() for output in _outputs(model, inputs)]).sum().backward()
 
 
-def measure(subject: Subject, seconds: float) -> Measured:
+def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) -> Measured:
     """Replace, verify and time a model; ``seconds`` are spent on each of forward and training."""
     torch.manual_seed(0)
     model, inputs = subject.make()
@@ -137,15 +139,21 @@ def measure(subject: Subject, seconds: float) -> Measured:
     after = model.eval()
     report = _replace.replace(after, subject.ops, verify=True, example_inputs=inputs)
     pair = {"before": before, "after": after}
+
+    def timed(function: Callable[[nn.Module, Any], object]) -> dict[str, float]:
+        return interleave(
+            {name: functools.partial(function, one, inputs) for name, one in pair.items()}, seconds, clock
+        )
+
     with torch.no_grad():
         old, new = (_outputs(one, inputs) for one in (before, after))
         # Some heads start as zeros, and so do their outputs.
         largest = [float(b.abs().max()) or 1.0 for b in old]
         difference = max(float((a - b).abs().max()) / c for a, b, c in zip(new, old, largest, strict=True))
-        forward = interleave({name: functools.partial(_outputs, one, inputs) for name, one in pair.items()}, seconds)
+        forward = timed(_outputs)
     for one in pair.values():
         one.train()
-    training = interleave({name: functools.partial(_train, one, inputs) for name, one in pair.items()}, seconds)
+    training = timed(_train)
     closest = max((item for item in report.verified if item.bound), key=lambda item: item.error / item.bound)
     return Measured(
         subject.name,
