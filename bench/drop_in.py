@@ -1,32 +1,48 @@
 """Published architectures before and after ptkernels.replace(): outputs, gradients, time and memory, as JSON.
 
-    python bench/drop_in.py results.json [--only NAME]
+    python bench/drop_in.py results.json [--only NAME] [--threads 1 --cpu-time]
 
-Needs torchvision, timm and transformers; weights are random, nothing is downloaded. Gradients of every parameter are
-checked against the model in float64 before anything is timed.
+Needs what `make build` installs, torchvision and timm among it. Nothing is downloaded: weights are random, but for the
+networks that packages carry. Outputs and gradients of every parameter are checked against the model in float64 before
+anything is timed. ``--cpu-time`` counts the processor's time of one thread, which is what remains to be measured on a
+machine that other programs share.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-import transformers
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import model_zoos
+import transformers
+from real_images import photographs
+
 from ptkernels.cli import machine
+from ptkernels.cli.bench import pretrained
+from ptkernels.cli.bench.results import commit_id
+from ptkernels.cli.bench.timing import Clock
 from ptkernels.cli.console import print_table
+from ptkernels.cli.files import write_atomically
 from ptkernels.cli.replace import HEADER, Measured, Subject, measure, table_row
 
-IMAGE = (2, 3, 64, 64)
-TEXT = (2, 64)
+torchvision, timm = model_zoos.zoo("torchvision"), model_zoos.zoo("timm")
+
+IMAGE = (2, 3, 128, 128)
+TEXT = (2, 128)
+SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def vision(name: str, ops: str, make: Callable[[], nn.Module]) -> Subject:
@@ -35,7 +51,7 @@ def vision(name: str, ops: str, make: Callable[[], nn.Module]) -> Subject:
 
 def text(name: str, model: str, config: str, **options: Any) -> Subject:
     def make() -> tuple[nn.Module, Any]:
-        made = getattr(transformers, config)(vocab_size=1000, **options)
+        made = getattr(transformers, config)(vocab_size=1000, **SPECIAL, **options)
         inputs = {"input_ids": torch.randint(3, 1000, TEXT)}
         if made.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -45,17 +61,28 @@ def text(name: str, model: str, config: str, **options: Any) -> Subject:
 
 
 def whisper() -> tuple[nn.Module, Any]:
-    sizes = {"d_model": 256, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
-    model = transformers.WhisperModel(transformers.WhisperConfig(vocab_size=1000, pad_token_id=0, **sizes))
-    return model, {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.randint(3, 1000, (1, 64))}
+    part = {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in part.items()}
+    config = transformers.WhisperConfig(vocab_size=1000, d_model=256, decoder_start_token_id=1, **SPECIAL, **sizes)
+    inputs = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.randint(3, 1000, (1, 64))}
+    return transformers.WhisperModel(config), inputs
+
+
+def sentence_encoder() -> tuple[nn.Module, Any]:
+    sentences = pretrained.tokenize(pretrained.sentences()[:32], pretrained.model_directory())
+    (batch,) = sentences.batches
+    return model_zoos.sentence_encoder(), {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+
+
+def speaker_encoder() -> tuple[nn.Module, Any]:
+    # Utterances of 0.7 to 2.6 seconds, in frames of 10 ms.
+    return model_zoos.speaker_encoder(), ([torch.rand(frames, 40) for frames in range(70, 265, 25)],)
 
 
 def subjects() -> list[Subject]:
     convolutions = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
     found = [
-        vision(
-            f"torchvision {name}", "conv_bn_relu", lambda name=name: torchvision.models.get_model(name, weights=None)
-        )
+        vision(f"torchvision {name}", "conv_bn_relu", lambda name=name: torchvision.models.get_model(name))
         for name in convolutions
     ]
     found += [
@@ -63,41 +90,46 @@ def subjects() -> list[Subject]:
         for name, ops, options in (
             ("resnet50d", "conv_bn_relu", {}),
             ("convnext_atto", "conv_bn_relu", {}),
-            ("vit_tiny_patch16_224", "attention", {"img_size": 64}),
+            ("vit_tiny_patch16_224", "attention", {"img_size": IMAGE[-1]}),
         )
     ]
-    small = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-    vit = transformers.ViTConfig(**small, image_size=64)
+    vit = transformers.ViTConfig(**SMALL, image_size=IMAGE[-1])
     found += [
-        vision("torchvision vit_b_16", "attention", lambda: torchvision.models.vit_b_16(weights=None, image_size=64)),
-        text("BERT", "BertModel", "BertConfig", **small),
+        vision("torchvision vit_b_16", "attention", lambda: torchvision.models.vit_b_16(image_size=IMAGE[-1])),
+        text("BERT", "BertModel", "BertConfig", **SMALL),
         text("GPT-2", "GPT2LMHeadModel", "GPT2Config", n_embd=256, n_layer=4, n_head=4),
-        text("Llama", "LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2, **small),
-        text("T5", "T5Model", "T5Config", d_model=256, num_layers=2, num_heads=4, d_ff=512),
+        text("Llama", "LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2, **SMALL),
+        text("T5", "T5Model", "T5Config", d_model=256, num_layers=2, num_heads=4, d_ff=512, decoder_start_token_id=1),
         vision("transformers ViT", "attention", lambda: transformers.ViTModel(vit)),
         Subject("transformers Whisper", whisper, "attention"),
+        Subject("all-MiniLM-L6-v2, pretrained, 32 sentences", sentence_encoder, "attention"),
+        Subject(
+            "EfficientNet-Lite0, pretrained, 2 photographs",
+            lambda: (model_zoos.efficientnet_lite0(), photographs()),
+            "conv_bn_relu",
+        ),
+        Subject("Resemblyzer, pretrained, 8 voices", speaker_encoder, "packed_rnn"),
     ]
     return found
 
 
-def attempt(subject: Subject, seconds: float) -> Measured | None:
-    """None, and a line that says so, where replace() finds nothing to do."""
-    try:
-        return measure(subject, seconds)
-    except ValueError as error:
-        print(f"{subject.name}: {error}", flush=True)
-        return None
-
-
-def write(file: Path, rows: list[Measured]) -> None:
+def write(file: Path, rows: list[Measured], clock: Clock, load: float) -> None:
     about = {
         "cpu": machine.cpu_model(),
         "isa": machine.isa()["active"],
         "threads": torch.get_num_threads(),
-        "versions": machine.versions("torchvision", "timm", "transformers"),
+        "clock": "CPU time of one thread" if clock is time.process_time else "wall",
+        "load": load,
+        "versions": {
+            **machine.versions("transformers"),
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
     }
-    content = {"machine": about, "image": IMAGE, "text": TEXT, "rows": [asdict(row) for row in rows]}
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    content = {
+        "machine": about, "commit": commit_id(), "image": IMAGE, "text": TEXT, "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -105,13 +137,20 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", default="", help="subjects whose name contains this")
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
+    parser.add_argument("--threads", type=int, help="torch's threads; default: as it finds best")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's time; needs one thread")
     arguments = parser.parse_args()
-    rows = []
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time and torch.get_num_threads() != 1:
+        parser.error(f"--cpu-time: got {torch.get_num_threads()} threads, expected --threads 1")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rows, load = [], os.getloadavg()[0]
     for subject in subjects():
-        if arguments.only in subject.name and (row := attempt(subject, arguments.seconds)) is not None:
-            rows.append(row)
-            write(arguments.file, rows)
-            print("  ".join(table_row(row)), flush=True)
+        if arguments.only in subject.name:
+            rows.append(measure(subject, arguments.seconds, clock))
+            write(arguments.file, rows, clock, load)
+            print("  ".join(table_row(rows[-1])), flush=True)
     print_table("Before and after replace()", HEADER, [table_row(row) for row in rows])
 
 

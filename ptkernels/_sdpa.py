@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from ptkernels.ops.attention import attention
@@ -28,15 +30,25 @@ class patch_sdpa(contextlib.ContextDecorator):  # noqa: N801 - used as a functio
         True
     """
 
-    def __init__(self) -> None:
-        self._outer: list[Any] = []
+    # Of the process: threads enter and leave in any order, and the last one out puts torch's function back.
+    _lock = threading.Lock()
+    _entered = 0
+    _original: Any = None
 
     def __enter__(self) -> patch_sdpa:
-        self._outer.append(F.scaled_dot_product_attention)
-        F.scaled_dot_product_attention = attention
+        self._count(1)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        F.scaled_dot_product_attention = self._outer.pop()
+        self._count(-1)
+
+    @classmethod
+    def _count(cls, change: int) -> None:
+        # torch.compile traces in one thread, and knows no locks.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else cls._lock:
+            if cls._entered == 0:
+                patch_sdpa._original = F.scaled_dot_product_attention
+            patch_sdpa._entered += change
+            F.scaled_dot_product_attention = attention if cls._entered else cls._original

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from model_zoos import zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "api.md"})]
@@ -44,6 +45,8 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for block in blocks(page):
         for need in block.needs:
             name, _, version = need.partition(">=")
+            if name in ("torchvision", "timm"):
+                zoo(name)
             pytest.importorskip(name, minversion=version or None)
         # Lines above, so that a traceback shows the page's own.
         exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ptkernels as ptk
+from ptkernels._replace.verify import compare
 
 
 class Block(nn.Module):
@@ -139,6 +140,26 @@ def test_failed_verification_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"output 0: got error .* the model was restored"):
         ptk.replace(model, verify=True, example_inputs=torch.randn(2, 5, 8))
     assert type(model.layers[0]) is nn.TransformerEncoderLayer
+
+
+class Kink(nn.Module):
+    """A ReLU of a difference that float32 may round to either side of 0, and a gradient that depends on the side."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.tensor([1.0, 0.5])), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.weight * x - 1.0 - self.shift)
+
+
+def test_verification_knows_what_rounding_may_do() -> None:
+    """A gradient that jumps is no error where another rounding of the original's weights makes it jump as well."""
+    x = torch.tensor([1.0, 4.0])
+    ulp = torch.finfo(torch.float32).eps
+    assert all(item.holds for item in compare(Kink(0.0), Kink(-ulp / 2), x))
+    assert not all(item.holds for item in compare(Kink(0.0), Kink(-1e-4), x))
+    assert not all(item.holds for item in compare(Kink(1e-4), Kink(-1e-4), x))
 
 
 @pytest.mark.parametrize(

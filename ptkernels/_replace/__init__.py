@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from ptkernels._replace import effects as _effects
 from ptkernels._replace import verify as _verify
 from ptkernels._replace.attention import AttentionRule
 from ptkernels._replace.change import Rule
 from ptkernels._replace.conv_bn_relu import ConvBnReluRule
 from ptkernels._replace.packed_rnn import PackedRnnRule
 from ptkernels._replace.quantized_matmul import QuantizedMatmulRule
-from ptkernels._replace.report import Kept, Replaced, Report
+from ptkernels._replace.report import Kept, Predicted, Replaced, Report, Verified
 
-__all__ = ["Kept", "Replaced", "Report", "replace"]
+__all__ = ["Kept", "Predicted", "Replaced", "Report", "Verified", "replace"]
 
 _RULES: dict[str, Rule] = {
     rule.op: rule for rule in (AttentionRule(), ConvBnReluRule(), PackedRnnRule(), QuantizedMatmulRule())
@@ -40,21 +41,25 @@ def replace(
 
     Args:
         model: any module; changed in place unless ``dry_run``.
-        ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``,
-            models of Hugging Face transformers, and modules whose ``forward`` calls ``F.scaled_dot_product_attention``;
+        ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention`` (that of ``nn.Transformer`` and its
+            decoders too), ``nn.TransformerEncoderLayer``, models of Hugging Face transformers, and modules whose
+            ``forward`` calls ``F.scaled_dot_product_attention``, itself or in a helper;
             ``"conv_bn_relu"`` finds convolutions whose result only a batch norm or an activation reads;
             ``"packed_rnn"`` finds ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells; ``"quantized_matmul"`` quantizes
             every ``nn.Linear`` (int8_dynamic), which changes results and ``state_dict``, and therefore has to be asked
             for. Default: attention and packed_rnn; convolutions have to be asked for as long as they are slower than
             torch's in float32.
-        dry_run: only report.
+        dry_run: only report; with ``example_inputs``, on what a copy of the model would do.
         verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
-            and gradients with the original in float64: errors may be at most three times the original's. Takes three
-            copies of the model, one of them in float64.
+            and gradients with the original in float64: errors may be at most three times the original's, or of those
+            that it has with weights rounded otherwise. Takes three copies of the model, one of them in float64.
         example_inputs: what ``model`` is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+            Copies of the model run on it once before and once after, for the report's ``predicted``: which kernels ran
+            in every changed module, the bytes its operators move and those it keeps for its backward.
 
     Returns:
-        What was replaced, what was left and why; prints as a table. Its ``undo()`` restores the model exactly.
+        What was replaced, what was left and why, what is to be expected of it; prints as a table. Its ``undo()``
+        restores the model exactly.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -82,22 +87,32 @@ def replace(
     if verify and QuantizedMatmulRule.op in wanted:
         raise ValueError("replace: verify: got True with 'quantized_matmul', whose results differ by quantization")
     report = Report(dry_run)
-    before = copy.deepcopy(model) if verify and not dry_run else None
+    before = None if example_inputs is None else copy.deepcopy(model)
+    if dry_run and example_inputs is not None:
+        model = copy.deepcopy(model)  # to run it as it would be
+    changed = []
     for op in wanted:
         for found in list(_RULES[op].plan(model)):
             if isinstance(found, Kept):
                 report.kept.append(found)
                 continue
             report.replaced.extend(found.entries)
-            if not dry_run:
+            changed.append(found.path)
+            if not dry_run or before is not None:
                 report._undo.append(found.apply())
     if before is not None:
-        _verified(before, model, example_inputs, report)
+        _try(before, model, example_inputs, changed, verify, report)
+    if dry_run:
+        report._undo.clear()
     return report
 
 
-def _verified(before: nn.Module, model: nn.Module, inputs: Any, report: Report) -> None:
+def _try(before: nn.Module, model: nn.Module, inputs: Any, changed: list[str], verify: bool, report: Report) -> None:
+    """Run the example; the model is as it was where that fails."""
     try:
+        report.predicted = _effects.predict(before, model, inputs, changed)
+        if not verify:
+            return
         report.verified = _verify.compare(before, model, inputs)
         if failed := [item for item in report.verified if not item.holds]:
             worst = failed[0]

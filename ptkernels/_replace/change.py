@@ -21,6 +21,7 @@ _MISSING = object()
 class Change:
     """A module about to be changed, and the lines of the report that say so."""
 
+    path: str
     entries: list[Replaced]
     module: nn.Module
     new_class: type[nn.Module] | None = None
@@ -49,6 +50,9 @@ class Change:
         return undo
 
 
+SUBCLASS = "a subclass, whose own forward a replacement would lose"
+
+
 def swap(
     path: str,
     module: nn.Module,
@@ -59,9 +63,9 @@ def swap(
     """The change of a module whose class has a counterpart; a subclass of such a class stays, and is told."""
     kind = type(module)
     if kind in classes:
-        return Change([Replaced(path, kind.__name__, op, effects[kind])], module, classes[kind])
+        return Change(path, [Replaced(path, kind.__name__, op, effects[kind])], module, classes[kind])
     if isinstance(module, tuple(classes)) and kind not in classes.values():
-        return Kept(path, kind.__name__, op, "a subclass, whose own forward a replacement would lose")
+        return Kept(path, kind.__name__, op, SUBCLASS)
     return None
 
 

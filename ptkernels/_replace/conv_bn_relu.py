@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptkernels._replace.change import Change
+from ptkernels._replace.change import SUBCLASS, Change
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels.nn.conv import ACTIVATIONS, fused
 
@@ -94,16 +94,33 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _activation_of(root: nn.Module, node: fx.Node) -> fx.Node | str | None:
-    """The activation that a node computes, if there is a kernel for it."""
-    module = _module(root, node)
-    if module is not None:
-        known = any(type(module) is kind for kind in ACTIVATIONS.values() if kind is not nn.Identity)
+def _activation(module: nn.Module) -> nn.Module | str | None:
+    """A module as an activation that there is a kernel for: itself, or the name of the one function that it calls."""
+    if any(type(module) is kind for kind in ACTIVATIONS.values() if kind is not nn.Identity):
         plain = getattr(module, "approximate", "none") == "none" and getattr(module, "alpha", 1.0) == 1.0
-        return node if known and plain else None
+        return module if plain else None
+    own = {name for name in module.__dict__ if not name.startswith("_")}
+    if not own <= {"training", "inplace"} or module._parameters or module._buffers or module._modules:
+        return None  # what could change what it computes
+    graph = _trace(module)
+    nodes = [] if graph is None or "training" in type(module).forward.__code__.co_names else list(graph.nodes)
+    return _function(nodes[1]) if [node.op[:4] for node in nodes] == ["plac", "call", "outp"] else None
+
+
+def _function(node: fx.Node) -> str | None:
+    """The activation that a node computes without a module."""
     function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
     plain = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
     return _FUNCTIONS.get(function) if plain else None
+
+
+def _activation_of(root: nn.Module, node: fx.Node) -> fx.Node | str | None:
+    """The activation that a node computes, if there is a kernel for it."""
+    module = _module(root, node)
+    if module is None:
+        return _function(node)
+    known = _activation(module)
+    return node if known is module else known  # type: ignore[return-value]
 
 
 def _added_to(node: fx.Node, addition: fx.Node) -> fx.Node | None:
@@ -117,7 +134,7 @@ def _added_to(node: fx.Node, addition: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not node else None
 
 
-def _normalises_and_activates(norm: nn.Module) -> bool:
+def _normalises_and_activates(norm: Any) -> bool:
     """timm's batch norm with an activation of its own."""
     kind = type(norm)
     return kind.__module__.startswith("timm.") and kind.__name__ == "BatchNormAct2d"
@@ -164,9 +181,9 @@ class _Matcher:
             reader = _only_reader(reader)
         return None if reader in self.taken else reader
 
-    def _is_norm(self, conv: fx.Node, norm: nn.Module) -> bool:
+    def _is_norm(self, conv: fx.Node, norm: Any) -> bool:
         if _normalises_and_activates(norm):
-            known = any(type(norm.act) is kind for kind in ACTIVATIONS.values())
+            known = type(norm.act) is nn.Identity or _activation(norm.act) is not None
             return known and type(norm.drop) is nn.Identity
         return type(norm) is _NORMS[type(_module(self.root, conv))]  # type: ignore[index]
 
@@ -178,8 +195,6 @@ class _Matcher:
 
 def _run(conv: Any, norm: Any, activation: nn.Module | str | None, x: Tensor, residual: Tensor | None) -> Tensor:
     """What a chain computes; an addition that broadcasts or promotes is done apart."""
-    if norm is not None and _normalises_and_activates(norm) and activation is None:
-        activation = norm.act
     if residual is None or _fits(conv, x, residual):
         return fused(conv, norm, activation, x, residual)
     total = fused(conv, norm, None, x) + residual
@@ -197,12 +212,16 @@ def _fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     return list(residual.shape) == [*x.shape[: -len(spatial) - 1], conv.out_channels, *spatial]
 
 
-def _rewrite(graph: fx.Graph, chains: list[_Chain]) -> None:
+def _rewrite(root: nn.Module, graph: fx.Graph, chains: list[_Chain]) -> None:
     for chain in chains:
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            modules = [chain.conv, chain.norm, chain.activation]
-            parts = [graph.get_attr(str(p.target)) if isinstance(p, fx.Node) else p for p in modules]
+            parts: list[Any] = [chain.conv, chain.norm, chain.activation]
+            parts = [graph.get_attr(str(p.target)) if isinstance(p, fx.Node) else p for p in parts]
+            norm: Any = None if chain.norm is None else _module(root, chain.norm)
+            if norm is not None and chain.activation is None and _normalises_and_activates(norm):
+                known = _activation(norm.act)
+                parts[2] = graph.get_attr(f"{parts[1].target}.act") if known is norm.act else known
             call = graph.call_function(_run, (*parts, chain.conv.args[0], chain.residual))
         last.replace_all_uses_with(call)
         for node in reversed(chain.nodes):
@@ -251,7 +270,8 @@ class _Fused:
 
     def _current(self) -> _Traced | None:
         attributes = [item for item in self.module.__dict__.items() if isinstance(item[1], _CONSTANTS)]
-        key = (*attributes, *map(type, self.module._modules.values()))
+        children = [child for child in self.module._modules.values() if child is not None]
+        key = (*attributes, *map(type, children), *(type(child._modules.get("act")) for child in children))
         if key not in self._traced:
             traced = self._traced[key] = self._trace()
             self._traced.setdefault(self.module.training, traced)
@@ -263,7 +283,7 @@ class _Fused:
             return None
         chains = [chain for chain in _Matcher(self.module, graph).chains if not _any_hooked(self.module, chain)]
         children = tuple({target: None for chain in chains for target in chain.targets()})
-        _rewrite(graph, chains)
+        _rewrite(self.module, graph, chains)
         return _Traced(type(fx.GraphModule(self.module, graph)).forward, children)
 
     def trace_both_modes(self) -> None:
@@ -291,13 +311,23 @@ class ConvBnReluRule:
         for path, module in model.named_modules():
             if type(module).__module__.startswith(("ptkernels.", "torch.nn.modules.conv")):
                 continue
-            if not any(isinstance(child, tuple(_NORMS)) for child in module.modules()) or "forward" in module.__dict__:
+            if not any(isinstance(child, tuple(_NORMS)) for child in module.modules()):
+                continue
+            if isinstance(module.__dict__.get("forward"), _Fused):
                 continue
             graph = _trace(module)
             if graph is None:
                 yield from self._untraceable(path, module)
             else:
+                yield from self._subclasses(path, module, graph)
                 yield from self._traced(path, module, _Matcher(module, graph).chains)
+
+    def _subclasses(self, path: str, module: nn.Module, graph: fx.Graph) -> Iterator[Kept]:
+        for node in graph.nodes:
+            found = _module(module, node)
+            if isinstance(found, tuple(_NORMS)) and type(found) not in _NORMS:
+                where = f"{path}.{node.target}" if path else str(node.target)
+                yield Kept(where, type(found).__name__, self.op, SUBCLASS)
 
     def _untraceable(self, path: str, module: nn.Module) -> Iterator[Kept]:
         if any(isinstance(child, tuple(_NORMS)) for child in module.children()):
@@ -311,13 +341,15 @@ class ConvBnReluRule:
             if _any_hooked(module, chain):
                 yield Kept(where, name, self.op, "a hook looks at one of them")
             else:
-                saved = len(chain.nodes) - 1
-                effect = f"one operator: {saved} intermediate result{'s' * (saved > 1)} less to write, read and save"
+                passes = sum(type(_module(module, node)) is not nn.Identity for node in chain.nodes) - 1
+                effect = f"one operator: {passes} pass{'es' * (passes > 1)} over the result less"
                 entries.append(Replaced(where, name, self.op, effect))
-        if entries:
+        if entries and "forward" in module.__dict__:
+            yield Kept(path, type(module).__name__, self.op, "its forward has been exchanged already")
+        elif entries:
             forward = _Fused(module)
             forward.trace_both_modes()
-            yield Change(entries, module, attributes={"forward": forward})
+            yield Change(path, entries, module, attributes={"forward": forward})
 
 
 def _name(root: nn.Module, node: fx.Node) -> str:

@@ -26,7 +26,7 @@ class QuantizedMatmulRule:
                 if type(child) is nn.Linear:
                     effect = f"{SCHEME}: weights in a quarter of float32's memory; results differ by quantization"
                     entry = Replaced(where, "Linear", self.op, effect)
-                    yield Change([entry], child, custom=_exchange(module, name, child))
+                    yield Change(where, [entry], child, custom=_exchange(module, name, child))
                 elif isinstance(child, nn.Linear) and type(child).__module__ != "torch.nn.modules.linear":
                     yield Kept(where, type(child).__name__, self.op, "a subclass of Linear")
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptkernels import _replace
+from ptkernels._replace import effects
+from ptkernels._replace.verify import call
 from ptkernels.cli import machine
-from ptkernels.cli.bench.timing import interleave
+from ptkernels.cli.bench.timing import Clock, interleave
 from ptkernels.cli.console import print_table, progress
 from ptkernels.cli.files import write_atomically
 
@@ -33,7 +36,7 @@ class Subject:
 
     name: str
     make: Callable[[], tuple[nn.Module, Any]]
-    """The model, and its inputs: a tensor, or keyword arguments."""
+    """The model, and its inputs: a tensor, a tuple of arguments, or a dict of keyword arguments."""
     ops: str
 
 
@@ -57,6 +60,9 @@ class Measured:
     saved_before: int
     """Bytes kept for the backward pass."""
     saved_after: int
+    moved_before: int
+    """Bytes that operators are given and give back in a forward pass with gradients, in evaluation."""
+    moved_after: int
 
 
 class Tagger(nn.Module):
@@ -73,17 +79,19 @@ class Tagger(nn.Module):
         return tags
 
 
-def _resnet50(small: bool) -> tuple[nn.Module, Any]:
+def _resnet50(small: bool) -> Subject:
     image = torch.randn(2, 3, 64, 64) if small else torch.randn(2, 3, 224, 224)
     try:
         from torchvision.models import resnet50  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        return resnet50(weights=None, width_per_group=8 if small else 64), image
+        width = 8 if small else 64
+        return Subject("torchvision ResNet-50", lambda: (resnet50(width_per_group=width), image), "conv_bn_relu")
     except (ImportError, RuntimeError):  # absent, or built for another torch
         from transformers import ResNetConfig, ResNetModel
 
         narrow = {"embedding_size": 8, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]} if small else {}
-        return ResNetModel(ResNetConfig(**narrow)), image
+        name = "transformers ResNet-50"
+        return Subject(name, lambda: (ResNetModel(ResNetConfig(**narrow)), image), "conv_bn_relu")
 
 
 def _bert(small: bool) -> tuple[nn.Module, Any]:
@@ -106,14 +114,14 @@ def _tagger(small: bool) -> tuple[nn.Module, Any]:
 def demo_subjects(small: bool) -> list[Subject]:
     """The three models of the demonstration."""
     return [
-        Subject("ResNet-50", lambda: _resnet50(small), "conv_bn_relu"),
-        Subject("BERT base", lambda: _bert(small), "attention"),
+        _resnet50(small),
+        Subject("transformers BERT base", lambda: _bert(small), "attention"),
         Subject("LSTM tagger", lambda: _tagger(small), "packed_rnn"),
     ]
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    returned = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    returned = call(model, inputs)
     leaves = pytree.tree_leaves(dict(returned) if isinstance(returned, dict) else returned)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -123,24 +131,7 @@ def _train(model: nn.Module, inputs: Any) -> None:
     torch.stack([output.float().square().mean() for output in _outputs(model, inputs)]).sum().backward()
 
 
-def saved_bytes(model: nn.Module, inputs: Any) -> int:
-    """Bytes that a forward pass in training keeps for its backward, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = _outputs(model, inputs)  # kept alive, so that no address is given to two
-    del outputs
-    return sum(kept.values())
-
-
-def measure(subject: Subject, seconds: float) -> Measured:
+def measure(subject: Subject, seconds: float, clock: Clock = time.perf_counter) -> Measured:
     """Replace, verify and time a model; ``seconds`` are spent on each of forward and training."""
     torch.manual_seed(0)
     model, inputs = subject.make()
@@ -148,13 +139,21 @@ def measure(subject: Subject, seconds: float) -> Measured:
     after = model.eval()
     report = _replace.replace(after, subject.ops, verify=True, example_inputs=inputs)
     pair = {"before": before, "after": after}
+
+    def timed(function: Callable[[nn.Module, Any], object]) -> dict[str, float]:
+        return interleave(
+            {name: functools.partial(function, one, inputs) for name, one in pair.items()}, seconds, clock
+        )
+
     with torch.no_grad():
         old, new = (_outputs(one, inputs) for one in (before, after))
-        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(new, old, strict=True))
-        forward = interleave({name: functools.partial(_outputs, one, inputs) for name, one in pair.items()}, seconds)
+        # Some heads start as zeros, and so do their outputs.
+        largest = [float(b.abs().max()) or 1.0 for b in old]
+        difference = max(float((a - b).abs().max()) / c for a, b, c in zip(new, old, largest, strict=True))
+        forward = timed(_outputs)
     for one in pair.values():
         one.train()
-    training = interleave({name: functools.partial(_train, one, inputs) for name, one in pair.items()}, seconds)
+    training = timed(_train)
     closest = max((item for item in report.verified if item.bound), key=lambda item: item.error / item.bound)
     return Measured(
         subject.name,
@@ -169,8 +168,10 @@ def measure(subject: Subject, seconds: float) -> Measured:
         forward["after"],
         training["before"],
         training["after"],
-        saved_bytes(before, inputs),
-        saved_bytes(after, inputs),
+        effects.count(before, inputs)[None].kept,
+        effects.count(after, inputs)[None].kept,
+        sum(item.moved_before for item in report.predicted),
+        sum(item.moved_after for item in report.predicted),
     )
 
 
@@ -225,7 +226,11 @@ def run(arguments: argparse.Namespace) -> int:
     title = f"Before and after replace(), {machine.cpu_model()}, {threads} threads"
     print_table(title, HEADER, [table_row(row) for row in rows])
     if arguments.json:
-        about = {"cpu": machine.cpu_model(), "threads": threads, "versions": machine.versions("transformers")}
+        about = {
+            "cpu": machine.cpu_model(),
+            "threads": threads,
+            "versions": machine.versions("torchvision", "transformers"),
+        }
         content = {"machine": about, "rows": [asdict(row) for row in rows]}
         write_atomically(arguments.json, json.dumps(content, indent=1) + "\n")
     return 0

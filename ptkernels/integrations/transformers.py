@@ -13,6 +13,7 @@ transformers >= 4.56, where masks have an interface of their own.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -26,14 +27,18 @@ NAME = "ptkernels"
 def register() -> None:
     """Make ``attn_implementation="ptkernels"`` known to transformers, for attention and for its masks.
 
+    With transformers 5 or newer, models quantized by :class:`.transformers_quantizer.PtKernelsConfig` are known too.
+
     Raises:
         ImportError: transformers is not installed, or too old to have the interfaces.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, __version__
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    if int(__version__.partition(".")[0]) >= 5:
+        importlib.import_module("ptkernels.integrations.transformers_quantizer")
 
 
 def attention_forward(

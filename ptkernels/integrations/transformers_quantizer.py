@@ -7,11 +7,13 @@
     model = AutoModelForCausalLM.from_pretrained(quantized_path)  # with this module imported
 
 Every weight is quantized as soon as it is read, so a model never needs more memory than its quantized form and one
-layer. Needs transformers >= 5. Importing this module makes the method known to transformers.
+layer. Needs transformers >= 5. Importing this module makes the method known to transformers, which does not find it by
+itself: a process that loads a stored model without it gets an error (see ``_MARKER``).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ from ptkernels.ops.quantized_matmul.weight import check_group_size
 __all__ = ["PtKernelsConfig"]
 
 METHOD = "ptkernels"
+# Elements of what is stored as every quantized layer's "weight", and not read here. Where the method is not known,
+# transformers warns, makes float layers and would draw their missing weights at random, but for this: a weight of
+# another shape is an error.
+_MARKER = 1
 
 
 @register_quantization_config(METHOD)
@@ -96,7 +102,13 @@ class PtKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and path in self._layers
+        return name == "weight" and path in self._layers and not self.pre_quantized
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's state, and a marker for every quantized layer."""
+        state: dict[str, Tensor] = model.state_dict()
+        layers = [path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        return {**state, **{f"{path}.weight": torch.zeros(_MARKER) for path in layers}}, {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -111,6 +123,8 @@ class PtKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         if not self.pre_quantized:
             return
+        names = (re.escape(path.removeprefix(f"{model.base_model_prefix}.")) for path in self._layers)
+        model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){name}\.weight$" for name in names}
         for path in self._layers:
             linear = model.get_submodule(path)
             layer = QuantizedLinear(

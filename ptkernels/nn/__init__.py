@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptkernels.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from ptkernels.nn.attention import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 from ptkernels.nn.cells import (
     CellLayer,
     LayerNormGRUCell,
@@ -34,6 +34,7 @@ __all__ = [
     "QuantizedLinear",
     "RNNCell",
     "ResetBeforeGRUCell",
+    "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "ZoneoutCell",
     "quantize_",

@@ -110,6 +110,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             if query is key and key is value:
                 packed: Tensor = F.linear(query, self.in_proj_weight, bias)
                 return packed.chunk(3, dim=-1)
+            if key is value:
+                sizes = (self.embed_dim, 2 * self.embed_dim)
+                first, both = self.in_proj_weight.split(sizes)
+                first_bias, both_bias = (None, None) if bias is None else bias.split(sizes)
+                return F.linear(query, first, first_bias), *F.linear(key, both, both_bias).chunk(2, dim=-1)
             weights: Any = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -183,3 +188,20 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(src + self._sa_block(src, *masks))
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """``torch.nn.TransformerDecoderLayer`` whose attention, to itself and to memory, is :class:`MultiheadAttention`.
+
+    Same constructor, parameters, arguments and results.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> layer = ptk.nn.TransformerDecoderLayer(64, 4, batch_first=True).eval()
+        >>> layer(torch.randn(2, 5, 64), torch.randn(2, 10, 64), tgt_is_causal=True).shape
+        torch.Size([2, 5, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention

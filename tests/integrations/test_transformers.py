@@ -93,16 +93,22 @@ MODELS = (
 def test_outputs_and_gradients(name: str) -> None:
     model, inputs = build(name)
     model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs)[0]
     report = ptk.replace(model, verify=True, example_inputs=inputs)
     assert [item.path for item in report.replaced] == [""]
     assert model.config._attn_implementation == integration.NAME
     assert len(report.verified) > 10
+    (predicted,) = report.predicted
+    assert predicted.kernels[0].startswith("attention: cpu.")
     report.undo()
     assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], expected)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window", "gemma2-softcap", "gpt-oss-sinks"])
 def test_greedy_generation_is_eagers(name: str, cache: str | None) -> None:
     integration.register()
     model, inputs = build(name)
@@ -120,16 +126,44 @@ def test_greedy_generation_is_eagers(name: str, cache: str | None) -> None:
     assert torch.equal(tokens["eager"], tokens[integration.NAME])
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_generation_from_an_encoder_is_eagers(kind: str, beams: int) -> None:
+    """With attention to the encoder's states, cached once, and beams that reorder the cache."""
     integration.register()
-    model, _ = build("llama")
+    torch.manual_seed(0)
+    t = transformers
+    ends = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "t5":
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 37, "d_kv": 8}
+        model: Any = t.T5ForConditionalGeneration(t.T5Config(**sizes, **ends))
+        inputs = padded()
+    else:
+        model = t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER, suppress_tokens=[]))
+        inputs = {"input_features": torch.randn(2, 80, 60)}
+    model.eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    tokens = {}
+    for implementation in ("eager", integration.NAME):
+        model.set_attn_implementation(implementation)
+        tokens[implementation] = model.generate(**inputs, **options)
+    assert torch.equal(tokens["eager"], tokens[integration.NAME])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_packed_sequences_do_not_see_each_other(name: str) -> None:
+    """Values and gradients of each sequence alone, sliding window included."""
+    integration.register()
+    model, _ = build(name)
     model.set_attn_implementation(integration.NAME)
     first, second = ids()[:1, :4], ids()[1:, :7]
     positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
-    with torch.no_grad():
-        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
-        apart = torch.cat([model(first).logits, model(second).logits], 1)
+    packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(first).logits, model(second).logits], 1)
     torch.testing.assert_close(packed, apart)
+    weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    for ours, expected in zip(*(torch.autograd.grad(y.sin().sum(), weights) for y in (packed, apart)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learnable_sinks_of_gpt_oss() -> None:

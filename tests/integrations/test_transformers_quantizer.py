@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def ids() -> torch.Tensor:
 
 
 def load(path: Path, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    return (loaded[0].eval(), loaded[1]) if options.get("output_loading_info") else loaded.eval()
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -62,9 +64,11 @@ def test_loaded_stored_and_loaded_again(scheme: str, stored: Path, tmp_path: Pat
     model.save_pretrained(tmp_path)
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
+        marker = file.get_tensor("model.layers.0.self_attn.q_proj.weight")
     assert "model.layers.0.self_attn.q_proj.codes" in names
-    assert "model.layers.0.self_attn.q_proj.weight" not in names
-    again = load(tmp_path)
+    assert marker.shape == (1,)
+    again, found = load(tmp_path, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.quantization_config.scheme == scheme
     assert list(again.state_dict()) == list(model.state_dict())
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
@@ -94,6 +98,43 @@ def test_other_heads_load_the_same_layers(stored: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.eval().model(ids()).last_hidden_state
         assert torch.equal(body.eval()(ids()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4"])  # codes of the weight's shape, and of another
+def test_without_the_module_loading_is_an_error(
+    scheme: str, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a model with random weights. What a process that has not imported it knows is what is left without us."""
+    from transformers.quantizers import auto
+
+    load(stored, quantization_config=PtKernelsConfig(scheme, group_size=32)).save_pretrained(tmp_path)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "ptkernels")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "ptkernels")
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    transformers.utils.logging.add_handler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="You set `ignore_mismatched_sizes` to `False`, thus raising an error"):
+            load(tmp_path)
+    finally:
+        transformers.utils.logging.remove_handler(handler)
+    assert any(text.startswith("Unknown quantization type, got ptkernels") for text in records)
+    assert any("self_attn.q_proj.weight" in text and "MISMATCH" in text for text in records)
+
+
+def test_a_body_and_a_head_load_without_a_word(stored: Path, tmp_path: Path) -> None:
+    """The markers are no unexpected keys, whichever of body and head was stored and is loaded."""
+    whole, body = tmp_path / "whole", tmp_path / "body"
+    model = load(stored, quantization_config=PtKernelsConfig("nf4", group_size=32))
+    model.save_pretrained(whole)
+    only, found = transformers.AutoModel.from_pretrained(whole, output_loading_info=True)
+    assert found["unexpected_keys"] == {"lm_head.weight"}
+    assert not found["missing_keys"]
+    only.save_pretrained(body)
+    _, found = load(body, output_loading_info=True)
+    assert not found["unexpected_keys"]
+    assert found["missing_keys"] == {"lm_head.weight"}
 
 
 def test_greedy_generation_and_dequantize(stored: Path) -> None:

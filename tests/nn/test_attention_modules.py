@@ -1,4 +1,4 @@
-"""MultiheadAttention and TransformerEncoderLayer are torch.nn's, over the fused operator."""
+"""MultiheadAttention and the layers of a transformer are torch.nn's, over the fused operator."""
 
 from __future__ import annotations
 
@@ -137,6 +137,35 @@ def test_encoder_layer(norm_first: bool, training: bool) -> None:
     padding[0, -1] = True
     expected, out = (layer(x, src_key_padding_mask=padding) for layer in (theirs, ours))
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_layer(norm_first: bool, training: bool) -> None:
+    """Keys and values of the memory come from one product."""
+    torch.manual_seed(0)
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first, "dtype": torch.float64}
+    theirs = nn.TransformerDecoderLayer(8, 2, 16, **options).train(training)
+    ours = ptk.nn.TransformerDecoderLayer(8, 2, 16, **options).train(training)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(BATCH, LENGTH, 8, dtype=torch.float64)
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[0, -1] = True
+    masks = {
+        "tgt_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1),
+        "memory_mask": mask("bool", LENGTH, KEYS),
+        "memory_key_padding_mask": padding,
+    }
+    leaves = [torch.randn(BATCH, KEYS, 8, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    leaves[1].data.copy_(leaves[0].data)
+    results = [layer(x, memory, **masks) for layer, memory in zip((theirs, ours), leaves, strict=True)]
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(ours(x, leaves[1], **{**masks, "tgt_mask": None}, tgt_is_causal=True), results[0])
+    for result in results:
+        result.sin().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    for (name, expected), parameter in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 
 def test_prefix_tuning() -> None:
