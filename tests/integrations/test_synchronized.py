@@ -1,71 +1,31 @@
-"""Statistics over two gloo processes are those of one process that has both batches, and so are the gradients."""
+"""Statistics over several gloo processes are those of one process that has all batches, and so are the gradients."""
 
 from __future__ import annotations
 
 import copy
-import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
-import ptkernels.nn
+pytest.importorskip("torch.distributed", reason="this torch has no distributed package")
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+from jobs_synchronized import CLASSES, block, data, part, step
 
-# Unequal batches: a mean of means would be another one.
-BATCHES = ((0, 2), (2, 5))
+import ptkernels as ptk
 
-
-def block() -> Any:
-    torch.manual_seed(0)
-    made = ptkernels.nn.ConvBNReLU2d(3, 4, 3, padding=1, activation="silu").double()
-    nn.init.uniform_(made.bn.weight, 0.5, 1.5)
-    return made
+each_class = pytest.mark.parametrize("kind", CLASSES)
 
 
-def data() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x, *rest = (torch.randn(5, c, 6, 7, generator=generator, dtype=torch.float64) for c in (3, 4, 4))
-    return x + 5, rest[0], rest[1]
-
-
-def step(module: nn.Module, begin: int, end: int) -> list[Tensor]:
-    x, residual, flowing = (tensor[begin:end].clone() for tensor in data())
-    x.requires_grad_(), residual.requires_grad_()
-    y = module(x, residual)
-    y.backward(flowing)
-    return [y.detach(), x.grad, residual.grad]  # type: ignore[list-item]
-
-
-def process(rank: int, port: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
-    found = step(module, *BATCHES[rank])
-    grads = [copy.deepcopy(parameter.grad) for parameter in module.parameters()]
-    for grad in grads:
-        dist.all_reduce(grad)
-    evaluated = module.eval()(data()[0])
-    results[rank] = (found, grads, dict(module.named_buffers()), evaluated.detach())
-    dist.destroy_process_group()
-
-
-def test_two_processes_are_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(process, (port, shared), nprocs=2)
-        results = dict(shared)
+@each_class
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_are_one(outcome: Callable[[str, int], list[Any]], kind: str, world: int) -> None:
     alone = block()
     expected = step(alone, 0, 5)
-    for rank, (begin, end) in enumerate(BATCHES):
-        found, grads, buffers, evaluated = results[rank]
+    for rank, (found, grads, buffers, evaluated) in enumerate(outcome(f"SyncBN, {kind}", world)):
+        begin, end = part(rank, world)
         for ours, whole in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, whole[begin:end], rtol=1e-9, atol=1e-9)
         for ours, parameter in zip(grads, alone.parameters(), strict=True):
@@ -75,7 +35,31 @@ def test_two_processes_are_one() -> None:
         torch.testing.assert_close(evaluated, copy.deepcopy(alone).eval()(data()[0]), rtol=1e-9, atol=1e-9)
 
 
-def test_without_a_group_it_is_batch_normalisation() -> None:
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
+def test_the_normalisation_alone(outcome: Callable[[str, int], list[Any]]) -> None:
+    expected = nn.BatchNorm2d(3).double()(data()[0])
+    torch.testing.assert_close(torch.cat(outcome("SyncBN, alone", 4)), expected, rtol=1e-9, atol=1e-9)
+
+
+@each_class
+def test_without_a_group_it_is_batch_normalisation(kind: str) -> None:
+    module = CLASSES[kind].convert_sync_batchnorm(block())
     for ours, expected in zip(step(module, 0, 5), step(block(), 0, 5), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_conversion_keeps_what_there_is(momentum: float | None) -> None:
+    """Parameters, hooks' order of calls and all options; a state loads both ways."""
+    plain = nn.Sequential(nn.BatchNorm1d(4, 1e-3, momentum, dtype=torch.float64), nn.ReLU()).train()
+    module = ptk.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    for _ in range(2):
+        assert torch.equal(module(x), plain(x))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    plain.load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(module.eval()(x), plain.eval()(x))
+    weight = plain[0].weight
+    assert ptk.nn.SyncBatchNorm.convert_sync_batchnorm(plain)[0].weight is weight
+    with pytest.raises(ValueError, match="SyncBatchNorm: input: got 1 dimensions, expected at least 2"):
+        module(x[0, 0])
