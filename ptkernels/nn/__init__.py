@@ -14,6 +14,7 @@ from ptkernels.nn.cells import (
 from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
 from ptkernels.nn.quantized import LoRALinear, QuantizedEmbedding, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from ptkernels.nn.synchronized import SyncBatchNorm
 
 __all__ = [
     "GRU",
@@ -34,6 +35,7 @@ __all__ = [
     "QuantizedLinear",
     "RNNCell",
     "ResetBeforeGRUCell",
+    "SyncBatchNorm",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "ZoneoutCell",

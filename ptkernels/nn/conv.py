@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptkernels.nn import synchronized
-from ptkernels.ops.conv_bn_relu import conv_bn_relu, reference, replays_forward
+from ptkernels.ops.conv_bn_relu import conv_bn_relu, reference
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
 
@@ -126,12 +126,7 @@ def fused(
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
         return conv_bn_relu(x, conv.weight, conv.bias, **options)
     training = bn.training or bn.running_mean is None
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    tracked = bn.training and bn.track_running_stats
-    if tracked and bn.num_batches_tracked is not None and not replays_forward():
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    momentum = synchronized.momentum_of(bn)
     if synchronized.is_synchronized(bn):
         activation = options.pop("activation")
         residual = options.pop("residual")
@@ -167,7 +162,7 @@ _ARGUMENTS = """
         negative_slope: of ``"leaky_relu"``.
         recompute: keep only the input for the backward pass, which computes the convolution again.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` gives the statistics of every process (:mod:`.synchronized`).
+    :meth:`SyncBatchNorm.convert_sync_batchnorm`, or torch's, gives the statistics of every process.
 
     Of hooks on children, only forward pre-hooks of ``conv`` fire (pruning, spectral norm): the children hold state and
     are not called.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ptkernels._backend import state as _state
+from ptkernels._distributed import is_distributed
 from ptkernels.ops.attention import checks, reference, register, routing, shapes
 from ptkernels.ops.attention.library import attention_op
 from ptkernels.ops.attention.options import is_triangle, resolve
@@ -174,7 +175,7 @@ def attention(
     # which handles every case and words every error.
     is_plain = window is None and alibi_slopes is None and sinks is None and relative_bias is None
     is_plain = is_plain and not softcap and not dropout_p and mask_block_size == 1
-    is_plain = is_plain and (attn_mask is None or attn_mask.__class__ is Tensor)
+    is_plain = is_plain and (attn_mask is None or attn_mask.__class__ is Tensor) and query.__class__ is Tensor
     if is_plain and _state.backend is None and not _is_compiling():
         try:
             shape = query.shape
@@ -220,8 +221,11 @@ def _attention(
         checks.refuse_nested(relative_bias, mask_block_size)
         named = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
         return _nested(query, key, value, attn_mask, is_causal, enable_gqa, dropout_p=dropout_p, scale=scale, **named)
-    query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
+    if is_distributed(query):
+        checks.check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
+        return _distributed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
+    query, key, value, attn_mask = register.autocast_if_enabled(query, key, value, attn_mask)
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     if (
         dropout_p
@@ -254,3 +258,14 @@ def _nested(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     call = jagged.pack(*args, **options)
     out, lse = attention_varlen(*call.operands, **call.kwargs, return_lse=True)
     return call.restore(out), call.restore(lse.t().contiguous())
+
+
+def _distributed(*args: Any) -> tuple[Tensor, Tensor]:
+    from ptkernels.integrations import dtensor
+
+    names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "window"]
+    names += ["softcap", "alibi_slopes", "sinks", "relative_bias", "mask_block_size"]
+    options = dict(zip(names, args, strict=True))
+    operands = {name: options.pop(name) for name in (*names[:4], *names[10:13])}
+    result: tuple[Tensor, Tensor] = dtensor.attention(operands, {**options, "return_lse": True})
+    return result

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ptkernels._distributed import is_distributed
 from ptkernels.ops.attention.checks import check_window
 from ptkernels.ops.attention.options import resolve
 from ptkernels.ops.attention.register import autocast_if_enabled
@@ -129,6 +130,19 @@ def attention_varlen(
         >>> ptk.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, is_causal=True).shape
         torch.Size([14, 4, 32])
     """
+    if is_distributed(query):
+        from ptkernels.integrations import dtensor
+
+        operands: dict[str, Any] = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q}
+        operands |= {"cu_seqlens_k": cu_seqlens_k, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        given: dict[str, Any] = {
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "dropout_p": dropout_p,
+            "scale": scale,
+        }
+        given |= {"is_causal": is_causal, "bottom_right": bottom_right, "window": window, "softcap": softcap}
+        return dtensor.attention_varlen(operands, {**given, "return_lse": return_lse})  # type: ignore[no-any-return]
     query, key, value, _ = autocast_if_enabled(query, key, value, None)
     check_window(window)
     if not isinstance(query, Tensor):

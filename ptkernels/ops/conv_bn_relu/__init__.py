@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import in_transform
+from ptkernels._distributed import is_distributed
 from ptkernels._registry import Explanation
 from ptkernels.ops.conv_bn_relu import checks, reference, register, routing
 from ptkernels.ops.conv_bn_relu.library import conv_op
@@ -100,6 +101,14 @@ def conv_bn_relu(
         >>> ptk.conv_bn_relu(x, weight, running_mean=mean, running_var=var, training=True, padding="same").shape
         torch.Size([2, 8, 32, 32])
     """
+    if is_distributed(input):
+        from ptkernels.integrations import dtensor
+
+        operands = {"input": input, "weight": weight, "bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
+        operands |= {"running_mean": running_mean, "running_var": running_var, "residual": residual}
+        given = {"training": training, "momentum": momentum, "eps": eps, "stride": stride, "padding": padding}
+        given |= {"dilation": dilation, "groups": groups, "activation": activation, "negative_slope": negative_slope}
+        return dtensor.conv_bn_relu(operands, {**given, "recompute": recompute})
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
     results = None

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from ptkernels import _backend
+from ptkernels._distributed import is_distributed
 from ptkernels.ops.packed_rnn import reference, routing
 from ptkernels.ops.packed_rnn.checks import OP, check_layer, check_values
 from ptkernels.ops.packed_rnn.library import rnn_op
@@ -60,6 +61,10 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
             check_layer(op, *args)
             check_values(op, input, sizes, sorted_indices, batch_size, layout)
             raise
+    if is_distributed(input):
+        from ptkernels.integrations import dtensor
+
+        return dtensor.packed_rnn(op, args, recompute)
     device_type = input.device.type
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         input, *others = autocast(device_type, (input, *state, *params))

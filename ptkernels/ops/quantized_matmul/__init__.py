@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ptkernels import _backend
+from ptkernels._distributed import is_distributed
 from ptkernels.ops.quantized_matmul import checks, reference, register, routing
 from ptkernels.ops.quantized_matmul.library import DEVICES, embedding_op, linear_op
 from ptkernels.ops.quantized_matmul.quantize import quantize_weight
@@ -73,6 +74,13 @@ def quantized_linear(
         >>> bool(error < 0.02)
         True
     """
+    if is_distributed(x) and isinstance(qweight, QuantizedWeight):
+        from ptkernels.integrations import dtensor
+
+        operands = {"x": x, "bias": bias, "residual": residual}
+        operands |= {name: getattr(qweight, name) for name in ("codes", "scales", "zeros", "input_scale")}
+        given = {"activation": activation, "out_dtype": out_dtype}
+        return dtensor.quantized_linear(operands, qweight, counts, given)
     try:
         return _quantized_linear(x, qweight, bias, residual, activation, out_dtype, counts)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -166,6 +174,10 @@ def quantized_embedding(input: Tensor, qweight: QuantizedWeight, *, dtype: torch
         >>> torch.equal(rows, table.dequantize()[[7, 0]])
         True
     """
+    if is_distributed(input) and isinstance(qweight, QuantizedWeight):
+        from ptkernels.integrations import dtensor
+
+        return dtensor.quantized_embedding(input, qweight, dtype)
     checks.check_embedding(input, qweight, dtype)
     spec = qweight.spec
     if _backend.state.backend == "reference" or input.device.type not in (*DEVICES, "meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptkernels._distributed import is_distributed
 from ptkernels.ops.rotary_embedding import checks, register, routing
 from ptkernels.ops.rotary_embedding.library import rotary_op
 
@@ -77,6 +78,13 @@ def rotary_embedding(
         ... )
         >>> torch.testing.assert_close(normalized.square().mean(-1), torch.ones(2, 8, 10), rtol=1e-4, atol=1e-4)
     """
+    if is_distributed(query):
+        from ptkernels.integrations import dtensor
+
+        operands = {"query": query, "key": key, "cos": cos, "sin": sin, "positions": positions}
+        operands |= {"query_norm_weight": query_norm_weight, "key_norm_weight": key_norm_weight}
+        given = {"interleaved": interleaved, "norm_eps": norm_eps}
+        return dtensor.rotary_embedding(operands, given)  # type: ignore[no-any-return]
     options = (positions, query_norm_weight, key_norm_weight, interleaved, norm_eps)
     args = register.autocast_if_enabled((query, key, cos, sin, *options))
     checks.check_inputs(*args)
