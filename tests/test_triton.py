@@ -112,6 +112,10 @@ def traced_call(name: str) -> tuple[Any, list[Tensor]]:
     if name == "linear":
         weight = [on_gpu(32, 16, dtype=torch.uint8), on_gpu(32, 1, dtype=torch.float32)]
         return lambda x, *w: ops.quantized_linear(x, *w, code_format="fp4"), [on_gpu(5, 32), *weight]
+    if name == "experts":
+        weight = [on_gpu(3 * 32, 16, dtype=torch.uint8), on_gpu(3 * 32, 1, dtype=torch.float32)]
+        counts = torch.tensor([2, 0, 3])
+        return lambda x, *w: ops.quantized_linear(x, *w, code_format="fp4", counts=counts), [on_gpu(5, 32), *weight]
     if name == "lstm":
         call = lambda x, *w: ops.packed_rnn(x, None, None, [], list(w), 3, "time_first", "lstm")  # noqa: E731
         return call, [on_gpu(7, 3, 8), on_gpu(64, 8), on_gpu(64, 16)]
@@ -124,7 +128,7 @@ def traced_call(name: str) -> tuple[Any, list[Tensor]]:
     return ops.attention_with_kv_cache, [on_gpu(2, 4, 1, 64), cache, cache, rows]
 
 
-TRACED = ("conv", "linear", "lstm", "varlen", "cache")
+TRACED = ("conv", "linear", "experts", "lstm", "varlen", "cache")
 
 
 @installed

@@ -88,21 +88,26 @@ def decode(arch: int, dim: int) -> list[Any]:
     return recorder.launches
 
 
-def linear(arch: int, rows: int, scheme: str, group: int = -1, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+def linear(
+    arch: int, rows: int, scheme: str, group: int = -1, dtype: torch.dtype = torch.bfloat16, experts: int = 0
+) -> list[Any]:
     from ptkernels.ops.quantized_matmul import formats
     from ptkernels.ops.quantized_matmul import triton as module
 
     spec, n, k = formats.SCHEMES[scheme], 4096, 4096
-    codes = meta(n, spec.code.row_bytes(k), dtype=spec.code.dtype)
-    scales = meta(n, formats.group_count(k, group), dtype=torch.float32)
+    stored = n * max(experts, 1)
+    codes = meta(stored, spec.code.row_bytes(k), dtype=spec.code.dtype)
+    scales = meta(stored, formats.group_count(k, group), dtype=torch.float32)
     zeros = scales if scheme == "int2_weight_only" else None
+    counts = meta(experts, dtype=torch.int64) if experts else None
 
     def launch(recorder: Any) -> None:
         weight = (codes, scales, zeros)
-        options = (spec.code.name, group, spec.quantizes_input, None, "silu")
-        module.linear(meta(rows, k, dtype=dtype), *weight, meta(n), None, *options, wrap=recorder)
+        options = (spec.code.name, group, spec.quantizes_input, None, "silu", None, counts)
+        module.linear(meta(rows, k, dtype=dtype), *weight, meta(stored), None, *options, wrap=recorder)
         if not spec.quantizes_input and rows > 16:
-            module.linear_backward(meta(rows, n, dtype=dtype), *weight, spec.code.name, group, k, wrap=recorder)
+            options = (spec.code.name, group, k, counts)
+            module.linear_backward(meta(rows, n, dtype=dtype), *weight, *options, wrap=recorder)
 
     return with_every_tile(arch, module, ("tiles", "dx_tiles"), launch)
 
@@ -181,6 +186,8 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "nf4": lambda arch: linear(arch, 64, "nf4", 64),
     "mxfp4": lambda arch: linear(arch, 64, "mxfp4", 32),
     "fp8": lambda arch: linear(arch, 4096, "fp8"),
+    "int4-experts": lambda arch: linear(arch, 4096, "int4_weight_only", 128, experts=8),
+    "int8-dynamic-experts": lambda arch: linear(arch, 4096, "int8_dynamic", experts=128),
     "int8-float32": lambda arch: linear(arch, 64, "int8_weight_only", dtype=torch.float32),
     "conv": lambda arch: conv(arch, 64, 64, 3),
     "conv-stride": lambda arch: conv(arch, 256, 128, 3, stride=2),

@@ -11,6 +11,7 @@ from comparing import assert_close
 
 import ptkernels as ptk
 from ptkernels.ops.quantized_matmul import reference
+from ptkernels.ops.quantized_matmul import triton as launch
 from ptkernels.ops.quantized_matmul.triton import quantize_rows
 
 SCHEMES = ("int8_dynamic", "int4_int8", "int4_weight_only", "int2_weight_only", "nf4", "mxfp4", "fp8")
@@ -76,6 +77,56 @@ def test_groups(
         results.append((out, torch.ones(m, n, dtype=kind) @ dense))
     assert_close("out", got, results[1][0], results[0][0], dtype)
     assert_close("dx", grad, results[1][1], results[0][1], dtype)
+
+
+COUNTS = {"uneven": [4, 0, 37], "none": [0, 0, 0], "last": [0, 0, 5], "more-than-a-tile": [70, 1, 65]}
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int4_weight_only", "int4_int8"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_experts(counts: list[int], scheme: str, device: str) -> None:
+    rows, n, k = sum(counts), 24, 50
+    options = {"group_size": 16, "symmetric": False} if "int4" in scheme else {}
+    weight = ptk.quantize_weight(torch.randn(3, n, k), scheme, **options)
+    x, bias, residual = torch.randn(rows, k), torch.randn(3, n), torch.randn(rows, n)
+    given, results = torch.tensor(counts, dtype=torch.int64), []
+    with ptk.backend("triton"):
+        leaves = [t.to(device).requires_grad_() for t in (x, bias)]
+        out = ptk.quantized_linear(
+            leaves[0], weight.to(device), leaves[1], residual=residual.to(device), activation="silu", counts=given
+        )
+        ours = out, *torch.autograd.grad(out.sum(), leaves)
+    for kind in (torch.float64, torch.float32):
+        leaves = [t.to(kind).requires_grad_() for t in (x, bias)]
+        want = ptk.reference.quantized_linear(
+            leaves[0], weight, leaves[1], residual=residual.to(kind), activation="silu", counts=given
+        )
+        results.append((want, *torch.autograd.grad(want.sum(), leaves)))
+    for name, got, expected, peer in zip(("out", "dx", "dbias"), ours, *results, strict=True):
+        assert_close(name, got, peer, expected, torch.float32)
+
+
+def test_experts_share_a_launch(device: str) -> None:
+    launched = []
+
+    def counting(kernel: Any) -> Any:
+        launched.append(kernel)
+        return kernel
+
+    weight = ptk.quantize_weight(torch.randn(3, 8, 32), "int4_weight_only", 32).to(device)
+    stored, counts = (weight.codes, weight.scales, None), torch.tensor([4, 0, 1])
+    out = launch.linear(torch.randn(5, 32, device=device), *stored, None, None, "u4", 32, counts=counts, wrap=counting)
+    launch.linear_backward(out, *stored, "u4", 32, 32, counts, wrap=counting)
+    assert len(launched) == 2
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"), [([5, 0, 1], "got a sum of 6, expected 5"), ([6, -1, 0], "got -1, expected at least 0")]
+)
+def test_counts_that_are_wrong(counts: list[int], message: str, device: str) -> None:
+    weight = ptk.quantize_weight(torch.randn(3, 8, 32), "int4_weight_only", 32).to(device)
+    with ptk.backend("triton"), pytest.raises(ValueError, match=f"counts: {message}"):
+        ptk.quantized_linear(torch.randn(5, 32, device=device), weight, counts=torch.tensor(counts))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ptkernels._triton.dispatch import to_device
+
 
 class Order(NamedTuple):
     """Sequences by slot, longest first; tokens step after step (packed order)."""
@@ -23,13 +25,6 @@ class Order(NamedTuple):
     """int64 ``[tokens]``: where a token is in the data as a matrix; None where it is in its own place."""
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda" or tensor.device == device:
-        return tensor.to(device)
-    # From pinned memory the copy is queued behind nothing and waits for nothing; a captured graph reads it again.
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
-
-
 def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None, batch: int, layout: str) -> Order:
     """Read checked lengths on the host, where they are, and send on what the kernels need."""
     device = input.device
@@ -38,8 +33,8 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
         first = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         running = sizes.unsqueeze(1) > torch.arange(batch)
         lengths = running.sum(0).to(torch.int32)
-        slots = None if sorted_indices is None else _to_device(sorted_indices, device)
-        on_device = (_to_device(first, device), _to_device(lengths, device))
+        slots = None if sorted_indices is None else to_device(sorted_indices, device)
+        on_device = (to_device(first, device), to_device(lengths, device))
         return Order(sizes.size(0), input.size(0), *on_device, slots, None)
     if sizes is None:
         return _of_full_sequences(input, batch, layout)
@@ -57,7 +52,7 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
     step, slot = running.nonzero().unbind(1)
     rows = starts[slot] + step * steps_apart
     parts = (first, lengths.to(torch.int32), slots, rows)
-    return Order(steps, rows.size(0), *(_to_device(part, device) for part in parts))
+    return Order(steps, rows.size(0), *(to_device(part, device) for part in parts))
 
 
 def _of_full_sequences(input: Tensor, batch: int, layout: str) -> Order:

@@ -8,7 +8,7 @@ quarter of it: the product then reads that as often as it has columns of tiles.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ptkernels import _triton
 from ptkernels._triton import tuning
-from ptkernels._triton.dispatch import Launcher, identity
+from ptkernels._triton.dispatch import Launcher, identity, to_device
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.quantized_matmul import formats, reference
 from ptkernels.ops.quantized_matmul import triton_kernels as kernels
+from ptkernels.ops.quantized_matmul.weight import OP
 
 CODES = {name: getattr(kernels, name.upper()).value for name in formats.CODE_FORMATS}
 
@@ -41,12 +42,19 @@ class _Weight:
     """A stored weight as the kernels take it."""
 
     def __init__(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, code: str, group_size: int, in_features: int
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        code: str,
+        group_size: int,
+        in_features: int,
+        experts: _Experts,
     ) -> None:
         self.codes = codes.contiguous()
-        self.in_features, self.out_features = in_features, codes.size(0)
+        self.in_features, self.out_features = in_features, codes.size(0) // max(experts.number, 1)
         self.group = max(in_features, 1) if group_size == -1 else group_size
-        self.scales = scales.contiguous() if in_features > 0 else scales.new_zeros(self.out_features, 1)
+        self.scales = scales.contiguous() if in_features > 0 else scales.new_zeros(codes.size(0), 1)
         self.zeros = None if zeros is None or in_features == 0 else zeros.contiguous()
         self.operands = (self.codes, self.scales, self.scales if self.zeros is None else self.zeros)
         self.book = _book(self.scales, code)
@@ -55,6 +63,34 @@ class _Weight:
     @property
     def numbers(self) -> tuple[int, int]:
         return self.group, self.scales.size(1)
+
+
+class _Experts:
+    """How many rows go to each of the weights stacked in one, on the device; a single weight gets all of them."""
+
+    def __init__(self, counts: Tensor | None, rows: int, dummy: Tensor) -> None:
+        self.number = 0 if counts is None else counts.size(0)
+        self.counts = dummy
+        if counts is not None:
+            _check_counts(counts, rows)
+            self.counts = to_device(counts, dummy.device)
+        # Rows of an expert, as far as their number may decide about a tile.
+        self.rows = rows // max(self.number, 1)
+        self.constants = {"EXPERTS": self.number, "BLOCK_E": _triton.power_of_2(self.number, 1)}
+
+    def tiles(self, rows: int, size: int) -> int:
+        """Tiles of rows: no expert leaves more than one that is not full."""
+        return int(triton.cdiv(rows, size)) + self.number
+
+
+def _check_counts(counts: Tensor, rows: int) -> None:
+    """They are on the host, so looking at them waits for nothing; a traced call has none to look at."""
+    if type(counts) is not Tensor or counts.device.type == "meta":
+        return
+    if (least := int(counts.min())) < 0:
+        raise ValueError(f"{OP}: counts: got {least}, expected at least 0")
+    if (total := int(counts.sum())) != rows:
+        raise ValueError(f"{OP}: counts: got a sum of {total}, expected {rows} like the rows of input")
 
 
 class Tile(NamedTuple):
@@ -132,41 +168,33 @@ def linear(
     *,
     wrap: Launcher = identity,
 ) -> Tensor:
-    """``act(input @ W^T + bias + residual)`` of ``[M, K]``, of checked arguments.
-
-    With ``counts``, which are on the host, every expert that has rows is a launch of its own.
-    """
-    if counts is not None:
-        options: Any = (code_format, group_size, quantize_input, input_scale, activation, out_dtype)
-        rows_of = counts.tolist()
-        parts: Any = zip(*(reference.expert_parts(t, len(rows_of)) for t in (codes, scales, zeros, bias)), strict=True)
-        residuals: Any = (None,) * len(rows_of) if residual is None else residual.split(rows_of)
-        each = zip(input.split(rows_of), parts, residuals, strict=True)
-        return torch.cat([linear(*(x, *part, rest, *options), wrap=wrap) for x, part, rest in each])
+    """``act(input @ W^T + bias + residual)`` of ``[M, K]``, of checked arguments; ``counts`` are on the host."""
     if activation == "swiglu":
         # The gate and what it multiplies are columns of different programs.
         args = (codes, scales, zeros, bias, residual, code_format, group_size, quantize_input, input_scale)
-        sums = linear(input, *args, "none", torch.float32, wrap=wrap)
+        sums = linear(input, *args, "none", torch.float32, counts, wrap=wrap)
         return reference.activate(sums, activation).to(out_dtype or input.dtype)
     rows, columns = input.shape
-    weight = _Weight(codes, scales, zeros, code_format, group_size, columns)
+    experts = _Experts(counts, rows, input)
+    weight = _Weight(codes, scales, zeros, code_format, group_size, columns, experts)
     out = input.new_empty(rows, weight.out_features, dtype=out_dtype or input.dtype)
     if out.numel() == 0:
         return out
     precision = _triton.dot_precision(input.dtype)
     x, x_scales = quantize_rows(input, input_scale, wrap) if quantize_input else (input, input)
-    candidates = tiles(x.dtype, rows, weight.group, weight.group < columns or zeros is not None)
+    candidates = tiles(x.dtype, experts.rows, weight.group, weight.group < columns or zeros is not None)
     # The rows count only by the bucket that their candidates stand for.
     key = (code_format, x.dtype, group_size, weight.out_features, columns, candidates[0].m)
     tile = tuning.pick("linear", key, candidates, input.device)
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(weight.out_features, tile.n),)
+    grid = (experts.tiles(rows, tile.m) * triton.cdiv(weight.out_features, tile.n),)
     wrap(kernels.linear)[grid](
         x, x_scales, *weight.operands, weight.book, x if bias is None else bias.contiguous(),
-        x if residual is None else residual, out, rows, weight.out_features, columns, *weight.numbers, *x.stride(),
-        weight.codes.stride(0), *(residual.stride() if residual is not None else (0, 0)), out.stride(0),
-        **weight.constants, SCALING=_scaling(weight, tile), INTEGER=quantize_input, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation], PRECISION=precision,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8, num_warps=tile.warps, num_stages=tile.stages,
+        x if residual is None else residual, out, experts.counts, rows, weight.out_features, columns, *weight.numbers,
+        *x.stride(), weight.codes.stride(0), *(residual.stride() if residual is not None else (0, 0)), out.stride(0),
+        **weight.constants, **experts.constants, SCALING=_scaling(weight, tile), INTEGER=quantize_input,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation],
+        PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -184,27 +212,18 @@ def linear_backward(
     wrap: Launcher = identity,
 ) -> Tensor:
     """``grad_out @ W`` of ``[M, N]``: the gradient of the input, with the weight dequantized tile by tile."""
-    if counts is not None:
-        rows_of = counts.tolist()
-        parts: Any = zip(*(reference.expert_parts(t, len(rows_of)) for t in (codes, scales, zeros)), strict=True)
-        each = zip(grad_out.split(rows_of), parts, strict=True)
-        options: Any = (code_format, group_size, in_features)
-        return torch.cat([linear_backward(grad, *part, *options, wrap=wrap) for grad, part in each])
     rows, features = grad_out.shape
     dx = grad_out.new_empty(rows, in_features)
     if dx.numel() == 0 or features == 0:
         return dx.zero_()
-    weight = _Weight(codes, scales, zeros, code_format, group_size, in_features)
+    experts = _Experts(counts, rows, grad_out)
+    weight = _Weight(codes, scales, zeros, code_format, group_size, in_features, experts)
     key = (code_format, grad_out.dtype, features, in_features)
     tile = tuning.pick("linear_dx", key, dx_tiles(grad_out.dtype), grad_out.device)
-    wrap(kernels.linear_dx)[(triton.cdiv(rows, tile.m) * triton.cdiv(in_features, tile.k),)](
-        grad_out, *weight.operands, weight.book, dx, rows, features, in_features, *weight.numbers, *grad_out.stride(),
-        weight.codes.stride(0), dx.stride(0), **weight.constants, PRECISION=_triton.dot_precision(grad_out.dtype),
+    wrap(kernels.linear_dx)[(experts.tiles(rows, tile.m) * triton.cdiv(in_features, tile.k),)](
+        grad_out, *weight.operands, weight.book, dx, experts.counts, rows, features, in_features, *weight.numbers,
+        *grad_out.stride(), weight.codes.stride(0), dx.stride(0), **weight.constants, **experts.constants,
+        PRECISION=_triton.dot_precision(grad_out.dtype),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
-
-
-def sees_through(*args: Any, **kwargs: Any) -> bool:
-    """Whether a call can be traced: the rows of experts, which are on the host, decide what is launched."""
-    return all(arg.is_cuda for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))

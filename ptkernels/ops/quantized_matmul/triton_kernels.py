@@ -11,6 +11,10 @@ Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are ex
 once), so where a step of K stays inside one group the product is taken of the codes and the scale multiplies what it
 adds in float32; with one scale a row it multiplies once, at the end, and 8-bit products add up in int32. Zero points of
 a quantized input's product come off as multiples of the sums of its codes.
+
+Experts: weights are stacked along N and the rows of the input ordered by expert, COUNTS[e] of them for each. Every
+expert's rows are cut into tiles of their own, all of them in one launch of as many programs as there can be tiles; a
+program finds its expert by the running sum of COUNTS.
 """
 
 from __future__ import annotations
@@ -92,6 +96,19 @@ def _weights(CODES, BOOK, n, N, first, K, stride_c, CODE: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
+def _expert_tile(COUNTS, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile of rows, EXPERTS where there is none; its first row, and the end of the expert's rows."""
+    e = tl.arange(0, BLOCK_E)
+    count = tl.load(COUNTS + e, mask=e < EXPERTS, other=0)
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    expert = tl.sum(((tl.cumsum(tiles, 0) <= tile) & (e < EXPERTS)).to(tl.int32), 0)
+    begin = tl.sum(tl.where(e < expert, count, 0), 0)
+    end = begin + tl.sum(tl.where(e == expert, count, 0), 0)
+    first = begin + (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * BLOCK_M
+    return expert, first, end
+
+
+@triton.jit
 def _operand(w, x, INTEGER: tl.constexpr):
     """Weights in the dtype of x, by way of float32: the interpreter cannot go from int8 to bfloat16 at once."""
     return w if INTEGER else w.to(tl.float32).to(x.dtype)
@@ -139,19 +156,30 @@ def quantize_rows(
 
 @triton.jit
 def linear(
-    X, X_SCALES, CODES, SCALES, ZEROS, BOOK, BIAS, RESIDUAL, OUT, M, N, K, group, groups,
+    X, X_SCALES, CODES, SCALES, ZEROS, BOOK, BIAS, RESIDUAL, OUT, COUNTS, M, N, K, group, groups,
     stride_xm, stride_xk, stride_c, stride_rm, stride_rn, stride_om,
     CODE: tl.constexpr, SCALING: tl.constexpr, HAS_ZEROS: tl.constexpr, INTEGER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Blocks that run at the same time share rows of the input and of the weight in L2.
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M) + EXPERTS, tl.cdiv(N, BLOCK_N)
     band = tl.program_id(0) // (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     within = tl.program_id(0) % (GROUP_M * tiles_n)
-    m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = band * GROUP_M + within % height
+    first_row = tile * BLOCK_M
     n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if EXPERTS > 0:
+        expert, first_row, M = _expert_tile(COUNTS, tile, EXPERTS, BLOCK_E, BLOCK_M)
+        if expert >= EXPERTS:
+            return
+        CODES += expert.to(tl.int64) * N * stride_c
+        SCALES += expert.to(tl.int64) * N * groups
+        ZEROS += expert.to(tl.int64) * N * groups
+        BIAS += expert.to(tl.int64) * N
+    m = first_row + tl.arange(0, BLOCK_M)
 
     X += m.to(tl.int64)[:, None] * stride_xm
     row = n.to(tl.int64) * groups
@@ -208,13 +236,23 @@ def linear(
 
 @triton.jit
 def linear_dx(
-    G, CODES, SCALES, ZEROS, BOOK, DX, M, N, K, group, groups, stride_gm, stride_gn, stride_c, stride_dm,
+    G, CODES, SCALES, ZEROS, BOOK, DX, COUNTS, M, N, K, group, groups, stride_gm, stride_gn, stride_c, stride_dm,
     CODE: tl.constexpr, HAS_ZEROS: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M x BLOCK_K of the input's gradient. Scales vary along the sum here, so weights are scaled tile by tile."""
     tiles_k = tl.cdiv(K, BLOCK_K)
-    m = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // tiles_k
+    first_row = tile * BLOCK_M
+    if EXPERTS > 0:
+        expert, first_row, M = _expert_tile(COUNTS, tile, EXPERTS, BLOCK_E, BLOCK_M)
+        if expert >= EXPERTS:
+            return
+        CODES += expert.to(tl.int64) * N * stride_c
+        SCALES += expert.to(tl.int64) * N * groups
+        ZEROS += expert.to(tl.int64) * N * groups
+    m = first_row + tl.arange(0, BLOCK_M)
     first = (tl.program_id(0) % tiles_k) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     G += m.to(tl.int64)[:, None] * stride_gm
