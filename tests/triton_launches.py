@@ -44,6 +44,21 @@ def with_every_tile(arch: int, module: Any, tables: tuple[str, ...], launch: Cal
     return recorder.launches
 
 
+def packed_attention(arch: int, dim: int) -> list[Any]:
+    from ptkernels.ops.attention import triton as module
+
+    query, key = meta(4096, 16, dim), meta(4096, 4, dim)
+    offsets = meta(9, dtype=torch.int32)
+    bounds = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 1024, "max_seqlen_k": 1024}
+    call = module.Call(is_causal=True, bottom_right=True, **bounds)
+
+    def launch(recorder: Any) -> None:
+        out, lse = module.varlen_forward(query, key, key, call, recorder)
+        module.varlen_backward(out, None, query, key, key, out, lse, call, wrap=recorder)
+
+    return with_every_tile(arch, module, ("tiles",), launch)
+
+
 def attention(arch: int, dim: int, dim_v: int, dtype: torch.dtype, options: str) -> list[Any]:
     from ptkernels.ops.attention import triton as module
 
@@ -71,20 +86,27 @@ def attention(arch: int, dim: int, dim_v: int, dtype: torch.dtype, options: str)
     return with_every_tile(arch, module, ("tiles",), launch)
 
 
-def decode(arch: int, dim: int) -> list[Any]:
+def decode(arch: int, dim: int, query_dtype: torch.dtype = torch.bfloat16) -> list[Any]:
     from ptkernels._triton.compiling import Recorder
-    from ptkernels.ops.attention.triton_decode import Cache, Rotary, append, rotate
+    from ptkernels.ops.attention.triton_decode import Cache, Rotary, append
     from ptkernels.ops.attention.triton_decode import decode as run
 
     recorder = Recorder()
-    ints, query = meta(8, 128, dtype=torch.int32), meta(8, 32, 1, dim)
+    ints, slopes, query = meta(8, 128, dtype=torch.int32), meta(32, dtype=torch.float32), meta(8, 32, 1, dim)
+    query, new = query.to(query_dtype), meta(8, 8, 1, dim, dtype=query_dtype)
     rotary = Rotary(*(meta(8192, dim // 2, dtype=torch.float32) for _ in range(2)), interleaved=False)
-    for dtype in (torch.bfloat16, torch.int8):
-        keys = meta(1024, 64, 8, dim, dtype=dtype).transpose(1, 2)
-        scale = None if dtype == torch.bfloat16 else meta(1024, 8, 64, dtype=torch.float32)
-        cache = Cache(keys, keys, ints[:, 0], ints, None, None, scale, scale)
-        append(meta(8, 8, 1, dim), keys, scale, cache, rotary, recorder)
-        run(rotate(query, ints[:, 0], rotary, False, recorder), cache, added=1, window_right=0, wrap=recorder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "arch_of", lambda tensor: arch)
+        codes = () if query_dtype == torch.float32 else (torch.int8, torch.float8_e4m3fn)
+        for dtype in (query_dtype, *codes):
+            keys = meta(1024, 64, 8, dim, dtype=dtype).transpose(1, 2)
+            scale = None if dtype == query_dtype else meta(1024, 8, 64, dtype=torch.float32)
+            cache = Cache(keys, keys, ints[:, 0], ints, None, None, scale, scale)
+            append(new, keys, scale, cache, rotary, recorder)
+            run(query, cache, added=1, window_right=0, rotary=rotary, wrap=recorder)
+        every: Any = {"window_left": 99, "softcap": 5.0, "alibi_slopes": slopes, "sinks": slopes}
+        run(query, cache, added=1, window_right=0, rotary=rotary, **every, wrap=recorder)
+        run(query.expand(8, 32, 16, dim), cache, window_right=0, wrap=recorder)  # a chunk of a prefill
     return recorder.launches
 
 
@@ -120,6 +142,7 @@ def conv(
     stride: int = 1,
     groups: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    activation: str = "relu",
 ) -> list[Any]:
     """Forward with statistics of the batch and with given ones, and backward."""
     from ptkernels.ops.conv_bn_relu import triton as module
@@ -131,7 +154,7 @@ def conv(
     size = (56 - 1) // stride + 1
     residual, vector = image(8, filters, size, size), meta(filters, dtype=torch.float32)
     tensors = (x, weight, None, vector, vector)
-    window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups, "relu", 0.0)
+    window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups, activation, 0.0)
 
     def launch(recorder: Any) -> None:
         module.conv_bn_relu(*tensors, vector, vector, residual, False, 1e-5, *window, wrap=recorder)
@@ -143,18 +166,18 @@ def conv(
     return with_every_tile(arch, module, ("tiles", "weight_tiles", "depthwise_tiles"), launch)
 
 
-def rnn(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+def rnn(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, batch: int = 32) -> list[Any]:
     from ptkernels.ops.packed_rnn import triton as module
     from ptkernels.ops.packed_rnn.reference import GATES
 
     rows = GATES[mode] * hidden
     shapes = ((rows, 64), (rows, hidden), (rows,), (rows,))
-    x, params = meta(2, 32, 64, dtype=dtype), [meta(*shape, dtype=dtype) for shape in shapes * 2]
+    x, params = meta(2, batch, 64, dtype=dtype), [meta(*shape, dtype=dtype) for shape in shapes * 2]
     layer = (x, None, None, [], params)
 
     def launch(recorder: Any) -> None:
-        out, _, _, gates, cells = module.rnn(*layer, 32, "time_first", mode, True, True, wrap=recorder)
-        saved, options = (out, gates, cells), (32, "time_first", mode, True, [True] * 9)
+        out, _, _, gates, cells = module.rnn(*layer, batch, "time_first", mode, True, True, wrap=recorder)
+        saved, options = (out, gates, cells), (batch, "time_first", mode, True, [True] * 9)
         module.rnn_backward(out, None, None, *layer, *saved, *options, wrap=recorder)
 
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
@@ -167,7 +190,11 @@ def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
         (128, 128, torch.bfloat16, "plain"),
         (128, 128, torch.float16, "all"),
         (192, 128, torch.bfloat16, "plain"),
+        (256, 256, torch.bfloat16, "all"),
+        (512, 512, torch.bfloat16, "plain"),
         (80, 80, torch.float32, "plain"),
+        (64, 64, torch.float32, "all"),
+        (512, 512, torch.float32, "plain"),
     ):
         name = f"attention-{dim}-{dim_v}-{str(dtype)[6:]}-{options}"
         yield name, lambda arch, args=(dim, dim_v, dtype, options): attention(arch, *args)
@@ -175,7 +202,13 @@ def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
 
 CASES: dict[str, Callable[[int], list[Any]]] = {
     **dict(_attention_cases()),
-    "decode": lambda arch: decode(arch, 128),
+    "attention-packed": lambda arch: packed_attention(arch, 128),
+    "decode-64": lambda arch: decode(arch, 64),
+    "decode-128": lambda arch: decode(arch, 128),
+    "decode-256": lambda arch: decode(arch, 256),
+    "decode-512": lambda arch: decode(arch, 512),
+    "decode-float32": lambda arch: decode(arch, 128, torch.float32),
+    "decode-512-float32": lambda arch: decode(arch, 512, torch.float32),
     "int8-dynamic": lambda arch: linear(arch, 4096, "int8_dynamic"),
     "int4-int8": lambda arch: linear(arch, 4096, "int4_int8", 128),
     "int4": lambda arch: linear(arch, 4096, "int4_weight_only", 128),
@@ -193,16 +226,21 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "conv-stride": lambda arch: conv(arch, 256, 128, 3, stride=2),
     "conv-1x1": lambda arch: conv(arch, 64, 256, 1),
     "conv-stem": lambda arch: conv(arch, 3, 64, 7, stride=2),
+    "conv-narrow": lambda arch: conv(arch, 24, 16, 3, activation="mish"),
+    "conv-grouped": lambda arch: conv(arch, 128, 128, 3, groups=32, activation="hardswish"),
     "conv-depthwise": lambda arch: conv(arch, 96, 96, 3, groups=96),
     "conv-float32": lambda arch: conv(arch, 64, 64, 3, dtype=torch.float32),
     "lstm-64": lambda arch: rnn(arch, "lstm", 64),
     "lstm-128": lambda arch: rnn(arch, "lstm", 128),
     "lstm-512": lambda arch: rnn(arch, "lstm", 512),
+    "lstm-1024-few": lambda arch: rnn(arch, "lstm", 1024, batch=16),
+    "lstm-1024-many": lambda arch: rnn(arch, "lstm", 1024, batch=64),
     "gru-128": lambda arch: rnn(arch, "gru", 128),
     "gru-512": lambda arch: rnn(arch, "gru", 512),
     "tanh-64": lambda arch: rnn(arch, "tanh", 64),
     "lstm-float32": lambda arch: rnn(arch, "lstm", 32, torch.float32),
     "gru-256-float32": lambda arch: rnn(arch, "gru", 256, torch.float32),
+    "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
 }
 
 

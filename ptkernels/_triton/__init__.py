@@ -93,6 +93,11 @@ def shared_memory(arch: int) -> int:
     return SHARED_MEMORY.get(arch, min(SHARED_MEMORY.values()))
 
 
+def has_float8(arch: int) -> bool:
+    """Whether a GPU converts and multiplies float8."""
+    return arch >= 89
+
+
 def uncovered(tensor: Tensor) -> str | None:
     """Why Triton kernels cannot take an operand, whatever the operator; None where they can."""
     if tensor.dtype not in DTYPES:

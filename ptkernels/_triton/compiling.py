@@ -163,12 +163,12 @@ def check(launches: Iterable[Launch], arch: int, cache: Path) -> list[tuple[Laun
     return results
 
 
-def problems(binary: Binary, arch: int, *, sixteen_bit_dots: bool, spill_allowed: int = 0) -> list[str]:
+def problems(binary: Binary, arch: int, *, sixteen_bit_dots: bool) -> list[str]:
     """What is wrong with a binary: memory that the GPU does not have, spills, products off the tensor cores."""
     found = []
     if binary.shared_bytes > _triton.shared_memory(arch):
         found.append(f"{binary.shared_bytes} bytes of shared memory, the GPU has {_triton.shared_memory(arch)}")
-    if binary.spilled_bytes > spill_allowed:
+    if binary.spilled_bytes > 0:
         found.append(f"{binary.spilled_bytes} bytes of a thread's registers are in local memory")
     expected = {80: "mma", 90: "wgmma", 100: "tcgen05"}.get(arch, "mma")
     if sixteen_bit_dots and expected not in binary.instructions:

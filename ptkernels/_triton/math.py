@@ -51,6 +51,36 @@ def tanh_of_softplus(x):
 
 
 @triton.jit
+def round_e4m3(x):
+    """The nearest number of e4m3, ties to even, to float32 numbers of magnitude up to 448."""
+    exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)  # below 2^-6 numbers are 2^-9 apart
+    # A number 1.5 * 2^20 times as large leaves its sum with x three bits behind the leading one of x.
+    large = (exponent + (20 << 23) | 0x400000).to(tl.float32, bitcast=True)
+    return (x + large) - large
+
+
+@triton.jit
+def e4m3_codes(x):
+    """Codes of float32 numbers of magnitude up to 448, in uint8; 127 for NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = tl.abs(round_e4m3(x))
+    normal = (rounded.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
+    code = tl.where(rounded < 0.015625, (rounded * 512.0).to(tl.int32), normal)
+    return (tl.where(x == x, code, 127) | (bits >> 24 & 128)).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_values(codes, NATIVE: tl.constexpr):
+    """What codes in uint8 stand for, in float32; NATIVE: by the GPU's own conversion, which it has from sm_89 on."""
+    if NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = codes.to(tl.int32)
+        value = ((bits & 127) << 20 | (bits & 128) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return tl.where((bits & 127) == 127, float("nan"), value)
+
+
+@triton.jit
 def load_tile(pointers, rows, columns, n_rows, n_columns, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr):
     """Load a tile, with 0 beyond its bounds; a bound that is known to hold is not checked."""
     if CHECK_ROWS and CHECK_COLUMNS:

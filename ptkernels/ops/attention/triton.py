@@ -34,7 +34,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By kernel, widest head dim, and generation of the GPU (the first digit of its compute capability), best guess first.
+# By kernel, widest head dim, and generation of the GPU (the first digit of its compute capability), best guess first;
+# the last is the one whose registers hold every option at once.
 # wgmma and tcgen05 take no fewer than 64 rows: of the queries in `forward` and `dq`, of the keys in `dkdv`.
 _TILES: dict[str, dict[int, dict[int, tuple[Tile, ...]]]] = {
     "forward": {
@@ -45,13 +46,25 @@ _TILES: dict[str, dict[int, dict[int, tuple[Tile, ...]]]] = {
     },
     "dq": {
         64: {8: (Tile(32, 64, 4, 2),), 9: (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)), 10: (Tile(64, 64, 8, 2),)},
-        128: {8: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)), 9: (Tile(64, 64, 8, 2),), 10: (Tile(64, 64, 8, 2),)},
+        128: {
+            8: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+            9: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+            10: (Tile(64, 64, 8, 2),),
+        },
         256: {8: (Tile(32, 32, 8, 1),), 9: (Tile(32, 32, 8, 1),), 10: (Tile(32, 32, 8, 1),)},
         512: {8: (Tile(16, 16, 8, 1),), 9: (Tile(16, 16, 8, 1),), 10: (Tile(16, 16, 8, 1),)},
     },
     "dkdv": {
-        64: {8: (Tile(32, 64, 4, 2),), 9: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)), 10: (Tile(32, 64, 4, 2),)},
-        128: {8: (Tile(32, 64, 8, 2),), 9: (Tile(32, 64, 8, 2),), 10: (Tile(32, 64, 8, 2),)},
+        64: {
+            8: (Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
+            9: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+            10: (Tile(32, 64, 4, 2),),
+        },
+        128: {
+            8: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+            9: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+            10: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1)),
+        },
         256: {8: (Tile(16, 32, 8, 1),), 9: (Tile(16, 32, 8, 1),), 10: (Tile(16, 32, 8, 1),)},
         512: {8: (Tile(16, 16, 8, 1),), 9: (Tile(16, 16, 8, 1),), 10: (Tile(16, 16, 8, 1),)},
     },
@@ -60,15 +73,19 @@ _TILES: dict[str, dict[int, dict[int, tuple[Tile, ...]]]] = {
 _FLOAT32_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)}
 
 
-def tiles(kernel: str, dtype: torch.dtype, dim: int, dim_v: int, arch: int) -> list[Tile]:
-    """The tile sizes worth trying for ``forward``, ``dq`` or ``dkdv`` on an architecture, best guess first."""
+def tiles(kernel: str, dtype: torch.dtype, dim: int, dim_v: int, arch: int, crowded: bool) -> list[Tile]:
+    """The tile sizes worth trying for ``forward``, ``dq`` or ``dkdv`` on an architecture, best guess first.
+
+    With a bias or much arithmetic on the scores (``crowded``), only the one that leaves room for it.
+    """
     widest = max(64, _triton.power_of_2(dim), _triton.power_of_2(dim_v))
     if dtype == torch.float32:
         return [_FLOAT32_TILES[widest]]
     by_generation = _TILES[kernel][widest]
     # GPUs of compute capability 8.6, 8.9 and 12.0 have the shared memory that the first generation's tiles leave.
     generation = arch // 10 if _triton.shared_memory(arch) > 128 * 1024 else 8
-    return list(by_generation.get(generation, by_generation[8]))
+    found = by_generation.get(generation, by_generation[8])
+    return list(found[-1:] if crowded else found)
 
 
 class Call(NamedTuple):
@@ -173,11 +190,10 @@ class _Arguments:
         self.packed = {"VARLEN": call.cu_seqlens_q is not None, "BOTTOM_RIGHT": call.bottom_right}
 
     def tile(self, kernel: str) -> Tile:
-        """The best guess; with a bias or much arithmetic on the scores, the candidate that leaves most room for it."""
-        candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch)
-        crowded = self.switches["MASK"] or any(self.switches[name] for name in ("ALIBI", "SOFTCAP", "DROPOUT"))
+        crowded = any(self.switches[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
+        candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch, crowded)
         key = (self.dtype, self.dims["D"], self.dims["DV"], self.switches["RIGHT"], crowded)
-        return tuning.pick(f"attention_{kernel}", key, candidates[:: -1 if crowded else 1], self.device)
+        return tuning.pick(f"attention_{kernel}", key, candidates, self.device)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -348,7 +364,7 @@ def _factor(query: Tensor, key: Tensor, lse: Tensor, a: _Arguments, wrap: Launch
     if a.switches["MASK"] != kernels.FLOAT_MASK.value:
         return lse
     factor = torch.empty_like(lse)
-    tile = a.tile("forward")
+    tile = a.tile("dq")
     switches = {name: a.switches[name] for name in ("ALIBI", "SOFTCAP", "LEFT", "RIGHT", "PRECISION")}
     wrap(kernels.backward_factor)[(triton.cdiv(a.len_q, tile.m), a.batch * a.heads)](
         query, key, a.mask, a.slopes, a.sinks, lse, factor, *_strides(query), *_strides(key), *a.mask_strides,

@@ -30,7 +30,7 @@ class Cache(NamedTuple):
     """Integers ``[batch]``: the entry of each sequence."""
     left_pad: Tensor | None = None
     key_scale: Tensor | None = None
-    """float32, of int8 caches: ``[kv_heads]``, or ``[entries, kv_heads, room]``."""
+    """float32, of int8 and float8 caches: ``[kv_heads]``, or ``[entries, kv_heads, room]``."""
     value_scale: Tensor | None = None
 
     @property
@@ -39,11 +39,32 @@ class Cache(NamedTuple):
         pages = 1 if self.block_table is None else self.block_table.size(1)
         return self.keys.size(2) * pages
 
-    @property
-    def kind(self) -> int:
-        if self.key_scale is None:
-            return int(kernels.NO_SCALE.value)
-        return int((kernels.SCALE_PER_HEAD if self.key_scale.dim() == 1 else kernels.SCALE_PER_SLOT).value)
+
+class Rotary(NamedTuple):
+    """Angles ``[positions, pairs]`` of the slots, and which values of a row are a pair."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+    stands_still: bool = False
+    """Whether all queries take the angle of the first."""
+
+
+def _kind(scale: Tensor | None) -> int:
+    if scale is None:
+        return int(kernels.NO_SCALE.value)
+    return int((kernels.SCALE_PER_HEAD if scale.dim() == 1 else kernels.SCALE_PER_SLOT).value)
+
+
+def _as_codes(cache: Tensor) -> Tensor:
+    """Float8 as its codes, which every GPU reads."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def _code(cache: Tensor, arch: int) -> int:
+    if cache.dtype != torch.float8_e4m3fn:
+        return int(kernels.INT8.value)
+    return int((kernels.NATIVE_E4M3 if _triton.has_float8(arch) else kernels.E4M3).value)
 
 
 def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
@@ -56,13 +77,22 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
+def _rotary_arguments(rotary: Rotary | None, dummy: Tensor) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, Any]]:
+    """Tables, their stride and positions; and what is compiled in."""
+    if rotary is None:
+        return (dummy, dummy, 0, 0), {"PAIRS": 0, "INTERLEAVED": False}
+    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+    return (cos, sin, cos.size(1), cos.size(0)), {"PAIRS": cos.size(1), "INTERLEAVED": rotary.interleaved}
+
+
 def tile(dtype: torch.dtype, dim: int, dim_v: int, rows: int) -> Tile:
     """Rows are the queries that share a key head; tiles do not depend on the length of the cache."""
     widest = max(_triton.power_of_2(dim), _triton.power_of_2(dim_v))
-    m = min(_triton.power_of_2(rows), 64)
     if dtype == torch.float32:
-        return Tile(m, 32 if widest <= 128 else 16, 4, 1)
-    return Tile(m, {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16}[widest], 4, 3 if widest <= 128 else 1)
+        # Products in IEEE float32 are made of registers alone, which hold no more rows.
+        return Tile(16, 32, 8, 1) if widest <= 128 else Tile(16, 16, 8, 2)
+    m = min(_triton.power_of_2(rows), 64 if widest <= 256 else 32)
+    return Tile(m, {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16}[widest], 8, 2 if widest <= 128 else 1)
 
 
 def splits_for(programs: int, longest: int, block: int) -> int:
@@ -82,6 +112,7 @@ def decode(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    rotary: Rotary | None = None,
     splits: int | None = None,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +123,7 @@ def decode(
         cache: what they attend to.
         added: slots behind ``cache.lengths`` that hold something as well.
         window_right: 0 for causal attention.
+        rotary: rotates the queries by the angles of slots ``cache.lengths`` and on.
         splits: pieces that a sequence is cut into. Default: as many as fill the GPU.
     """
     batch, heads, len_q, dim = query.shape
@@ -102,6 +134,7 @@ def decode(
     if out.numel() == 0:
         return out, lse
     block = tile(query.dtype, dim, dim_v, len_q * group)
+    (cos, sin, *table), turns = _rotary_arguments(rotary, lse)
     row_tiles = math.ceil(len_q * group / block.m)
     pieces = splits or splits_for(batch * kv_heads * row_tiles, cache.room, block.n)
     partial = lse.new_empty(batch, heads, len_q, pieces, dim_v)
@@ -109,15 +142,17 @@ def decode(
     lengths = cache.lengths
     slopes = (0, 0) if alibi_slopes is None else alibi_slopes.expand(batch, heads).stride()
     wrap(kernels.decode)[(pieces * row_tiles, kv_heads, batch)](
-        query, cache.keys, cache.values, _or(cache.block_table, lengths), _or(cache.rows, lengths), lengths,
-        _or(cache.left_pad, lengths), _or(alibi_slopes, lse), _or(cache.key_scale, lse), _or(cache.value_scale, lse),
-        partial, partial_lse, *query.stride(), *cache.keys.stride(), *cache.values.stride(),
+        query, _as_codes(cache.keys), _as_codes(cache.values), _or(cache.block_table, lengths),
+        _or(cache.rows, lengths), lengths, _or(cache.left_pad, lengths), _or(alibi_slopes, lse),
+        _or(cache.key_scale, lse), _or(cache.value_scale, lse),
+        cos, sin, partial, partial_lse, *query.stride(), *cache.keys.stride(), *cache.values.stride(),
         0 if cache.block_table is None else cache.block_table.stride(0), *slopes, *_scale_strides(cache.key_scale),
-        *_scale_strides(cache.value_scale), heads, group, len_q, added, cache.room, page_size, cache.keys.size(0),
-        pieces, window_left, window_right, 1.0 / math.sqrt(dim) if scale is None else scale, softcap,
-        D=dim, DV=dim_v, PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None,
+        *_scale_strides(cache.value_scale), *table, heads, group, len_q, added, cache.room, page_size,
+        cache.keys.size(0), pieces, window_left, window_right, 1.0 / math.sqrt(dim) if scale is None else scale,
+        softcap, D=dim, DV=dim_v, PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None,
         HAS_PAD=cache.left_pad is not None, LEFT=window_left != UNBOUNDED, RIGHT=window_right != UNBOUNDED,
-        SOFTCAP=softcap != 0.0, ALIBI=alibi_slopes is not None, KIND=cache.kind,
+        SOFTCAP=softcap != 0.0, ALIBI=alibi_slopes is not None, KIND=_kind(cache.key_scale),
+        CODE=_code(cache.keys, _triton.arch_of(query)), **turns, FIXED=rotary is not None and rotary.stands_still,
         PRECISION=_triton.dot_precision(query.dtype), BLOCK_M=block.m, BLOCK_N=block.n,
         BLOCK_D=_triton.power_of_2(dim), BLOCK_DV=_triton.power_of_2(dim_v),
         num_warps=block.warps, num_stages=block.stages,
@@ -128,35 +163,6 @@ def decode(
         num_warps=4,
     )  # fmt: skip
     return out, lse
-
-
-class Rotary(NamedTuple):
-    """Angles ``[positions, pairs]`` of the slots, and which values of a row are a pair."""
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
-
-
-def _rotary_arguments(rotary: Rotary | None, dummy: Tensor) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any], int]:
-    if rotary is None:
-        return (dummy, dummy, 0), {"PAIRS": 0, "INTERLEAVED": False}, 0
-    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
-    constants = {"PAIRS": cos.size(1), "INTERLEAVED": rotary.interleaved}
-    return (cos, sin, cos.size(0)), constants, cos.size(1)
-
-
-def rotate(query: Tensor, lengths: Tensor, rotary: Rotary, fixed: bool, wrap: Launcher = identity) -> Tensor:
-    """Queries by the angles of slots ``lengths`` and on, or, ``fixed``, all by that of the first."""
-    batch, heads, rows, dim = query.shape
-    out = query.new_empty(query.shape)
-    if out.numel() > 0:
-        angles, constants, stride = _rotary_arguments(rotary, query)
-        wrap(kernels.rotate)[(rows, heads, batch)](
-            query, out, lengths, *angles, *query.stride(), stride, heads, rows, D=dim, **constants, FIXED=fixed,
-            BLOCK_D=_triton.power_of_2(dim), num_warps=1,
-        )  # fmt: skip
-    return out
 
 
 def append(
@@ -172,14 +178,11 @@ def append(
     if new.numel() == 0:
         return
     lengths = cache.lengths
-    angles, constants, stride = _rotary_arguments(rotary, new)
-    kind = kernels.NO_SCALE.value
-    if scale is not None:
-        kind = (kernels.SCALE_PER_HEAD if scale.dim() == 1 else kernels.SCALE_PER_SLOT).value
+    (cos, sin, stride_cos, positions), turns = _rotary_arguments(rotary, new)
     wrap(kernels.append)[(rows, kv_heads, batch)](
-        new, target, new if scale is None else scale, lengths, _or(cache.block_table, lengths),
-        _or(cache.rows, lengths), *angles, cache.room, target.size(2), target.size(0), *new.stride(), *target.stride(),
-        *_scale_strides(scale), 0 if cache.block_table is None else cache.block_table.stride(0), stride, D=dim,
-        **constants, PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None, KIND=kind,
-        BLOCK_D=_triton.power_of_2(dim), num_warps=1,
+        new, _as_codes(target), new if scale is None else scale, lengths, _or(cache.block_table, lengths),
+        _or(cache.rows, lengths), cos, sin, positions, cache.room, target.size(2), target.size(0), *new.stride(),
+        *target.stride(), *_scale_strides(scale), 0 if cache.block_table is None else cache.block_table.stride(0),
+        stride_cos, D=dim, **turns, PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None,
+        KIND=_kind(scale), CODE=_code(target, 0), BLOCK_D=_triton.power_of_2(dim), num_warps=1,
     )  # fmt: skip

@@ -4,8 +4,8 @@
     out_i = sum_j softmax_j(S[i, :]) v_j * v_scale,  over  pad <= j < length,  p_i - left <= j <= p_i + right
 
 Layout: queries [batch, heads, len_q, dim]; caches [entries, kv heads, room, dim]: an entry for each sequence (INDEX
-names it where there is one), or pages, of which block_table[b, j // page size] holds key j. int8 caches have a scale
-for each head or each slot.
+names it where there is one), or pages, of which block_table[b, j // page size] holds key j. Caches of int8 and of e4m3
+codes have a scale for each head or each slot.
 
 Tiling: the len_q * group queries that share a key head are the rows of products, BLOCK_M at a time, so that a key is
 read once for all of them where they are few. The keys of a sequence are cut into splits, which run at the same time:
@@ -19,11 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import LN2, LOG2E, tanh
+from ptkernels._triton.math import LN2, LOG2E, e4m3_codes, e4m3_values, tanh
 
 NO_SCALE = tl.constexpr(0)
 SCALE_PER_HEAD = tl.constexpr(1)
 SCALE_PER_SLOT = tl.constexpr(2)
+
+# How stored numbers are coded, where they have a scale.
+INT8 = tl.constexpr(0)
+E4M3 = tl.constexpr(1)
+NATIVE_E4M3 = tl.constexpr(2)
 
 
 @triton.jit
@@ -49,14 +54,17 @@ def _scales(SCALE, entry, kv, slot, inside, stride_e, stride_h, stride_s, KIND: 
 
 
 @triton.jit
-def _rotated(x, row, dims, stride, COS, SIN, angles, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first 2 * PAIRS values of a row in float32, rotated; `row` is read again for what each is paired with."""
+def _rotated(x, row, dims, stride, inside, COS, SIN, angles, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first 2 * PAIRS values of rows in float32, rotated; `row` is read again for what each is paired with.
+
+    `row` and `angles` are of one row, or broadcast to x; so is `inside`, which rows exist.
+    """
     if INTERLEAVED:
         partner, angle, is_first = dims ^ 1, dims // 2, dims % 2 == 0
     else:
         is_first = dims < PAIRS
         partner, angle = tl.where(is_first, dims + PAIRS, dims - PAIRS), dims % PAIRS
-    turned = dims < 2 * PAIRS
+    turned = inside & (dims < 2 * PAIRS)
     other = tl.load(row + partner * stride, mask=turned, other=0.0).to(tl.float32)
     cos = tl.load(COS + angles + angle, mask=turned, other=1.0).to(tl.float32)
     sin = tl.load(SIN + angles + angle, mask=turned, other=0.0).to(tl.float32)
@@ -64,20 +72,12 @@ def _rotated(x, row, dims, stride, COS, SIN, angles, PAIRS: tl.constexpr, INTERL
 
 
 @triton.jit
-def rotate(
-    X, OUT, LENGTHS, COS, SIN, positions, stride_xb, stride_xh, stride_xi, stride_xd, stride_cos, heads, rows,
-    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FIXED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Queries [batch, heads, rows, D] rotated by the angles of their slots, FIXED: all by that of the first."""
-    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    dims = tl.arange(0, BLOCK_D)
-    row = X + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh + i.to(tl.int64) * stride_xi
-    x = tl.load(row + dims * stride_xd, mask=dims < D, other=0.0).to(tl.float32)
-    position = tl.load(LENGTHS + b).to(tl.int64) + (0 if FIXED else i)
-    angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
-    x = _rotated(x, row, dims, stride_xd, COS, SIN, angles, PAIRS, INTERLEAVED)
-    there = ((b.to(tl.int64) * heads + h) * rows + i) * D
-    tl.store(OUT + there + dims, x.to(OUT.dtype.element_ty), mask=dims < D)
+def _stored(codes, CODE: tl.constexpr):
+    """Codes of a cache as float32, without their scale."""
+    if CODE == INT8:
+        return codes.to(tl.float32)
+    else:
+        return e4m3_values(codes, CODE == NATIVE_E4M3)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def append(
     stride_xb, stride_xh, stride_xi, stride_xd, stride_cb, stride_ch, stride_cn, stride_cd,
     stride_se, stride_sh, stride_ss, stride_tb, stride_cos,
     D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, PAGED: tl.constexpr, HAS_INDEX: tl.constexpr,
-    KIND: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, CODE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row i of a sequence and head into slot LENGTHS[b] + i of the cache, rotated and quantised where asked for."""
     i, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -99,42 +99,51 @@ def append(
     entry, slot = _place(TABLE, INDEX, b, j, j >= 0, stride_tb, page_size, entries, PAGED, HAS_INDEX)
     if PAIRS > 0:
         angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
-        x = _rotated(x.to(tl.float32), row, dims, stride_xd, COS, SIN, angles, PAIRS, INTERLEAVED)
+        x = _rotated(x.to(tl.float32), row, dims, stride_xd, exists, COS, SIN, angles, PAIRS, INTERLEAVED)
     if KIND != NO_SCALE:
         # What is rotated is rounded to the dtype of the queries only where it is stored in it.
         x = x.to(tl.float32)
+        LARGEST: tl.constexpr = 127.0 if CODE == INT8 else 448.0
         if KIND == SCALE_PER_SLOT:
             top = tl.max(tl.where(x == x, tl.abs(x), 0.0), 0)
             broken = tl.max(tl.where(x == x, 0, 1), 0) > 0
-            scale = tl.div_rn(top, tl.full(top.shape, 127.0, tl.float32))
+            scale = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
             scale = tl.where(broken, float("nan"), tl.where(scale == 0.0, 1.0, scale))
             at = SCALE + entry * stride_se + kv * stride_sh + slot * stride_ss
             tl.store(at, tl.zeros((1,), tl.float32) + scale, mask=exists)
         else:
             scale = tl.load(SCALE + kv * stride_sh)
         x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale)
-        x = tl.where(x == x, tl.minimum(tl.maximum(x, -127.0), 127.0), 0.0)
-        # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest even integer.
-        x = ((x + 12582912.0) - 12582912.0).to(tl.int8)
+        ALL: tl.constexpr = tl.PropagateNan.ALL
+        x = tl.minimum(tl.maximum(x, -LARGEST, propagate_nan=ALL), LARGEST, propagate_nan=ALL)
+        if CODE == INT8:
+            # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest even integer.
+            x = ((tl.where(x == x, x, 0.0) + 12582912.0) - 12582912.0).to(tl.int8)
+        else:
+            x = e4m3_codes(x)
     there = CACHE + (entry * stride_cb + kv.to(tl.int64) * stride_ch + slot * stride_cn) + dims * stride_cd
     tl.store(there, x.to(CACHE.dtype.element_ty), mask=(dims < D) & exists)
 
 
 @triton.jit
 def decode(
-    Q, K, V, TABLE, INDEX, LENGTHS, PAD, SLOPES, K_SCALE, V_SCALE, PARTIAL, LSE,
+    Q, K, V, TABLE, INDEX, LENGTHS, PAD, SLOPES, K_SCALE, V_SCALE, COS, SIN, PARTIAL, LSE,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_tb, stride_ab, stride_ah,
-    stride_ke, stride_ks, stride_kt, stride_ve, stride_vs, stride_vt,
+    stride_ke, stride_ks, stride_kt, stride_ve, stride_vs, stride_vt, stride_cos, positions,
     heads, group, len_q, added, room, page_size, entries, splits, left, right, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, PAGED: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_PAD: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CODE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one key head against one split of its keys."""
+    """BLOCK_M rows of one key head against one split of its keys.
+
+    With PAIRS, queries are rotated by the angles of their slots first; FIXED: all by that of the first.
+    """
     split, kv, b = tl.program_id(0) % splits, tl.program_id(1), tl.program_id(2)
-    length = tl.minimum(tl.load(LENGTHS + b).to(tl.int32) + added, room)
+    filled = tl.load(LENGTHS + b)
+    length = tl.minimum(filled.to(tl.int32) + added, room)
     keys_per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     lo = split * keys_per_split
     hi = tl.minimum(lo + keys_per_split, length)
@@ -148,6 +157,14 @@ def decode(
     real = i < len_q
     q_rows = b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh + i.to(tl.int64) * stride_qm
     q = tl.load(Q + q_rows[:, None] + dims[None, :] * stride_qd, mask=real[:, None] & (dims[None, :] < D), other=0.0)
+    if PAIRS > 0:
+        position = filled.to(tl.int64) + (tl.zeros(i.shape, tl.int32) if FIXED else i)
+        angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
+        rotated = _rotated(
+            q.to(tl.float32), (Q + q_rows)[:, None], dims[None, :], stride_qd, real[:, None], COS, SIN,
+            angles[:, None], PAIRS, INTERLEAVED,
+        )  # fmt: skip
+        q = rotated.to(q.dtype)
     if ALIBI:
         slope = tl.load(SLOPES + b * stride_ab + h * stride_ah, mask=real, other=0.0)
 
@@ -161,7 +178,7 @@ def decode(
         seen = (j >= pad) & (j < hi)
         k = tl.load(k_rows[None, :] + dims[:, None] * stride_kd, mask=seen[None, :] & (dims[:, None] < D), other=0)
         if KIND != NO_SCALE:
-            k = k.to(tl.float32).to(q.dtype)
+            k = _stored(k, CODE).to(q.dtype)
         s = tl.dot(q, k, input_precision=PRECISION) * scale
         if KIND != NO_SCALE:
             s *= _scales(K_SCALE, entry, kv, slot, seen, stride_ke, stride_ks, stride_kt, KIND)[None, :]
@@ -185,7 +202,7 @@ def decode(
         v = tl.load(v_rows[:, None] + dims_v[None, :] * stride_vd, mask=seen[:, None] & (dims_v[None, :] < DV), other=0)
         if KIND != NO_SCALE:
             p *= _scales(V_SCALE, entry, kv, slot, seen, stride_ve, stride_vs, stride_vt, KIND)[None, :]
-            v = v.to(tl.float32).to(q.dtype)
+            v = _stored(v, CODE).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     row = ((b.to(tl.int64) * heads + h) * len_q + i) * splits + split

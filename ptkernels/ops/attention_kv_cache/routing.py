@@ -18,18 +18,16 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _DIRECT_ROWS = 16
 
 
-def _fallback_reason(query: Tensor, k_cache: Any) -> str | None:
+def _fallback_reason(query: Tensor) -> str | None:
     device = query.device.type
     if _backend.runs_on_triton(device, library.DEVICES):
-        if isinstance(k_cache, Tensor) and k_cache.dtype == torch.float8_e4m3fn:
-            return "the Triton kernels have no float8 cache"
         return _triton.uncovered(query)
     if _backend.has_kernel(device, (*library.DEVICES, "meta")):
         return None
     return _backend.no_kernel(device, library.DEVICES)
 
 
-def runs_on_reference(query: Any, k_cache: Any) -> bool:
+def runs_on_reference(query: Any) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -42,7 +40,7 @@ def runs_on_reference(query: Any, k_cache: Any) -> bool:
         return False
     device = query.device.type
     _backend.check_requested(OP, device)
-    reason = _fallback_reason(query, k_cache)
+    reason = _fallback_reason(query)
     if reason is not None:
         _backend.fallback(OP, reason)
     return reason is not None
@@ -103,7 +101,7 @@ def explain(
         return Explanation(OP, _COMPOSITION, "reference", requested, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
-    if reason := _fallback_reason(query, k_cache):
+    if reason := _fallback_reason(query):
         return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ptkernels._triton.dispatch import Launcher, identity
-from ptkernels.ops.attention.triton_decode import Cache, Rotary, append, decode, rotate
+from ptkernels.ops.attention.triton_decode import Cache, Rotary, append, decode
 
 
 def attend(
@@ -32,6 +32,7 @@ def attend(
     v_scale: Tensor | None = None,
     *,
     added: int = 0,
+    rotary: Rotary | None = None,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of checked arguments; ``added`` slots behind ``cache_seqlens`` hold something as well."""
@@ -46,6 +47,7 @@ def attend(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        rotary=rotary,
         wrap=wrap,
     )
 
@@ -79,11 +81,10 @@ def append_and_attend(
     cache = Cache(k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx)
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
         stands_still = not is_causal and window_left < 0 and window_right < 0
-        query = rotate(query, cache_seqlens, rotary, stands_still, wrap)
+        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, stands_still)
     append(k, k_cache, k_scale, cache, rotary, wrap)
     append(v, v_cache, v_scale, cache, None, wrap)
     place = (cache_seqlens, block_table, cache_batch_idx, cache_leftpad)
     options: Any = (scale, is_causal, window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale)
-    return attend(query, k_cache, v_cache, *place, *options, added=k.size(2), wrap=wrap)
+    return attend(query, k_cache, v_cache, *place, *options, added=k.size(2), rotary=rotary, wrap=wrap)

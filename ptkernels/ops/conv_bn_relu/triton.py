@@ -49,9 +49,7 @@ def tiles(dtype: torch.dtype, columns: int, depth: int) -> list[Tile]:
     k = min(_triton.power_of_2(depth), 64)
     if dtype == torch.float32:
         return [Tile(32, min(n, 32), min(k, 32), 4, 1)]
-    if n <= 32:
-        return [Tile(128, n, k, 4, 3)]
-    return [Tile(128, n, k, 8, 3), Tile(64, n, k, 4, 3)]
+    return [Tile(128, n, k, 8, 3), Tile(64, n, k, 4, 4)]
 
 
 def weight_tiles(dtype: torch.dtype, filters: int, columns: int) -> list[Tile]:

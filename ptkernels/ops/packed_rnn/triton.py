@@ -40,10 +40,8 @@ class Tile(NamedTuple):
 def persistent_tiles(dtype: torch.dtype, hidden: int, arch: int) -> list[Tile]:
     """Tiles worth trying for programs that keep all of U, best guess first; none where it does not fit beside them."""
     units = _triton.power_of_2(hidden)
-    if dtype == torch.float32:
-        # Products in IEEE float32 run out of registers. Four warps would do, but Triton 3.9 cannot compile them.
-        return [Tile(16, 32, 32, 8, 1)] if units <= 32 else []
-    if units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
+    # Products in IEEE float32 are made of registers alone, which cannot hold U as well.
+    if dtype == torch.float32 or units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
         return []
     return [Tile(16, units, units, 8 if units == 128 else 4, 1)]
 
@@ -53,10 +51,10 @@ def step_tiles(dtype: torch.dtype, batch: int) -> list[Tile]:
 
     The batch matters only by how many rows of a tile it fills.
     """
-    rows = min(_triton.power_of_2(batch), 64)
     if dtype == torch.float32:
-        return [Tile(min(rows, 32), 16, 32, 4, 1)]
-    return [Tile(rows, 16, 64, 4, 3), Tile(rows, 32, 64, 4, 3)]
+        return [Tile(32, 16, 16, 8, 1)]
+    rows = min(_triton.power_of_2(batch), 64)
+    return [Tile(rows, 16, 64, 4, 3), Tile(rows, 32, 32, 4, 3)]
 
 
 class _Layer:

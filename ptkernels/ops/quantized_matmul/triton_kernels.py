@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import activate, load_tile
+from ptkernels._triton.math import activate, e4m3_values, load_tile
 
 S8 = tl.constexpr(0)
 U4 = tl.constexpr(1)
@@ -61,9 +61,7 @@ def _values(BOOK, codes, CODE: tl.constexpr):
     elif CODE == U3:
         return codes.to(tl.int8) - 4
     elif CODE == FP8:
-        bits = codes.to(tl.int32)
-        value = ((bits & 127) << 20 | (bits & 128) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        return tl.where((bits & 127) == 127, float("nan"), value)
+        return e4m3_values(codes, False)
     elif CODE == FP4:
         bits = codes.to(tl.int32)
         return ((bits & 7) << 22 | (bits & 8) << 28).to(tl.float32, bitcast=True) * 8.507059173023462e37
