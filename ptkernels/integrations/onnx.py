@@ -193,12 +193,22 @@ def _projected_rnn(
         raise NotImplementedError(
             f"onnx.export: a recurrent layer on {layout} sequences has no ONNX operator; pad them and pass lengths"
         )
-    if len(params) // (2 if bidirectional else 1) % 2 == 0:
+    directions = 2 if bidirectional else 1
+    each = len(params) // directions
+    if each % 2 == 0:
         return NotImplemented
     if sizes is not None:
         raise NotImplementedError("onnx.export: a projected LSTM with lengths has no ONNX operator")
-    found = rnn_reference.layer(input, None, None, state, params, batch_size, layout, mode, bidirectional)
-    return *found, input.new_empty(0), input.new_empty(0)
+    # One step after the other, as many as the example has; any batch.
+    x = list(input.unbind(1 if layout == "batch_first" else 0))
+    weights = rnn_reference.split_weights(params, directions)
+    features = (params[each - 1].size(0), params[0].size(0) // 4)
+    h0, c0 = state or (input.new_zeros(directions, x[0].size(0), size) for size in features)
+    runs = [rnn_reference._run(mode, x, h0[d], c0[d], own, reverse=d == 1) for d, own in enumerate(weights)]
+    output = torch.cat([run[0] for run in runs], -1).unflatten(0, (len(x), -1))
+    output = output.transpose(0, 1) if layout == "batch_first" else output
+    nothing = input.new_empty(0)
+    return output, *(torch.stack([run[index] for run in runs]) for index in (1, 2)), nothing, nothing
 
 
 # ONNX's order of the gates, each by its place in torch's.
