@@ -69,8 +69,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if is_synchronized(self):
             return normalize(self, input, momentum).to(input.dtype)
         training = self.training or self.running_mean is None
-        running = (self.running_mean, self.running_var) if not training or self.track_running_stats else (None, None)
-        return F.batch_norm(input, *running, self.weight, self.bias, training, momentum, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if training and not self.track_running_stats:
+            mean = var = None
+        if training and mean is not None and var is not None and replays_forward():
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -154,7 +154,9 @@ def code_values(codes: Tensor, code: CodeFormat, in_features: int, dtype: torch.
         return codes.view(torch.float8_e4m3fn).to(dtype)
     unpacked = unpack_codes(codes, code, in_features)
     if code.name in ("nf4", "fp4"):
-        book = torch.tensor(NF4 if code.name == "nf4" else FP4, dtype=torch.float32, device=codes.device)
+        values = NF4 if code.name == "nf4" else FP4
+        # Not torch.tensor(), which cannot be traced where a decomposition is.
+        book = torch.stack([torch.full((), value, dtype=torch.float32, device=codes.device) for value in values])
         return book[unpacked.long()].to(dtype)
     return unpacked.to(dtype) - code.offset
 
