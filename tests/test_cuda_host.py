@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -294,6 +295,78 @@ def test_a_schedule_takes_every_tile_once_and_long_ones_first(host: Any, heads: 
         part = [tile for head, tile in order if first <= head < first + section]
         assert part == sorted(part, reverse=True)
         assert max(index for index, (head, _) in enumerate(order) if head < first + section) < (first + section) * tiles
+
+
+@pytest.mark.parametrize(
+    ("heads_q", "heads_kv", "len_q", "expected"),
+    [
+        (8, 8, 1, (1, 128, 8)),  # no two heads share keys
+        (8, 1, 1, (8, 16, 1)),
+        (12, 2, 1, (2, 64, 6)),  # a group of six: two and two and two
+        (64, 8, 16, (8, 16, 8)),
+        (64, 8, 17, (4, 32, 16)),
+        (4, 1, 130, (4, 32, 5)),
+        (64, 8, 4096, (1, 128, 64 * 32)),  # nothing to gain
+        (32, 1, 1, (8, 16, 4)),  # a warp's rows are of one head
+    ],
+)
+def test_query_heads_share_a_tile_where_that_makes_fewer(
+    host: Any, heads_q: int, heads_kv: int, len_q: int, expected: tuple[int, ...]
+) -> None:
+    assert tuple(host.query_tile(heads_q, heads_kv, len_q, 128)) == expected
+
+
+@pytest.mark.parametrize(("heads", "heads_kv", "len_q"), [(8, 1, 5), (12, 2, 33), (4, 2, 130), (16, 1, 16)])
+def test_heads_that_share_a_tile_keep_their_options(host: Any, heads: int, heads_kv: int, len_q: int) -> None:
+    host.set_architecture("sm_90a")
+    generator = torch.Generator().manual_seed(1)
+    options = {
+        "is_causal": True, "enable_gqa": True, "dropout_p": 0.3, "softcap": 20.0,
+        "attn_mask": torch.randn(2, heads, len_q, 150, generator=generator).bfloat16(),
+        "alibi_slopes": torch.rand(heads, generator=generator), "sinks": torch.randn(heads, generator=generator),
+    }  # fmt: skip
+    sizes = ((2, heads, len_q, 64), (2, heads_kv, 150, 64), (2, heads_kv, 150, 64))
+    sample = make(*sizes, dtype=torch.bfloat16, **options)
+    assert host.query_tile(heads, heads_kv, len_q, 128)[0] > 1
+    grads = gradients_for(host, sample)
+    assert_within_rule(SPEC, on_host(host, sample, grads), sample, torch.bfloat16, grads)
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward_sm80", "attention_backward_sm80", "attention_forward_sm90"])
+def test_shared_memory_is_as_planned(host: Any, kernel: str) -> None:
+    """By the table beside the kernel."""
+    head = (ROOT / f"csrc/ops/attention/{kernel}.cuh").read_text().partition("#pragma once")[0]
+    rows = re.findall(r"^//   (\d+(?:/\d+)?) .*? (\d+) KiB", head, re.MULTILINE)
+    assert [dims for dims, _ in rows] == ["64", "96", "128", "192/128", "192", "256"]
+    assert [count / 1024 for count in host.shared_bytes(kernel)] == [int(kib) for _, kib in rows]
+
+
+def test_scratch_of_the_backward_is_linear_in_the_lengths(host: Any) -> None:
+    # DeepSeek's 128 heads of 192/128 at 16384 tokens: 16 MiB, whatever the lengths of keys.
+    assert host.backward_scratch_bytes(1, 128, 16384, False) == 16 << 20
+    assert host.backward_scratch_bytes(1, 128, 16384, True) == 24 << 20
+    assert host.backward_scratch_bytes(1, 128, 32768, False) == 32 << 20
+    # And that is all that a call allocates beside its gradients.
+    host.set_architecture("sm_80")
+    sample = make((1, 2, 150, 192), (1, 2, 170, 192), (1, 2, 170, 128), dtype=torch.bfloat16, is_causal=True)
+    out, lse = forward(host, sample)
+    mask, rest = options(sample)
+    grad_out, _ = random_gradients(out, lse)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        grads = host._attention_backward(grad_out, None, *sample.args, out, lse, mask, *rest[:2], [True] * 3, *rest[2:])
+    events = profile.profiler.kineto_results.events()  # frees have negative sizes
+    allocated = sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+    gradients = sum(grad.untyped_storage().nbytes() for grad in grads if grad is not None)
+    assert allocated - gradients == host.backward_scratch_bytes(1, 2, 150, False)
+
+
+def test_only_cuda_functions_that_a_graph_can_capture_are_called() -> None:
+    """Nothing allocates, copies or waits: memory is torch's, and numbers of the host travel as kernels' parameters."""
+    sources = [path for folder in ("csrc/cuda", "csrc/ops") for path in (ROOT / folder).rglob("*.*")]
+    called = {name for path in sources for name in re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text())}
+    assert called == {
+        "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetDriverEntryPointByVersion"
+    }  # fmt: skip
 
 
 def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:

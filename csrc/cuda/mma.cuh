@@ -82,4 +82,10 @@ __device__ void hide_origin(const Value*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
+// Keeps the compiler from computing what follows from a number anywhere but after this: what would be kept in registers
+// from one round of a loop to the next is computed anew.
+__device__ inline void hide_origin(int& number) {
+  asm volatile("" : "+r"(number));
+}
+
 }  // namespace ptk::cuda

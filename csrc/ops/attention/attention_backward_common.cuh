@@ -1,12 +1,15 @@
 // What the backward kernels share: statistics of rows, from scores to weights and to gradients of scores, and the
-// launches around the big products. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile, and k[i,
-// j] = 1 / (1 - dropout_p) where a weight is kept, 0 where it is dropped:
+// launches around the big products. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile, and
+// k[i, j] = 1 / (1 - dropout_p) where a weight is kept, 0 where it is dropped:
 //
-//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])    delta[i] = <grad_out[i], out[i]> -
-//   grad_lse[i] grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i] grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j]
-//   key[j] grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i] grad_mask     = grad_s, summed over what the
-//   mask is broadcast along grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j] grad_sink     =
-//   sum over rows of -exp(sink - lse[i]) delta[i]
+//   delta[i]      = <grad_out[i], out[i]> - grad_lse[i]
+//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])
+//   grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i]
+//   grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j] key[j]
+//   grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i]
+//   grad_mask     = grad_s, summed over what the mask is broadcast along
+//   grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j]
+//   grad_sink     = sum over rows of -exp(sink - lse[i]) delta[i]
 //
 // Every entry of every gradient is summed by one thread, or one block, in a fixed order: no atomics, the same bits on
 // every run, and no memory but three numbers per row. The price: p and grad_s are computed once for grad_query, once

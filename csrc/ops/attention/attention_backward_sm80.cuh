@@ -14,7 +14,7 @@
 //   128            32          2     65 KiB         up to 255, grad_key and grad_value in launches of their own
 //   192/128        32          2     81 KiB         up to 255, the same
 //   192            32          2     97 KiB         up to 255, the same
-//   256            32          1     97 KiB         255 and, for grad_key, up to 64 bytes of spilled addresses
+//   256            32          1     97 KiB         up to 255, the same
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"
@@ -221,11 +221,11 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
 
   // The tiles that stream past: those of one query head after those of another.
   struct Walk {
-    int64_t first_head;
+    int first_head;
     int first_row;
     int tiles_per_head;
     int tiles;
-    __device__ int64_t head(int index) const { return first_head + index / tiles_per_head; }
+    __device__ int head(int index) const { return first_head + index / tiles_per_head; }
     __device__ int row(int index) const { return first_row + index % tiles_per_head * kBlockCols; }
   };
 
@@ -296,7 +296,7 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     }
     const int64_t group = problem.heads_q / problem.heads_kv;
     const Span queries = sequence.rows_of(row0, row0 + kBlockRows);
-    Walk walk{head_kv * group, queries.begin / kBlockCols * kBlockCols, 0, 0};
+    Walk walk{static_cast<int>(head_kv * group), queries.begin / kBlockCols * kBlockCols, 0, 0};
     if (queries.begin < queries.end) {
       walk.tiles_per_head = static_cast<int>(tile_count(queries.end - walk.first_row, kBlockCols));
       walk.tiles = static_cast<int>(group) * walk.tiles_per_head;

@@ -93,10 +93,11 @@ __device__ inline void transpose_words(uint32_t (&words)[4]) {
 class Dropout {
 public:
   __device__ Dropout(const Problem& problem, int64_t batch, int64_t head)
-      : is_used_(problem.seeds != nullptr), keep_below_(problem.keep_below), head_(static_cast<uint32_t>(head)),
-        batch_(static_cast<uint32_t>(batch % problem.batch_per_seed)) {
+      : is_used_(problem.seeds != nullptr), keep_below_(problem.keep_below), head_(static_cast<uint32_t>(head)) {
     if (is_used_) {
-      seed_ = static_cast<uint64_t>(problem.seeds[batch / problem.batch_per_seed]);
+      const auto per_seed = static_cast<uint32_t>(problem.batch_per_seed);
+      batch_ = static_cast<uint32_t>(batch) % per_seed;
+      seed_ = static_cast<uint64_t>(problem.seeds[static_cast<uint32_t>(batch) / per_seed]);
     }
   }
 
@@ -185,7 +186,7 @@ private:
 
   bool is_used_;
   uint32_t keep_below_;
-  uint32_t head_, batch_;
+  uint32_t head_, batch_ = 0;
   uint64_t seed_ = 0;
 };
 

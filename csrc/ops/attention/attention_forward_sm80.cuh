@@ -7,7 +7,8 @@
 //
 // Plan            rows  keys  shared    registers
 //   64             128    64   32 KiB   up to 255, as everywhere: two blocks on a multiprocessor
-//   96, 128         64    64   48 KiB
+//   96              64    64   48 KiB
+//   128             64    64   48 KiB
 //   192/128         64    64   64 KiB
 //   192             64    64   72 KiB
 //   256             64    64   96 KiB

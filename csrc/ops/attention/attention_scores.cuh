@@ -131,6 +131,7 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void hide(Tile& tile, int row0, int col0) const {
+    hide_origin(Transposed ? col0 : row0);  // few tiles come here: what they see is not kept from tile to tile
 #pragma unroll
     for (int a = 0; a < (Transposed ? Tile::kCols : Tile::kRows); ++a) {
       const Span seen = sequence_.keys_of(Transposed ? col0 + tile.col(a) : row0 + tile.row(a));

@@ -52,7 +52,7 @@ struct Span {
 // One sequence of the batch: its lengths, its first rows in packed operands, and the band that its rows see: row i sees
 // the keys from i + low up to i + high.
 struct Sequence {
-  int64_t batch;
+  int batch;
   int64_t first_q, first_k;
   int len_q, len_k;
   int diagonal, low, high;
@@ -83,9 +83,9 @@ struct Sequence {
   }
 };
 
-__device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
+__host__ __device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
   Sequence s;
-  s.batch = batch;
+  s.batch = static_cast<int>(batch);
   s.first_q = 0;
   s.first_k = 0;
   s.len_q = static_cast<int>(problem.len_q);

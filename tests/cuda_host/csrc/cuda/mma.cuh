@@ -124,5 +124,6 @@ inline float divide_approximate(float a, float b) {
 
 template <typename Value>
 void hide_origin(const Value*&) {}
+inline void hide_origin(int&) {}
 
 }  // namespace ptk::cuda
