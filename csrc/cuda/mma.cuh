@@ -5,6 +5,7 @@
 // Scalar is torch::headeronly::BFloat16 or Half; sums are float.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -74,6 +75,16 @@ __device__ inline float exp2_approximate(float x) {
 // a / b within 2 ulp for b up to 2^126 and for an infinite b.
 __device__ inline float divide_approximate(float a, float b) {
   return __fdividef(a, b);
+}
+
+// a / b within 1 ulp where nothing overflows or is subnormal: without the call for other cases, around which registers
+// would have to be moved.
+__device__ inline float divide_in_range(float a, float b) {
+  const float reciprocal = divide_approximate(1, b), quotient = a * reciprocal;
+  return std::fma(reciprocal, std::fma(-b, quotient, a), quotient);
+}
+__device__ inline double divide_in_range(double a, double b) {
+  return a / b;
 }
 
 // Keeps the compiler from computing a pointer in another way than the program does.

@@ -264,17 +264,17 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     product_of_rows(weights, shared.resident.qk, Plan::first_row(), stage.qk);
     scores.template finish<true>(weights, row0, col0, &cap_slopes);
     make_weights<true>(scores, weights, statistics);
+    Tile dropped = weights;
+    if (HasValue && dropout.is_used()) {
+      kept.apply(dropped, 1);
+    }
+    if (HasKey && scores.is_capped()) {
+      multiply_entries(weights, cap_slopes);  // early, so that its registers are free for what follows
+    }
     if constexpr (HasValue) {
-      Tile dropped = weights;
-      if (dropout.is_used()) {
-        kept.apply(dropped, 1);
-      }
       add_weighted_rows(gradients.value, dropped, stage.v);
     }
     if constexpr (HasKey) {
-      if (scores.is_capped()) {
-        multiply_entries(weights, cap_slopes);  // early, so that its registers are free for what follows
-      }
       Tile tile;
       tile.clear();
       product_of_rows(tile, shared.resident.v, Plan::first_row(), stage.v);

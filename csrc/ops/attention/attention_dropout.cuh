@@ -106,7 +106,9 @@ public:
   // What kept weights are multiplied with; where none is kept, nothing is divided by 0.
   template <typename Acc>
   __device__ Acc factor() const {
-    return is_used_ && keep_below_ > 0 ? static_cast<Acc>(Problem::kKeepAll) / static_cast<Acc>(keep_below_) : Acc(1);
+    return is_used_ && keep_below_ > 0
+               ? divide_in_range(static_cast<Acc>(Problem::kKeepAll), static_cast<Acc>(keep_below_))
+               : Acc(1);
   }
 
   // row0 and, in a transposed tile, col0 are multiples of 8 where the tile is one of the tensor cores.

@@ -74,7 +74,7 @@ private:
 
   template <typename Tile>
   __device__ void scale_and_cap(Tile& tile, Tile* cap_slopes) const {
-    const Acc inside = cap_ == 0 ? scale_ : scale_ / cap_;
+    const Acc inside = cap_ == 0 ? scale_ : divide_in_range(scale_, cap_);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
 #pragma unroll
@@ -131,18 +131,11 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void hide(Tile& tile, int row0, int col0) const {
-    hide_origin(Transposed ? col0 : row0);  // few tiles come here: what they see is not kept from tile to tile
-#pragma unroll
-    for (int a = 0; a < (Transposed ? Tile::kCols : Tile::kRows); ++a) {
-      const Span seen = sequence_.keys_of(Transposed ? col0 + tile.col(a) : row0 + tile.row(a));
-#pragma unroll
-      for (int b = 0; b < (Transposed ? Tile::kRows : Tile::kCols); ++b) {
-        const int key = Transposed ? row0 + tile.row(b) : col0 + tile.col(b);
-        if (key < seen.begin || key >= seen.end) {
-          (Transposed ? tile.at(b, a) : tile.at(a, b)) = -INFINITY;
-        }
+    for_entries<Transposed>(tile, row0, col0, [&](Acc& score, int query, int key) {
+      if (!sequence_.sees(query, key)) {
+        score = -INFINITY;
       }
-    }
+    });
   }
 
   const Problem& problem_;

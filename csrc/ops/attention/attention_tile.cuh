@@ -69,6 +69,11 @@ struct Sequence {
     return {within(int64_t{row} + low, len_k), within(int64_t{row} + high, len_k)};
   }
 
+  __device__ bool sees(int row, int key) const {
+    const int offset = key - row;
+    return row < len_q && key < len_k && offset >= low && offset < high;
+  }
+
   // Keys that rows from row0 up to row1 see between them.
   __device__ Span keys_of(int row0, int row1) const { return {keys_of(row0).begin, keys_of(min(row1, len_q) - 1).end}; }
 
