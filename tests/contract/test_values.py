@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,13 @@ def test_no_race_in_250_repeats(spec: OpSpec) -> None:
 
 
 @each_op
-@pytest.mark.skipif(sys.platform != "linux", reason="opens the parallel region through libgomp")
 def test_inside_a_parallel_region(spec: OpSpec) -> None:
     """Called by every thread of an OpenMP region at once, as a C++ program's loop may: no deadlock, the same bits."""
-    path = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line)
+    maps = Path("/proc/self/maps")  # of Linux
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    path = next((line.split()[-1] for line in lines if "libgomp" in line), None)
+    if path is None:
+        pytest.skip("torch was not built with GNU's OpenMP, through which the test opens the region")
     sample = sample_of(spec, torch.float32)
     torch.set_num_threads(3)
     expected = value_and_gradients(spec.function, spec, sample)
