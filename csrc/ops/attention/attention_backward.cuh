@@ -1,6 +1,6 @@
 // Attention backward on the CUDA cores: the equations of attention_backward_common.cuh, one block per tile of queries
 // for grad_query, one block per tile of keys for grad_key and grad_value, walking over the queries of every query head
-// that shares them.
+// that shares them. Not yet run on a GPU.
 #pragma once
 
 #include "csrc/ops/attention/attention_backward_common.cuh"
@@ -139,7 +139,10 @@ struct AttentionGradKeyValue {
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
-  using Shared = Tiles<Acc, kRows, kCols>;
+  struct Shared : Tiles<Acc, kRows, kCols> {
+    BlockPlace place;
+    QueryWalk walk;
+  };
   using Tile = ThreadTile<Acc, kRows, kCols>;
 
   struct State {
@@ -152,13 +155,13 @@ struct AttentionGradKeyValue {
     return problem.batch * problem.heads_kv * tile_count(problem.len_k, Geometry::kBlockRows);
   }
 
-  __device__ static void add_query_head(const Params& params, Shared& tiles, State& state, const Sequence& sequence,
-                                        int head, int head_kv, int row0) {
+  __device__ static void add_queries(const Params& params, Shared& tiles, State& state, int row0) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const Span queries = sequence.rows_of(row0, row0 + Geometry::kBlockRows);
-    for (int col0 = queries.begin / Geometry::kBlockCols * Geometry::kBlockCols; col0 < queries.end;
-         col0 += Geometry::kBlockCols) {
+    const Sequence& sequence = tiles.place.sequence;
+    for (int index = 0; index < tiles.walk.tiles; ++index) {
+      int head = tiles.walk.head(index), head_kv = static_cast<int>(tiles.place.position.head);
+      const int col0 = tiles.walk.row(index);
       hide_origin(head);  // addresses that depend on them take registers from the gradients
       hide_origin(head_kv);
       const auto key = key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk);
@@ -206,18 +209,19 @@ struct AttentionGradKeyValue {
   __device__ static void run(const Params& params, Shared& tiles) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto [batch, head_kv, row0] = block_position(problem.heads_kv, problem.len_k, Geometry::kBlockRows);
-    const Sequence sequence = sequence_of(problem, batch);
+    place_block(tiles.place, problem, problem.heads_kv, problem.len_k, Geometry::kBlockRows);
+    const auto& [batch, head_kv, row0] = tiles.place.position;
+    const Sequence& sequence = tiles.place.sequence;
     if (row0 >= sequence.len_k) {
       return;
     }
+    if (threadIdx.x == 0) {
+      tiles.walk = query_walk(problem, sequence, head_kv, row0, row0 + Geometry::kBlockRows, Geometry::kBlockCols);
+    }
+    __syncthreads();
 
     State state;
-    const int group = static_cast<int>(problem.heads_q / problem.heads_kv),
-              first_head = static_cast<int>(head_kv) * group;
-    for (int head = first_head; head < first_head + group; ++head) {
-      add_query_head(params, tiles, state, sequence, head, static_cast<int>(head_kv), row0);
-    }
+    add_queries(params, tiles, state, row0);
 
     Acc scale[kRows];
     Acc kept_factor[kRows];

@@ -17,7 +17,7 @@ struct KeptEntries {
 
   __device__ void set(int i, int j, bool kept) {
     const int index = i * Tile::kCols + j;
-    words[index / 32] |= static_cast<uint32_t>(kept) << (index % 32);
+    words[kCount <= 32 ? 0 : index / 32] |= static_cast<uint32_t>(kept) << (index % 32);
   }
   __device__ bool at(int i, int j) const {
     const int index = i * Tile::kCols + j;
@@ -134,18 +134,17 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void draw_alone(KeptEntries<Tile>& kept, int row0, int col0) const {
-#pragma unroll
-    for (int j = 0; j < Tile::kCols; ++j) {
-#pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i) {
-        const int row = row0 + Tile::row(i), col = col0 + Tile::col(j);
-        const int query = Transposed ? col : row;
-        uint32_t bits[4];
-        bits_of(Transposed ? row : col, query / 8, bits);
-        const uint32_t low = query & 2 ? bits[1] : bits[0], high = query & 2 ? bits[3] : bits[2];
-        const uint32_t word = query & 4 ? high : low;
-        kept.set(i, j, is_kept(query & 1 ? word >> 16 : word & 0xffffu));
-      }
+    static_assert(Tile::kRows * Tile::kCols <= 32);  // one word, whose bits can be chosen at run time
+#pragma unroll 1
+    for (int index = 0; index < Tile::kRows * Tile::kCols; ++index) {
+      const int i = index / Tile::kCols, j = index % Tile::kCols;
+      const int row = row0 + Tile::row(i), col = col0 + Tile::col(j);
+      const int query = Transposed ? col : row;
+      uint32_t bits[4];
+      bits_of(Transposed ? row : col, query / 8, bits);
+      const uint32_t low = query & 2 ? bits[1] : bits[0], high = query & 2 ? bits[3] : bits[2];
+      const uint32_t word = query & 4 ? high : low;
+      kept.set(i, j, is_kept(query & 1 ? word >> 16 : word & 0xffffu));
     }
   }
 

@@ -1,4 +1,5 @@
 // Attention forward on the tensor cores, from sm_80 on, for 16-bit types. Equations as in attention_forward.cuh.
+// Not yet run on a GPU.
 //
 // A block takes kBlockRows query rows of one head; each of its four warps owns 16 * MTiles of them, with their softmax
 // and outputs in registers. Weights go from the first product to the second in registers, rounded to Scalar. A tile of
@@ -89,7 +90,7 @@ struct AttentionForwardSm80 {
       if (dropout.is_used()) {
         dropout.template draw<false, Tile>(row0 + warp_row, col0).apply(tile, 1);
       }
-      add_weighted_rows(out, tile, shared.value);
+      add_weighted_rows(out, pack<Scalar>(tile), shared.value);
     }
     write_rows<Scalar>(params, sequence, head, row0 + warp_row, softmax, out, scores.unit(),
                        dropout.template factor<float>());

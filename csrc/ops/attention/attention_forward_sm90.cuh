@@ -1,4 +1,4 @@
-// Attention forward on Hopper (sm_90a), for 16-bit types. Equations as in attention_forward.cuh.
+// Attention forward on Hopper (sm_90a), for 16-bit types. Equations as in attention_forward.cuh. Not yet run on a GPU.
 //
 // A block stays on its multiprocessor and takes tile after tile of query rows (attention_schedule.h). It has three
 // warpgroups. One thread of the first keeps the copy engine busy with tiles of queries, keys and values, two of keys
@@ -14,6 +14,19 @@
 //
 // Barriers in shared memory: `full` counts the producer's one arrival and the bytes of a tile, `empty` one arrival of
 // each of the eight consumer warps. A tile's turn t in its pair of slots is slot t % 2 and phase t / 2 % 2.
+//
+// What has to hold, and why it does:
+//   - producer and consumers walk the same list: work_at depends on nothing but parameters and the block's index, so
+//     every copy is waited for (none is under way when the block ends), and both consumers take equally many turns
+//   - a new barrier's first phase is open: the producer's first wait, for the phase before it, returns at once
+//   - a slot is empty once the product that reads it last is waited for: scores read queries and keys, outputs values.
+//     A warp arrives for itself, after its own wait
+//   - turns alternate: consumer 0 waits for what consumer 1 arrives with at the start and after each of its turns, and
+//     the other way round. The last arrival of consumer 1 stays without a waiter; barriers end with the block
+//   - registers: 128 threads of 24 and 256 of 240 are what 384 of 168 were launched with, or acquire_registers() would
+//     wait for ever. test_cuda_binary.py holds the compiler to 168
+//   - from the issue of a product to the wait for it nobody touches its registers: pin() keeps the compiler from it
+//   - rows and columns past the end come from the copy engine as zeros, are hidden in scores and not written
 //
 // A tile holds 128 rows of one query head, or fewer of up to eight that share a key head, where that makes fewer tiles
 // (choose_query_tile): a warp's 16 rows are always of one head.
@@ -61,7 +74,7 @@ struct AttentionForwardSm90 {
   static constexpr int kTurnBarrier = 1;  // and the next
   using Tile = MmaTile<1, kBlockCols / 8>;
   using Outputs = MmaTile<1, DimV / 8>;
-  using Weights = uint32_t[kBlockCols / 16][4];
+  using Weights = PackedTile<1, kBlockCols / 8>;
 
   struct Shared {
     RowTile<Scalar, kBlockRows, DimQk> query;
@@ -78,11 +91,11 @@ struct AttentionForwardSm90 {
     int row0, first_col, tiles;
   };
 
-  // How many tiles have gone through the slots.
+  // How many tiles have gone through the slots; may wrap around.
   struct Turn {
-    int count = 0;
-    __device__ int slot() const { return count % kSlots; }
-    __device__ int phase() const { return count / kSlots % 2; }
+    uint32_t count = 0;
+    __device__ int slot() const { return static_cast<int>(count % kSlots); }
+    __device__ int phase() const { return static_cast<int>(count / kSlots % 2); }
   };
 
   static int64_t blocks(const Params& params) { return std::min(params.tiles, params.multiprocessors); }
@@ -195,20 +208,11 @@ struct AttentionForwardSm90 {
 #pragma unroll
     for (int k = 0; k < kBlockCols / 16; ++k) {
       const uint64_t rows = advance(value, k * 16 * kPanelCols * 2);
-      multiply_weights_async<Scalar, kFirst, 0>(out.tiles[0], weights[k], rows, 1);
+      multiply_weights_async<Scalar, kFirst, 0>(out.tiles[0], weights.pairs[0][k], rows, 1);
       if constexpr (kRest > 0) {
-        multiply_weights_async<Scalar, kRest, kFirst / 8>(out.tiles[0], weights[k],
+        multiply_weights_async<Scalar, kRest, kFirst / 8>(out.tiles[0], weights.pairs[0][k],
                                                           advance(rows, kFirst / kPanelCols * kPanelBytes), 1);
       }
-    }
-  }
-
-  __device__ static void pack(Weights& weights, const Tile& tile) {
-#pragma unroll
-    for (int n = 0; n < kBlockCols / 8; ++n) {
-      const float (&w)[4] = tile.tiles[0][n];
-      weights[n / 2][n % 2 * 2] = pack_pair<Scalar>(w[0], w[1]);
-      weights[n / 2][n % 2 * 2 + 1] = pack_pair<Scalar>(w[2], w[3]);
     }
   }
 
@@ -232,7 +236,7 @@ struct AttentionForwardSm90 {
     pin(tile.tiles[0]);
     if constexpr (HasWeights) {
       pin(out.tiles[0]);
-      pin(weights);
+      pin(weights.pairs[0]);
     }
     fence_products();
     issue_scores(tile, shared, turn.slot(), consumer);
@@ -300,19 +304,19 @@ struct AttentionForwardSm90 {
         shared.query_full.wait(works++ % 2);
         take_turn<false>(shared, consumer, turn, tile, out, weights);
         soften(params, work.batch, head, softmax, tile, row0, work.first_col, shrink);
-        pack(weights, tile);
+        weights = pack<Scalar>(tile);
         for (int step = 1; step < work.tiles; ++step) {
           ++turn.count;
           take_turn<true>(shared, consumer, turn, tile, out, weights);
           soften(params, work.batch, head, softmax, tile, row0, work.first_col + step * kBlockCols, shrink);
           wait_for_outputs(shared, Turn{turn.count - 1}, out);
           shrink_rows(out, shrink);
-          pack(weights, tile);
+          weights = pack<Scalar>(tile);
         }
         release(shared.query_empty);
         shared.value_full[turn.slot()].wait(turn.phase());
         pin(out.tiles[0]);
-        pin(weights);
+        pin(weights.pairs[0]);
         fence_products();
         issue_outputs(out, weights, shared, turn.slot());
         commit_products();

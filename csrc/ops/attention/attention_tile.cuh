@@ -109,6 +109,21 @@ __host__ __device__ inline Sequence sequence_of(const Problem& problem, int64_t 
   return s;
 }
 
+// Where a block works. Kept in shared memory by kernels that need their registers for gradients and outputs.
+struct BlockPlace {
+  BlockPosition position;
+  Sequence sequence;
+};
+
+// By all threads, which meet in it.
+__device__ inline void place_block(BlockPlace& place, const Problem& problem, int64_t heads, int64_t length, int tile) {
+  if (threadIdx.x == 0) {
+    place.position = block_position(heads, length, tile);
+    place.sequence = sequence_of(problem, place.position.batch);
+  }
+  __syncthreads();
+}
+
 template <typename Scalar>
 __device__ Matrix<Scalar> head_matrix(const ConstView& view, int64_t batch, int64_t head, int64_t first, int rows,
                                       int64_t cols) {
