@@ -1,7 +1,7 @@
 """Runs CMake, which holds the whole build description, as setuptools' build_ext.
 
 PTKERNELS_CUDA=auto|0|1   build libptkernels_cuda.so: where nvcc is found (default), never, or fail without nvcc
-TORCH_CUDA_ARCH_LIST      its architectures (default "8.0;9.0a")
+TORCH_CUDA_ARCH_LIST      its architectures (default "8.0+PTX;9.0a")
 MAX_JOBS                  compile jobs at a time (default: the number of cores)
 """
 
@@ -29,7 +29,7 @@ class CMakeBuild(build_ext):
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         configure = ["-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DPTKERNELS_CUDA={os.environ.get('PTKERNELS_CUDA', 'auto')}"]
-        configure += [f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '8.0;9.0a')}"]
+        configure += [f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '8.0+PTX;9.0a')}"]
         self.cmake("configured", *configure)
         for part in ("cpu", "cuda"):
             self.cmake(f"built the {part} part", "--build", BUILD, "--target", part, "-j", jobs)

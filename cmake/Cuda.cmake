@@ -1,7 +1,7 @@
 # libptkernels_cuda.so, from every .cu file. Needs nvcc but neither a GPU nor a torch that was built with CUDA.
 add_custom_target(cuda)
 set(PTKERNELS_CUDA auto CACHE STRING "Build libptkernels_cuda.so: auto (where nvcc is found), 0 or 1")
-set(TORCH_CUDA_ARCH_LIST "8.0;9.0a" CACHE STRING "CUDA architectures, as torch's extension builder takes them")
+set(TORCH_CUDA_ARCH_LIST "8.0+PTX;9.0a" CACHE STRING "CUDA architectures, as torch's extension builder takes them")
 set(PTK_CUDA_ARCHITECTURES)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/ops/*/*.cu)
@@ -17,7 +17,7 @@ elseif(NOT PTK_NVCC)
   return()
 endif()
 
-# "8.0;9.0a" is machine code for those two; "9.0+PTX" adds PTX that later GPUs can compile.
+# "8.0+PTX;9.0a" is machine code for those two, and of the first PTX, from which the driver makes code for later GPUs.
 string(REGEX REPLACE "[ ,]+" ";" arch_list "${TORCH_CUDA_ARCH_LIST}")
 foreach(arch IN LISTS arch_list)
   if(NOT arch MATCHES "^([0-9]+)\\.([0-9]+[af]?)(\\+PTX)?$")

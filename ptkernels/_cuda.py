@@ -61,3 +61,13 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int
     operands = (query, key, value)
     suits = query.dim() == 4 and key.size(2) > 0 and all(_suits_copy_engine(tensor) for tensor in operands)
     return "sm_90a" if limit == "sm_90a" and capability == (9, 0) and suits else "sm_80"
+
+
+def query_heads_per_tile(heads_q: int, heads_kv: int, len_q: int) -> int:
+    """How many query heads of one key head share a tile of 128 rows in attention's forward for sm_90a.
+
+    Mirrors ``choose_query_tile`` of ``csrc/ops/attention/attention_schedule.h``: as many as make the fewest tiles.
+    """
+    group = heads_q // heads_kv
+    counts = [heads for heads in (1, 2, 4, 8) if group % heads == 0]
+    return min(counts, key=lambda heads: -(-len_q // (128 // heads)) * (group // heads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.bias import causal_lower_right
 
 import ptkernels as ptk
 from ptkernels import _backend, _cuda, _env, _triton
@@ -24,6 +26,7 @@ from ptkernels._registry import Sample
 from ptkernels.errors import FallbackError, FallbackWarning
 from ptkernels.ops import attention_kv_cache
 from ptkernels.ops.attention import library as attention_library
+from ptkernels.ops.attention import routing as attention_routing
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
 from ptkernels.ops.attention_kv_cache.spec import SPEC as CACHE_SPEC
@@ -165,11 +168,13 @@ def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtyp
         assert torch.equal(getattr(results[0], name), getattr(results[2], name)), name
 
 
+@pytest.mark.parametrize(("heads", "len_q"), [(2, 83), (8, 19)])  # the latter share tiles on sm_90a
 @pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
-def test_dropout_has_the_masks_of_the_cpu(host: Any, architecture: str) -> None:
+def test_dropout_has_the_masks_of_the_cpu(host: Any, architecture: str, heads: int, len_q: int) -> None:
     """With equal scores and the identity for values, out shows which weights were kept."""
     keys, seed = 64, torch.tensor([3, 4])
-    query, key = torch.zeros(4, 2, 83, 16, dtype=torch.bfloat16), torch.zeros(4, 2, keys, 16, dtype=torch.bfloat16)
+    query = torch.zeros(4, heads, len_q, 16, dtype=torch.bfloat16)
+    key = torch.zeros(4, 2, keys, 16, dtype=torch.bfloat16)
     value = torch.eye(keys, dtype=torch.bfloat16).repeat(4, 2, 1, 1)
     rest = Options(dropout_seed=seed, dropout_p=0.4)
     host.set_architecture(architecture)
@@ -299,6 +304,113 @@ def test_a_schedule_takes_every_tile_once_and_long_ones_first(host: Any, heads: 
         assert max(index for index, (head, _) in enumerate(order) if head < first + section) < (first + section) * tiles
 
 
+@pytest.mark.parametrize(
+    ("heads_q", "heads_kv", "len_q", "expected"),
+    [
+        (8, 8, 1, (1, 128, 8)),  # no two heads share keys
+        (8, 1, 1, (8, 16, 1)),
+        (12, 2, 1, (2, 64, 6)),  # a group of six: two and two and two
+        (64, 8, 16, (8, 16, 8)),
+        (64, 8, 17, (4, 32, 16)),
+        (4, 1, 130, (4, 32, 5)),
+        (64, 8, 4096, (1, 128, 64 * 32)),  # nothing to gain
+        (32, 1, 1, (8, 16, 4)),  # a warp's rows are of one head
+    ],
+)
+def test_query_heads_share_a_tile_where_that_makes_fewer(
+    host: Any, heads_q: int, heads_kv: int, len_q: int, expected: tuple[int, ...]
+) -> None:
+    assert tuple(host.query_tile(heads_q, heads_kv, len_q, 128)) == expected
+
+
+def test_explain_names_how_many_query_heads_share_a_tile(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for group, len_q in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 71), range(1, 400)):
+        shared, *_ = host.query_tile(2 * group, 2, len_q, 128)
+        assert _cuda.query_heads_per_tile(2 * group, 2, len_q) == shared
+    monkeypatch.setattr(_cuda, "newest", lambda: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    query, key = torch.zeros(1, 8, 20, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16)
+    kernel, reason = attention_routing.cuda_kernel(query, key, key, "asked for")
+    assert kernel == "cuda sm_90a"
+    assert reason.endswith("; rows of 4 query heads that share a key head are packed into a tile")
+    assert "packed" not in attention_routing.cuda_kernel(query[:, :2], key, key, "asked for")[1]
+
+
+@pytest.mark.parametrize(("heads", "heads_kv", "len_q"), [(8, 1, 5), (12, 2, 33), (4, 2, 130), (16, 1, 16)])
+@pytest.mark.parametrize("options", ["everything", "window", "boolean"])
+def test_heads_that_share_a_tile_keep_their_options(
+    host: Any, heads: int, heads_kv: int, len_q: int, options: str
+) -> None:
+    host.set_architecture("sm_90a")
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randn(2, heads, len_q, 150, generator=generator)
+    kwargs: dict[str, Any] = {
+        "everything": {
+            "is_causal": True, "dropout_p": 0.3, "softcap": 20.0, "attn_mask": mask.bfloat16(),
+            "alibi_slopes": torch.rand(heads, generator=generator), "sinks": torch.randn(heads, generator=generator),
+        },
+        "window": {"attn_mask": causal_lower_right(len_q, 150), "window": (40, None)},  # whose scores stay products
+        "boolean": {"attn_mask": mask > 0, "dropout_p": 0.3},
+    }[options]  # fmt: skip
+    sizes = ((2, heads, len_q, 64), (2, heads_kv, 150, 64), (2, heads_kv, 150, 64))
+    sample = make(*sizes, dtype=torch.bfloat16, enable_gqa=True, **kwargs)
+    assert host.query_tile(heads, heads_kv, len_q, 128)[0] > 1
+    grads = gradients_for(host, sample)
+    assert_within_rule(SPEC, on_host(host, sample, grads), sample, torch.bfloat16, grads)
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward_sm80", "attention_backward_sm80", "attention_forward_sm90"])
+def test_shared_memory_is_as_planned(host: Any, kernel: str) -> None:
+    """By the table beside the kernel."""
+    head = (ROOT / f"csrc/ops/attention/{kernel}.cuh").read_text().partition("#pragma once")[0]
+    rows = re.findall(r"^//   (\d+(?:/\d+)?) .*? (\d+) KiB", head, re.MULTILINE)
+    assert [dims for dims, _ in rows] == ["64", "96", "128", "192/128", "192", "256"]
+    assert [count / 1024 for count in host.shared_bytes(kernel)] == [int(kib) for _, kib in rows]
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize("has_slopes", [False, True])
+def test_scratch_of_the_backward_is_linear_in_the_lengths(host: Any, heads: int, has_slopes: bool) -> None:
+    """DeepSeek's heads of 192/128 at 16384 tokens: two or three numbers per row, whatever the keys."""
+    scratch = host.backward_scratch_bytes(1, heads, 16384, has_slopes)
+    assert scratch == (3 if has_slopes else 2) * 4 * heads * 16384 < 2 << 30
+    assert host.backward_scratch_bytes(1, heads, 2 * 16384, has_slopes) == 2 * scratch
+
+
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("len_q", [150, 300])
+def test_a_call_allocates_its_results_and_the_scratch(host: Any, architecture: str, len_q: int) -> None:
+    host.set_architecture(architecture)
+    sizes = ((1, 2, len_q, 192), (1, 2, 170, 192), (1, 2, 170, 128))
+    sample = make(*sizes, dtype=torch.bfloat16, is_causal=True)
+
+    def allocated(call: Any) -> tuple[int, Any]:
+        """Bytes beside the results, and the results."""
+        with torch.profiler.profile(profile_memory=True) as profile:
+            results = call()
+        events = profile.profiler.kineto_results.events()  # frees have negative sizes
+        everything = sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+        return everything - sum(result.untyped_storage().nbytes() for result in results if result is not None), results
+
+    extra, (out, lse) = allocated(lambda: forward(host, sample))
+    assert extra == 0
+    mask, rest = options(sample)
+    grad_out, _ = random_gradients(out, lse)
+    call = (grad_out, None, *sample.args, out, lse, mask, *rest[:2], [True] * 3, *rest[2:])
+    extra, _ = allocated(lambda: host._attention_backward(*call))
+    assert extra == host.backward_scratch_bytes(1, 2, len_q, False)
+
+
+def test_only_cuda_functions_that_a_graph_can_capture_are_called() -> None:
+    """Nothing allocates, copies or waits: memory is torch's, and numbers of the host travel as kernels' parameters."""
+    sources = [path for folder in ("csrc/cuda", "csrc/ops") for path in (ROOT / folder).rglob("*.*")]
+    called = {name for path in sources for name in re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text())}
+    assert called == {
+        "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetDriverEntryPointByVersion",
+        "cudaLaunchKernelEx",
+    }  # fmt: skip
+
+
 def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:
     assert host.split_count(1, 132, 1 << 20) == 264
     assert host.split_count(1, 132, 1) == 1
@@ -319,6 +431,18 @@ def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytes
     monkeypatch.setattr(_env, "settings", _env.Settings())
     monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
     assert (_cuda.newest(), _cuda.note("cuda_cores")) == ("cuda_cores", "passed on an H200 at 1234567")
+
+
+def test_kernel_files_say_where_they_have_run() -> None:
+    files = [path for path in (ROOT / "csrc").rglob("*.cuh") if "static void run(const " in path.read_text()]
+    names = {path.name for path in files} - {"launch.cuh"}  # which runs them all
+    assert {"attention_forward_sm90.cuh", "attention_backward_sm80.cuh", "kv_cache.cuh"} <= names
+    for path in files:
+        if path.name in names:
+            architecture = {"sm80": "sm_80", "sm90": "sm_90a"}.get(path.stem.rpartition("_")[2], "cuda_cores")
+            where = _cuda.VERIFIED_ON[architecture]
+            head = path.read_text().partition("#pragma once")[0].replace("\n// ", " ")
+            assert ("Not yet run on a GPU." if where is None else f"Run on {where}.") in head, path
 
 
 def test_a_call_that_asks_for_nothing_takes_no_kernel_that_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:

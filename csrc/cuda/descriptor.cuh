@@ -20,4 +20,9 @@ __host__ __device__ inline uint64_t operand_descriptor(const OperandPlace& place
          uint64_t{1} << 62;
 }
 
+// The same operand, `bytes` further on: a multiple of 16, within the block's shared memory.
+__host__ __device__ inline uint64_t advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
 }  // namespace ptk::cuda

@@ -1,8 +1,8 @@
 // Launching kernels on torch's current stream, over the stable ABI.
 //
 // A kernel is a struct: `Params` (passed by value), `Shared` (what a block shares), `kThreads`, `static int64_t
-// blocks(const Params&)` and `__device__ static void run(const Params&, Shared&)`. What it does is then free of launch
-// syntax, and any executor of the CUDA model can run it.
+// blocks(const Params&)` and `__device__ static void run(const Params&, Shared&)`; `kClusterBlocks` where blocks make
+// clusters (cluster.cuh). What it does is then free of launch syntax, and any executor of the CUDA model can run it.
 #pragma once
 
 #include "csrc/core/checks.h"
@@ -58,11 +58,32 @@ public:
     if constexpr (kShared > kSharedByDefault) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
     }
-    kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, kShared, stream_>>>(params);
+    if constexpr (requires { Kernel::kClusterBlocks; }) {
+      launch_clusters<Kernel>(params, static_cast<unsigned>(blocks), kShared);
+    } else {
+      kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, kShared, stream_>>>(params);
+    }
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
 private:
+  template <typename Kernel>
+  void launch_clusters(const typename Kernel::Params& params, unsigned blocks, size_t shared) const {
+    static_assert(1 < Kernel::kClusterBlocks && Kernel::kClusterBlocks <= 8);  // what every GPU with clusters has
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = Kernel::kClusterBlocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = Kernel::kThreads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel_entry<Kernel>, params));
+  }
+
   static int attribute(cudaDeviceAttr which) {
     int device = 0, value = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));

@@ -5,6 +5,7 @@
 // Scalar is torch::headeronly::BFloat16 or Half; sums are float.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -76,10 +77,26 @@ __device__ inline float divide_approximate(float a, float b) {
   return __fdividef(a, b);
 }
 
+// a / b within 1 ulp where nothing overflows or is subnormal: without the call for other cases, around which registers
+// would have to be moved.
+__device__ inline float divide_in_range(float a, float b) {
+  const float reciprocal = divide_approximate(1, b), quotient = a * reciprocal;
+  return std::fma(reciprocal, std::fma(-b, quotient, a), quotient);
+}
+__device__ inline double divide_in_range(double a, double b) {
+  return a / b;
+}
+
 // Keeps the compiler from computing a pointer in another way than the program does.
 template <typename Value>
 __device__ void hide_origin(const Value*& pointer) {
   asm volatile("" : "+l"(pointer));
+}
+
+// Keeps the compiler from computing what follows from a number anywhere but after this: what would be kept in registers
+// from one round of a loop to the next is computed anew.
+__device__ inline void hide_origin(int& number) {
+  asm volatile("" : "+r"(number));
 }
 
 }  // namespace ptk::cuda

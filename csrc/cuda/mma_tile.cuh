@@ -130,32 +130,44 @@ __device__ void product_of_rows(MmaTile<MTiles, NTiles>& scores, RowTile<Scalar,
   }
 }
 
-// outputs += weights, rounded to Scalar, * the first rows of values. The weights' registers are an operand as they are:
-// the layout of a product is that of two neighbouring left operands.
+// Weights as left operands: the layout of a product is that of two neighbouring operands, whose registers take half as
+// many.
+template <int MTiles, int NTiles>
+struct PackedTile {
+  uint32_t pairs[MTiles][NTiles / 2][4];
+};
+
+template <typename Scalar, int MTiles, int NTiles>
+__device__ PackedTile<MTiles, NTiles> pack(const MmaTile<MTiles, NTiles>& weights) {
+  static_assert(NTiles % 2 == 0);
+  PackedTile<MTiles, NTiles> packed;
+#pragma unroll
+  for (int m = 0; m < MTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) {
+      const float (&w)[4] = weights.tiles[m][n];
+      packed.pairs[m][n / 2][n % 2 * 2] = pack_pair<Scalar>(w[0], w[1]);
+      packed.pairs[m][n / 2][n % 2 * 2 + 1] = pack_pair<Scalar>(w[2], w[3]);
+    }
+  }
+  return packed;
+}
+
+// outputs += weights * the first rows of values.
 template <typename Scalar, int Rows, int Dim, int MTiles, int NTiles>
-__device__ void add_weighted_rows(MmaTile<MTiles, Dim / 8>& outputs, const MmaTile<MTiles, NTiles>& weights,
+__device__ void add_weighted_rows(MmaTile<MTiles, Dim / 8>& outputs, const PackedTile<MTiles, NTiles>& weights,
                                   RowTile<Scalar, Rows, Dim>& values) {
   const int lane = lane_index();
 #pragma unroll
   for (int n = 0; n < NTiles; n += 2) {
-    uint32_t a[MTiles][4];
-#pragma unroll
-    for (int m = 0; m < MTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float (&w)[4] = weights.tiles[m][n + half];
-        a[m][2 * half] = pack_pair<Scalar>(w[0], w[1]);
-        a[m][2 * half + 1] = pack_pair<Scalar>(w[2], w[3]);
-      }
-    }
 #pragma unroll
     for (int d = 0; d < Dim; d += 16) {
       uint32_t b[4];
       load_matrices_transposed(b, values.chunk(n * 8 + lane % 16, d + lane / 16 * 8));
 #pragma unroll
       for (int m = 0; m < MTiles; ++m) {
-        multiply_accumulate<Scalar>(outputs.tiles[m][d / 8], a[m], b[0], b[1]);
-        multiply_accumulate<Scalar>(outputs.tiles[m][d / 8 + 1], a[m], b[2], b[3]);
+        multiply_accumulate<Scalar>(outputs.tiles[m][d / 8], weights.pairs[m][n / 2], b[0], b[1]);
+        multiply_accumulate<Scalar>(outputs.tiles[m][d / 8 + 1], weights.pairs[m][n / 2], b[2], b[3]);
       }
     }
   }

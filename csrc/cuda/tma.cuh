@@ -10,8 +10,8 @@
 
 namespace ptk::cuda {
 
-// A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of rows x 64 columns that is copied from it into
-// a panel of a RowTile. Passed to kernels by value.
+// A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of middle x rows x 64 columns that is copied
+// from it into a panel of a RowTile of tile_middle * tile_rows rows. Passed to kernels by value.
 struct TensorMap {
   CUtensorMap map;
 };
@@ -21,6 +21,7 @@ struct TensorMapShape {
   int64_t outer, middle, rows, cols;
   int64_t stride_outer, stride_middle, stride_rows;  // in elements; columns are contiguous
   int tile_rows;
+  int tile_middle = 1;
 };
 
 inline constexpr int kTensorMapCols = 64;  // of a tile: 128 bytes, the width of the swizzle
@@ -43,7 +44,8 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape, bool is_bfloat16) 
                               static_cast<cuuint64_t>(shape.middle), static_cast<cuuint64_t>(shape.outer)};
   const cuuint64_t strides[] = {stride(shape.stride_rows, shape.rows), stride(shape.stride_middle, shape.middle),
                                 stride(shape.stride_outer, shape.outer)};
-  const cuuint32_t box[] = {kTensorMapCols, static_cast<cuuint32_t>(shape.tile_rows), 1, 1};
+  const cuuint32_t box[] = {kTensorMapCols, static_cast<cuuint32_t>(shape.tile_rows),
+                            static_cast<cuuint32_t>(shape.tile_middle), 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result =
@@ -55,7 +57,7 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape, bool is_bfloat16) 
 }
 
 // Starts to copy the tile at (outer, middle, row, col) by one thread; zeros stand in for what lies outside. `arrived`
-// gets tile_rows * 128 bytes. shared is a multiple of 1024.
+// gets tile_middle * tile_rows * 128 bytes. shared is a multiple of 1024.
 __device__ inline void copy_tile(void* shared, const TensorMap& map, Barrier& arrived, int outer, int middle, int row,
                                  int col) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "

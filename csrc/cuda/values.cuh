@@ -1,4 +1,5 @@
 // Numbers of the host for kernels to read, passed by value: no copy has to wait, and a captured graph replays them.
+// Not yet run on a GPU.
 #pragma once
 
 #include <cstdint>

@@ -88,6 +88,51 @@ std::string architecture_for(torch::stable::Tensor query, torch::stable::Tensor 
                                                                      ptk::cuda::fits_copy_engine(params)));
 }
 
+// Query heads and rows of a tile on Hopper, and how many tiles there are.
+std::vector<int64_t> query_tile(int64_t heads_q, int64_t heads_kv, int64_t len_q, int64_t tile_rows) {
+  ptk::Problem problem;
+  problem.batch = 1;
+  problem.heads_q = heads_q;
+  problem.heads_kv = heads_kv;
+  problem.len_q = len_q;
+  const ptk::cuda::QueryTile tile = ptk::cuda::choose_query_tile(problem, static_cast<int>(tile_rows));
+  return {tile.heads, tile.rows, ptk::cuda::make_schedule(problem, tile).count()};
+}
+
+int64_t backward_scratch_bytes(int64_t batch, int64_t heads_q, int64_t len_q, bool has_slopes) {
+  ptk::Problem problem;
+  problem.batch = batch;
+  problem.heads_q = heads_q;
+  problem.len_q = len_q;
+  return ptk::cuda::backward_scratch_count(problem, has_slopes) * static_cast<int64_t>(sizeof(float));
+}
+
+// Bytes of shared memory that a block of a kernel asks for, for every pair of head dims that it is built for, in the
+// order of the plan beside the kernel.
+std::vector<int64_t> shared_bytes(std::string kernel) {
+  using Scalar = torch::headeronly::BFloat16;
+  using ptk::cuda::AttentionForwardSm80, ptk::cuda::AttentionForwardSm90, ptk::cuda::BackwardPlanSm80;
+  const auto of = []<typename... Kernels>(const std::tuple<Kernels...>*) {
+    return std::vector<int64_t>{sizeof(typename Kernels::Shared)...};
+  };
+  if (kernel == "attention_forward_sm80") {
+    return of(static_cast<std::tuple<AttentionForwardSm80<Scalar, 64, 64>, AttentionForwardSm80<Scalar, 96, 96>,
+                                     AttentionForwardSm80<Scalar, 128, 128>, AttentionForwardSm80<Scalar, 192, 128>,
+                                     AttentionForwardSm80<Scalar, 192, 192>, AttentionForwardSm80<Scalar, 256, 256>>*>(
+        nullptr));
+  }
+  if (kernel == "attention_backward_sm80") {
+    return of(
+        static_cast<std::tuple<BackwardPlanSm80<Scalar, 64, 64>, BackwardPlanSm80<Scalar, 96, 96>,
+                               BackwardPlanSm80<Scalar, 128, 128>, BackwardPlanSm80<Scalar, 192, 128>,
+                               BackwardPlanSm80<Scalar, 192, 192>, BackwardPlanSm80<Scalar, 256, 256>>*>(nullptr));
+  }
+  return of(static_cast<std::tuple<AttentionForwardSm90<Scalar, 64, 64>, AttentionForwardSm90<Scalar, 96, 128>,
+                                   AttentionForwardSm90<Scalar, 128, 128>, AttentionForwardSm90<Scalar, 192, 128>,
+                                   AttentionForwardSm90<Scalar, 192, 192>, AttentionForwardSm90<Scalar, 256, 256>>*>(
+      nullptr));
+}
+
 int64_t split_count(int64_t blocks, int64_t multiprocessors, int64_t capacity) {
   return ptk::cuda::split_count(blocks, static_cast<int>(multiprocessors), capacity);
 }
@@ -139,6 +184,9 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
   library.def("set_architecture(str name) -> ()");
   library.def("tile_order(int heads, int tiles, int heads_per_section) -> int[]");
   library.def("architecture_for(Tensor query, Tensor key, Tensor value, int capability, str newest) -> str");
+  library.def("query_tile(int heads_q, int heads_kv, int len_q, int tile_rows) -> int[]");
+  library.def("backward_scratch_bytes(int batch, int heads_q, int len_q, bool has_slopes) -> int");
+  library.def("shared_bytes(str kernel) -> int[]");
   library.def("split_count(int blocks, int multiprocessors, int capacity) -> int");
   library.def("run_diverging() -> ()");
   library.def("run_racing(Tensor(a!) out) -> ()");
@@ -161,6 +209,9 @@ STABLE_TORCH_LIBRARY_IMPL(ptkernels_cuda_host, CompositeExplicitAutograd, librar
   library.impl("set_architecture", TORCH_BOX(&ptk::cuda::set_newest_architecture));
   library.impl("tile_order", TORCH_BOX(&tile_order));
   library.impl("architecture_for", TORCH_BOX(&architecture_for));
+  library.impl("query_tile", TORCH_BOX(&query_tile));
+  library.impl("backward_scratch_bytes", TORCH_BOX(&backward_scratch_bytes));
+  library.impl("shared_bytes", TORCH_BOX(&shared_bytes));
   library.impl("split_count", TORCH_BOX(&split_count));
   library.impl("run_diverging", TORCH_BOX(&run_diverging));
 }

@@ -1,6 +1,6 @@
 // Attention backward on the CUDA cores: the equations of attention_backward_common.cuh, one block per tile of queries
 // for grad_query, one block per tile of keys for grad_key and grad_value, walking over the queries of every query head
-// that shares them.
+// that shares them. Not yet run on a GPU.
 #pragma once
 
 #include "csrc/ops/attention/attention_backward_common.cuh"
@@ -27,11 +27,11 @@ struct AttentionGradQuery {
   }
 
   // grad_s of one tile, before the cap's derivative, which goes to cap_slopes.
-  __device__ static void score_gradients(const Params& params, Shared& tiles, const Sequence& sequence, int64_t head,
+  __device__ static void score_gradients(const Params& params, Shared& tiles, const Sequence& sequence, int head,
                                          int row0, int col0, Tile& tile, Tile& cap_slopes) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const int64_t head_kv = head / (problem.heads_q / problem.heads_kv);
+    const int head_kv = head / static_cast<int>(problem.heads_q / problem.heads_kv);
     const HeadScores<Scalar> scores(problem, sequence, head);
     const Dropout dropout(problem, sequence.batch, head);
     const auto statistics = [&](int i) { return row_statistics<Acc>(params, sequence, head, row0 + Tile::row(i)); };
@@ -61,21 +61,21 @@ struct AttentionGradQuery {
   __device__ static void run(const Params& params, Shared& tiles) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, kBlockRows);
-    const Sequence sequence = sequence_of(problem, batch);
+    const BlockPosition position = block_position(problem.heads_q, problem.len_q, kBlockRows);
+    const Sequence sequence = sequence_of(problem, position.batch);
+    const int row0 = position.row0;
+    int head = static_cast<int>(position.head);
     if (row0 >= sequence.len_q) {
       return;
     }
-    const auto key =
-        key_matrix<Scalar>(base.key, sequence, head / (problem.heads_q / problem.heads_kv), problem.dim_qk);
-    const HeadScores<Scalar> scores(problem, sequence, head);
-
     Acc grad[Geometry::kChunks][kRows][kQuad] = {};
     Acc slope_sum[kRows] = {};
     const Span keys = sequence.keys_of(row0, row0 + kBlockRows);
     for (int col0 = keys.begin / kBlockCols * kBlockCols; col0 < keys.end; col0 += kBlockCols) {
       Tile tile, cap_slopes;
+      hide_origin(head);  // addresses that depend on it take registers from the gradients
       score_gradients(params, tiles, sequence, head, row0, col0, tile, cap_slopes);
+      const HeadScores<Scalar> scores(problem, sequence, head);
       if (params.slope_sums != nullptr) {
         add_slopes(scores, tile, row0, col0, slope_sum);
       }
@@ -84,7 +84,8 @@ struct AttentionGradQuery {
       }
       if (base.grad_query.data != nullptr) {
         store_weights(tiles, tile);
-        add_weighted_rows(tiles, key, col0, grad);
+        const int head_kv = head / static_cast<int>(problem.heads_q / problem.heads_kv);
+        add_weighted_rows(tiles, key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk), col0, grad);
       }
     }
     if (params.slope_sums != nullptr) {
@@ -95,7 +96,7 @@ struct AttentionGradQuery {
       for (Acc& factor : scale) {
         factor = static_cast<Acc>(problem.scale);
       }
-      store_outputs(grad, scale, head_data<Scalar>(base.grad_query, batch, head, sequence.first_q),
+      store_outputs(grad, scale, head_data<Scalar>(base.grad_query, position.batch, head, sequence.first_q),
                     base.grad_query.strides[2], row0, sequence.len_q, static_cast<int>(problem.dim_qk));
     }
   }
@@ -122,7 +123,7 @@ struct ThreadScoreGradients {
       return false;
     }
     Tile cap_slopes;
-    Kernel::score_gradients(params, shared, sequence, head, row0, col0, tile, cap_slopes);
+    Kernel::score_gradients(params, shared, sequence, static_cast<int>(head), row0, col0, tile, cap_slopes);
     return true;
   }
 };
@@ -138,7 +139,10 @@ struct AttentionGradKeyValue {
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
-  using Shared = Tiles<Acc, kRows, kCols>;
+  struct Shared : Tiles<Acc, kRows, kCols> {
+    BlockPlace place;
+    QueryWalk walk;
+  };
   using Tile = ThreadTile<Acc, kRows, kCols>;
 
   struct State {
@@ -151,19 +155,21 @@ struct AttentionGradKeyValue {
     return problem.batch * problem.heads_kv * tile_count(problem.len_k, Geometry::kBlockRows);
   }
 
-  __device__ static void add_query_head(const Params& params, Shared& tiles, State& state, const Sequence& sequence,
-                                        int64_t head, const Matrix<Scalar>& key, const Matrix<Scalar>& value,
-                                        int row0) {
+  __device__ static void add_queries(const Params& params, Shared& tiles, State& state, int row0) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto query = query_matrix<Scalar>(base.query, sequence, head, problem.dim_qk);
-    const auto grad_out = query_matrix<Scalar>(base.grad_out, sequence, head, problem.dim_v);
-    const HeadScores<Scalar> scores(problem, sequence, head);
-    const Dropout dropout(problem, sequence.batch, head);
-
-    const Span queries = sequence.rows_of(row0, row0 + Geometry::kBlockRows);
-    for (int col0 = queries.begin / Geometry::kBlockCols * Geometry::kBlockCols; col0 < queries.end;
-         col0 += Geometry::kBlockCols) {
+    const Sequence& sequence = tiles.place.sequence;
+    for (int index = 0; index < tiles.walk.tiles; ++index) {
+      int head = tiles.walk.head(index), head_kv = static_cast<int>(tiles.place.position.head);
+      const int col0 = tiles.walk.row(index);
+      hide_origin(head);  // addresses that depend on them take registers from the gradients
+      hide_origin(head_kv);
+      const auto key = key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk);
+      const auto value = key_matrix<Scalar>(base.value, sequence, head_kv, problem.dim_v);
+      const auto query = query_matrix<Scalar>(base.query, sequence, head, problem.dim_qk);
+      const auto grad_out = query_matrix<Scalar>(base.grad_out, sequence, head, problem.dim_v);
+      const HeadScores<Scalar> scores(problem, sequence, head);
+      const Dropout dropout(problem, sequence.batch, head);
       const auto statistics = [&](int j) { return row_statistics<Acc>(params, sequence, head, col0 + Tile::col(j)); };
       Tile weights, cap_slopes;
       weights.clear();
@@ -203,19 +209,19 @@ struct AttentionGradKeyValue {
   __device__ static void run(const Params& params, Shared& tiles) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto [batch, head_kv, row0] = block_position(problem.heads_kv, problem.len_k, Geometry::kBlockRows);
-    const Sequence sequence = sequence_of(problem, batch);
+    place_block(tiles.place, problem, problem.heads_kv, problem.len_k, Geometry::kBlockRows);
+    const auto& [batch, head_kv, row0] = tiles.place.position;
+    const Sequence& sequence = tiles.place.sequence;
     if (row0 >= sequence.len_k) {
       return;
     }
-    const auto key = key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk);
-    const auto value = key_matrix<Scalar>(base.value, sequence, head_kv, problem.dim_v);
+    if (threadIdx.x == 0) {
+      tiles.walk = query_walk(problem, sequence, head_kv, row0, row0 + Geometry::kBlockRows, Geometry::kBlockCols);
+    }
+    __syncthreads();
 
     State state;
-    const int64_t group = problem.heads_q / problem.heads_kv;
-    for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
-      add_query_head(params, tiles, state, sequence, head, key, value, row0);
-    }
+    add_queries(params, tiles, state, row0);
 
     Acc scale[kRows];
     Acc kept_factor[kRows];
@@ -226,11 +232,11 @@ struct AttentionGradKeyValue {
     }
     if (base.grad_key.data != nullptr) {
       store_outputs(state.grad_key, scale, head_data<Scalar>(base.grad_key, batch, head_kv, sequence.first_k),
-                    base.grad_key.strides[2], row0, key.rows, key.cols);
+                    base.grad_key.strides[2], row0, sequence.len_k, static_cast<int>(problem.dim_qk));
     }
     if (base.grad_value.data != nullptr) {
       store_outputs(state.grad_value, kept_factor, head_data<Scalar>(base.grad_value, batch, head_kv, sequence.first_k),
-                    base.grad_value.strides[2], row0, key.rows, value.cols);
+                    base.grad_value.strides[2], row0, sequence.len_k, static_cast<int>(problem.dim_v));
     }
   }
 };

@@ -1,16 +1,19 @@
 // What the backward kernels share: statistics of rows, from scores to weights and to gradients of scores, and the
-// launches around the big products. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile, and k[i,
-// j] = 1 / (1 - dropout_p) where a weight is kept, 0 where it is dropped:
+// launches around the big products. With the weights p[i, j] = exp(s[i, j] - lse[i]), recomputed tile by tile, and
+// k[i, j] = 1 / (1 - dropout_p) where a weight is kept, 0 where it is dropped:
 //
-//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])    delta[i] = <grad_out[i], out[i]> -
-//   grad_lse[i] grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i] grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j]
-//   key[j] grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i] grad_mask     = grad_s, summed over what the
-//   mask is broadcast along grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j] grad_sink     =
-//   sum over rows of -exp(sink - lse[i]) delta[i]
+//   delta[i]      = <grad_out[i], out[i]> - grad_lse[i]
+//   grad_s[i, j]  = p[i, j] (k[i, j] <grad_out[i], value[j]> - delta[i])
+//   grad_value[j] = sum_i k[i, j] p[i, j] grad_out[i]
+//   grad_query[i] = scale sum_j cap'[i, j] grad_s[i, j] key[j]
+//   grad_key[j]   = scale sum_i cap'[i, j] grad_s[i, j] query[i]
+//   grad_mask     = grad_s, summed over what the mask is broadcast along
+//   grad_slope    = sum over rows and keys of -|i + diagonal - j| grad_s[i, j]
+//   grad_sink     = sum over rows of -exp(sink - lse[i]) delta[i]
 //
 // Every entry of every gradient is summed by one thread, or one block, in a fixed order: no atomics, the same bits on
 // every run, and no memory but three numbers per row. The price: p and grad_s are computed once for grad_query, once
-// for grad_key and grad_value, and once for grad_mask.
+// for grad_key and grad_value, and once for grad_mask. Not yet run on a GPU.
 // Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
 #pragma once
 
@@ -38,6 +41,31 @@ __device__ RowStatistics<Acc> row_statistics(const AttentionBackwardParams& para
   const Acc lse = static_cast<const Acc*>(params.base.lse)[at];
   return {lse == -INFINITY ? static_cast<Acc>(INFINITY) : lse, static_cast<const Acc*>(params.delta)[at],
           static_cast<const Acc*>(params.weight_scale)[at]};
+}
+
+// The tiles of queries that stream past a block of keys: those of one query head after those of another.
+struct QueryWalk {
+  int first_head;
+  int first_row;
+  int tile_rows;
+  int tiles_per_head;
+  int tiles;
+
+  __device__ int head(int index) const { return first_head + index / tiles_per_head; }
+  __device__ int row(int index) const { return first_row + index % tiles_per_head * tile_rows; }
+};
+
+// Of the rows that see any of the keys from key0 up to key1.
+__device__ inline QueryWalk query_walk(const Problem& problem, const Sequence& sequence, int64_t head_kv, int key0,
+                                       int key1, int tile_rows) {
+  const int group = static_cast<int>(problem.heads_q / problem.heads_kv);
+  const Span queries = sequence.rows_of(key0, key1);
+  QueryWalk walk{static_cast<int>(head_kv) * group, queries.begin / tile_rows * tile_rows, tile_rows, 0, 0};
+  if (queries.begin < queries.end) {
+    walk.tiles_per_head = static_cast<int>(tile_count(queries.end - walk.first_row, tile_rows));
+    walk.tiles = group * walk.tiles_per_head;
+  }
+  return walk;
 }
 
 // Entry of query number a and key number b of a thread's part of a tile.

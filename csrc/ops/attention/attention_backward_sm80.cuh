@@ -1,5 +1,5 @@
 // Attention backward on the tensor cores, from sm_80 on, for 16-bit types: the equations of
-// attention_backward_common.cuh.
+// attention_backward_common.cuh. Not yet run on a GPU.
 //
 // A block of four warps owns 64 rows of what it computes a gradient of, 16 to a warp, and keeps them in shared memory
 // with their partner: (query, grad_out) for grad_query, (key, value) for grad_key and grad_value. The other pair
@@ -14,7 +14,7 @@
 //   128            32          2     65 KiB         up to 255, grad_key and grad_value in launches of their own
 //   192/128        32          2     81 KiB         up to 255, the same
 //   192            32          2     97 KiB         up to 255, the same
-//   256            32          1     97 KiB         255 and, for grad_key, up to 64 bytes of spilled addresses
+//   256            32          1     97 KiB         up to 255, the same
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"
@@ -46,6 +46,7 @@ struct BackwardPlanSm80 {
     Resident resident;
     Stage stages[kStages];
     RowStatistics<float> statistics[kStages][kBlockCols];  // of streamed queries
+    BlockPlace place;                                      // of kernels that compute gradients of keys
   };
 
   __device__ static int first_row() { return warp_index() * kWarpRows; }
@@ -148,7 +149,7 @@ struct AttentionGradQuerySm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
       if (scores.is_capped()) {
         multiply_entries(tile, cap_slopes);
       }
-      add_weighted_rows(grad, tile, stage.qk);
+      add_weighted_rows(grad, pack<Scalar>(tile), stage.qk);
       if (kStages == 1 && index + 1 < tiles) {
         __syncthreads();
         load_stage(params, stage, sequence, head, col0 + kBlockCols);
@@ -219,23 +220,13 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     MmaTile<1, HasValue ? DimV / 8 : 1> value;
   };
 
-  // The tiles that stream past: those of one query head after those of another.
-  struct Walk {
-    int64_t first_head;
-    int first_row;
-    int tiles_per_head;
-    int tiles;
-    __device__ int64_t head(int index) const { return first_head + index / tiles_per_head; }
-    __device__ int row(int index) const { return first_row + index % tiles_per_head * kBlockCols; }
-  };
-
   static int64_t blocks(const Params& params) {
     const Problem& problem = params.base.problem;
     return problem.batch * problem.heads_kv * tile_count(problem.len_k, kBlockRows);
   }
 
-  __device__ static void load_stage(const Params& params, Shared& shared, const Sequence& sequence, const Walk& walk,
-                                    int index) {
+  __device__ static void load_stage(const Params& params, Shared& shared, const Sequence& sequence,
+                                    const QueryWalk& walk, int index) {
     const BackwardParams& base = params.base;
     const int64_t head = walk.head(index);
     const int row0 = walk.row(index);
@@ -253,53 +244,53 @@ struct AttentionGradKeyValueSm80 : BackwardPlanSm80<Scalar, DimQk, DimV> {
     const Problem& problem = params.base.problem;
     const HeadScores<Scalar> scores(problem, sequence, head);
     const Dropout dropout(problem, sequence.batch, head);
-    Stage& stage = shared.stages[stage_index];
     const auto statistics = [&](int j) { return shared.statistics[stage_index][Tile::col(j)]; };
     KeptEntries<Tile> kept;
     if (dropout.is_used()) {
       kept = dropout.template draw<true, Tile>(row0, col0);
     }
+    int first_row = Plan::first_row();
     Tile weights, cap_slopes;
     weights.clear();
-    product_of_rows(weights, shared.resident.qk, Plan::first_row(), stage.qk);
+    product_of_rows(weights, shared.resident.qk, first_row, shared.stages[stage_index].qk);
     scores.template finish<true>(weights, row0, col0, &cap_slopes);
     make_weights<true>(scores, weights, statistics);
+    Tile dropped = weights;
+    if (HasValue && dropout.is_used()) {
+      kept.apply(dropped, 1);
+    }
+    const auto dropped_operand = pack<Scalar>(dropped);
+    if (HasKey && scores.is_capped()) {
+      multiply_entries(weights, cap_slopes);  // early, so that its registers are free for what follows
+    }
+    hide_origin(first_row);  // addresses of what follows are not computed before: they would take registers from it
+    hide_origin(stage_index);
     if constexpr (HasValue) {
-      Tile dropped = weights;
-      if (dropout.is_used()) {
-        kept.apply(dropped, 1);
-      }
-      add_weighted_rows(gradients.value, dropped, stage.v);
+      add_weighted_rows(gradients.value, dropped_operand, shared.stages[stage_index].v);
     }
     if constexpr (HasKey) {
-      if (scores.is_capped()) {
-        multiply_entries(weights, cap_slopes);  // early, so that its registers are free for what follows
-      }
       Tile tile;
       tile.clear();
-      product_of_rows(tile, shared.resident.v, Plan::first_row(), stage.v);
+      product_of_rows(tile, shared.resident.v, first_row, shared.stages[stage_index].v);
       if (dropout.is_used()) {
         kept.apply(tile, dropout.template factor<float>());
       }
       make_score_gradients<true>(weights, tile, statistics);
-      add_weighted_rows(gradients.key, tile, stage.qk);
+      add_weighted_rows(gradients.key, pack<Scalar>(tile), shared.stages[stage_index].qk);
     }
   }
 
   __device__ static void run(const Params& params, Shared& shared) {
     const BackwardParams& base = params.base;
     const Problem& problem = base.problem;
-    const auto [batch, head_kv, row0] = block_position(problem.heads_kv, problem.len_k, kBlockRows);
-    const Sequence sequence = sequence_of(problem, batch);
+    place_block(shared.place, problem, problem.heads_kv, problem.len_k, kBlockRows);
+    const auto& [batch, head_kv, row0] = shared.place.position;
+    const Sequence& sequence = shared.place.sequence;
     if (row0 >= sequence.len_k) {
       return;
     }
-    const int64_t group = problem.heads_q / problem.heads_kv;
-    const Span queries = sequence.rows_of(row0, row0 + kBlockRows);
-    Walk walk{head_kv * group, queries.begin / kBlockCols * kBlockCols, 0, 0};
-    if (queries.begin < queries.end) {
-      walk.tiles_per_head = static_cast<int>(tile_count(queries.end - walk.first_row, kBlockCols));
-      walk.tiles = static_cast<int>(group) * walk.tiles_per_head;
+    const QueryWalk walk = query_walk(problem, sequence, head_kv, row0, row0 + kBlockRows, kBlockCols);
+    if (walk.tiles > 0) {
       load_rows<kThreads>(shared.resident.qk, key_matrix<Scalar>(base.key, sequence, head_kv, problem.dim_qk), row0);
       load_rows<kThreads>(shared.resident.v, key_matrix<Scalar>(base.value, sequence, head_kv, problem.dim_v), row0);
       load_stage(params, shared, sequence, walk, 0);

@@ -90,6 +90,12 @@ constexpr int64_t row_statistics_count(const Problem& problem) {
   return problem.heads_q * (problem.first_q != nullptr ? problem.total_q : problem.batch * problem.len_q);
 }
 
+// How many numbers in the dtype of lse the backward needs beside its operands and gradients: delta, weight_scale and,
+// where alibi_slopes has a gradient, slope_sums.
+constexpr int64_t backward_scratch_count(const Problem& problem, bool has_slopes) {
+  return row_statistics_count(problem) * (has_slopes ? 3 : 2);
+}
+
 struct AttentionBackwardParams {
   BackwardParams base;
   // Scratch, laid out like lse and in its dtype. slope_sums is null where alibi_slopes has no gradient.

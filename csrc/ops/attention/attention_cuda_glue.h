@@ -124,12 +124,14 @@ struct AttentionBackend {
     const Architecture architecture = checked_architecture(params.problem, launcher.capability(), false);
     const DeviceProblem device(params.problem, query, launcher);
     params.problem = device.problem;
-    const auto scratch = [&] {
-      return empty_contiguous(query, {row_statistics_count(params.problem)}, lse_dtype(params.problem.dtype));
+    const bool has_slopes = params.grad_alibi.data != nullptr;
+    const DType wide = lse_dtype(params.problem.dtype);
+    const Tensor scratch = empty_contiguous(query, {backward_scratch_count(params.problem, has_slopes)}, wide);
+    const auto part = [&](int64_t index) -> void* {
+      return static_cast<char*>(scratch.mutable_data_ptr()) +
+             index * row_statistics_count(params.problem) * static_cast<int64_t>(element_size(wide));
     };
-    const Tensor delta = scratch(), weight_scale = scratch(), slope_sums = scratch();
-    const AttentionBackwardParams all{params, delta.mutable_data_ptr(), weight_scale.mutable_data_ptr(),
-                                      params.grad_alibi.data ? slope_sums.mutable_data_ptr() : nullptr};
+    const AttentionBackwardParams all{params, part(0), part(1), has_slopes ? part(2) : nullptr};
     if (architecture == Architecture::none || architecture == Architecture::cuda_cores) {
       with_scalar(params.problem.dtype, [&]<typename Scalar>() { run_attention_backward<Scalar>(all, launcher); });
     } else {

@@ -17,7 +17,7 @@ struct KeptEntries {
 
   __device__ void set(int i, int j, bool kept) {
     const int index = i * Tile::kCols + j;
-    words[index / 32] |= static_cast<uint32_t>(kept) << (index % 32);
+    words[kCount <= 32 ? 0 : index / 32] |= static_cast<uint32_t>(kept) << (index % 32);
   }
   __device__ bool at(int i, int j) const {
     const int index = i * Tile::kCols + j;
@@ -93,10 +93,11 @@ __device__ inline void transpose_words(uint32_t (&words)[4]) {
 class Dropout {
 public:
   __device__ Dropout(const Problem& problem, int64_t batch, int64_t head)
-      : is_used_(problem.seeds != nullptr), keep_below_(problem.keep_below), head_(static_cast<uint32_t>(head)),
-        batch_(static_cast<uint32_t>(batch % problem.batch_per_seed)) {
+      : is_used_(problem.seeds != nullptr), keep_below_(problem.keep_below), head_(static_cast<uint32_t>(head)) {
     if (is_used_) {
-      seed_ = static_cast<uint64_t>(problem.seeds[batch / problem.batch_per_seed]);
+      const auto per_seed = static_cast<uint32_t>(problem.batch_per_seed);
+      batch_ = static_cast<uint32_t>(batch) % per_seed;
+      seed_ = static_cast<uint64_t>(problem.seeds[static_cast<uint32_t>(batch) / per_seed]);
     }
   }
 
@@ -105,7 +106,9 @@ public:
   // What kept weights are multiplied with; where none is kept, nothing is divided by 0.
   template <typename Acc>
   __device__ Acc factor() const {
-    return is_used_ && keep_below_ > 0 ? static_cast<Acc>(Problem::kKeepAll) / static_cast<Acc>(keep_below_) : Acc(1);
+    return is_used_ && keep_below_ > 0
+               ? divide_in_range(static_cast<Acc>(Problem::kKeepAll), static_cast<Acc>(keep_below_))
+               : Acc(1);
   }
 
   // row0 and, in a transposed tile, col0 are multiples of 8 where the tile is one of the tensor cores.
@@ -131,18 +134,17 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void draw_alone(KeptEntries<Tile>& kept, int row0, int col0) const {
-#pragma unroll
-    for (int j = 0; j < Tile::kCols; ++j) {
-#pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i) {
-        const int row = row0 + Tile::row(i), col = col0 + Tile::col(j);
-        const int query = Transposed ? col : row;
-        uint32_t bits[4];
-        bits_of(Transposed ? row : col, query / 8, bits);
-        const uint32_t low = query & 2 ? bits[1] : bits[0], high = query & 2 ? bits[3] : bits[2];
-        const uint32_t word = query & 4 ? high : low;
-        kept.set(i, j, is_kept(query & 1 ? word >> 16 : word & 0xffffu));
-      }
+    static_assert(Tile::kRows * Tile::kCols <= 32);  // one word, whose bits can be chosen at run time
+#pragma unroll 1
+    for (int index = 0; index < Tile::kRows * Tile::kCols; ++index) {
+      const int i = index / Tile::kCols, j = index % Tile::kCols;
+      const int row = row0 + Tile::row(i), col = col0 + Tile::col(j);
+      const int query = Transposed ? col : row;
+      uint32_t bits[4];
+      bits_of(Transposed ? row : col, query / 8, bits);
+      const uint32_t low = query & 2 ? bits[1] : bits[0], high = query & 2 ? bits[3] : bits[2];
+      const uint32_t word = query & 4 ? high : low;
+      kept.set(i, j, is_kept(query & 1 ? word >> 16 : word & 0xffffu));
     }
   }
 
@@ -185,7 +187,7 @@ private:
 
   bool is_used_;
   uint32_t keep_below_;
-  uint32_t head_, batch_;
+  uint32_t head_, batch_ = 0;
   uint64_t seed_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// Attention forward on the CUDA cores.
+// Attention forward on the CUDA cores. Not yet run on a GPU.
 //
 //   out[i] = sum_j exp(s[i, j] - lse[i]) value[j]        lse[i] = log(exp(sink) + sum_j exp(s[i, j]))
 //
@@ -23,7 +23,9 @@ struct AttentionForward {
   static constexpr int kRows = Geometry::kRows;
   static constexpr int kCols = Geometry::kCols;
   static constexpr int kChunks = Geometry::kChunks;
-  using Shared = Tiles<Acc, kRows, kCols>;
+  struct Shared : Tiles<Acc, kRows, kCols> {
+    BlockPlace place;
+  };
   using Tile = ThreadTile<Acc, kRows, kCols>;
 
   static int64_t blocks(const Params& params) {
@@ -46,8 +48,9 @@ struct AttentionForward {
 
   __device__ static void run(const Params& params, Shared& tiles) {
     const Problem& problem = params.problem;
-    const auto [batch, head, row0] = block_position(problem.heads_q, problem.len_q, Geometry::kBlockRows);
-    const Sequence sequence = sequence_of(problem, batch);
+    place_block(tiles.place, problem, problem.heads_q, problem.len_q, Geometry::kBlockRows);
+    const auto& [batch, head, row0] = tiles.place.position;
+    const Sequence& sequence = tiles.place.sequence;
     if (row0 >= sequence.len_q) {
       return;
     }

@@ -1,4 +1,5 @@
 // Attention forward on the tensor cores, from sm_80 on, for 16-bit types. Equations as in attention_forward.cuh.
+// Not yet run on a GPU.
 //
 // A block takes kBlockRows query rows of one head; each of its four warps owns 16 * MTiles of them, with their softmax
 // and outputs in registers. Weights go from the first product to the second in registers, rounded to Scalar. A tile of
@@ -7,7 +8,8 @@
 //
 // Plan            rows  keys  shared    registers
 //   64             128    64   32 KiB   up to 255, as everywhere: two blocks on a multiprocessor
-//   96, 128         64    64   48 KiB
+//   96              64    64   48 KiB
+//   128             64    64   48 KiB
 //   192/128         64    64   64 KiB
 //   192             64    64   72 KiB
 //   256             64    64   96 KiB
@@ -88,7 +90,7 @@ struct AttentionForwardSm80 {
       if (dropout.is_used()) {
         dropout.template draw<false, Tile>(row0 + warp_row, col0).apply(tile, 1);
       }
-      add_weighted_rows(out, tile, shared.value);
+      add_weighted_rows(out, pack<Scalar>(tile), shared.value);
     }
     write_rows<Scalar>(params, sequence, head, row0 + warp_row, softmax, out, scores.unit(),
                        dropout.template factor<float>());

@@ -1,4 +1,8 @@
-// The order in which a persistent kernel takes the tiles of query rows. Torch-free and CUDA-free.
+// Which rows a persistent kernel's tiles of queries hold, and the order in which it takes them. Torch-free and
+// CUDA-free.
+//
+// Query heads of one key head see the same keys, so that their rows can share a tile: one copy of the keys serves them
+// all, and a short sequence still fills a tile.
 //
 // Block b of B takes tiles b, b + B, b + 2 B, ... Within a section of heads the last rows of every head come first:
 // under causality they are the longest, and short tiles at the end even out what the blocks have got. Sections follow
@@ -38,14 +42,37 @@ struct TileSchedule {
 
 inline constexpr int64_t kSectionBytes = 25 << 20;  // half of the L2 cache of an H100
 
-constexpr TileSchedule make_schedule(const Problem& problem, int tile_rows) {
+// A tile of queries: `rows` neighbouring rows of each of `heads` neighbouring heads, one head after the other.
+struct QueryTile {
+  int heads;
+  int rows;
+};
+
+inline constexpr int kMinRowsPerHead = 16;  // those of a warp are of one head
+
+// As many heads as make the fewest tiles, and no more: a tile of fewer rows of more heads sees the same keys.
+constexpr QueryTile choose_query_tile(const Problem& problem, int tile_rows) {
   const int64_t group = problem.heads_q / problem.heads_kv;
+  const auto tiles = [&](int heads) {
+    const int rows = tile_rows / heads;
+    return (problem.len_q + rows - 1) / rows * (group / heads);
+  };
+  int best = 1;
+  for (int heads = 2; heads * kMinRowsPerHead <= tile_rows && group % heads == 0; heads *= 2) {
+    best = tiles(heads) < tiles(best) ? heads : best;
+  }
+  return {best, tile_rows / best};
+}
+
+// "Heads" of the schedule are as many as a tile holds.
+constexpr TileSchedule make_schedule(const Problem& problem, const QueryTile& tile) {
+  const int64_t group = problem.heads_q / problem.heads_kv / tile.heads;
   const int64_t bytes =
       problem.len_k * (problem.dim_qk + problem.dim_v) * static_cast<int64_t>(element_size(problem.dtype));
   const int64_t key_heads = bytes > 0 ? kSectionBytes / bytes : 1;
-  const int64_t heads = problem.batch * problem.heads_q;
+  const int64_t heads = problem.batch * problem.heads_q / tile.heads;
   const int64_t wanted = (key_heads > 1 ? key_heads : 1) * group;
-  return {heads, (problem.len_q + tile_rows - 1) / tile_rows, wanted < heads ? wanted : heads};
+  return {heads, (problem.len_q + tile.rows - 1) / tile.rows, wanted < heads ? wanted : heads};
 }
 
 }  // namespace ptk::cuda

@@ -74,7 +74,7 @@ private:
 
   template <typename Tile>
   __device__ void scale_and_cap(Tile& tile, Tile* cap_slopes) const {
-    const Acc inside = cap_ == 0 ? scale_ : scale_ / cap_;
+    const Acc inside = cap_ == 0 ? scale_ : divide_in_range(scale_, cap_);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
 #pragma unroll
@@ -94,21 +94,22 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void add_mask(Tile& tile, int row0, int col0) const {
-    const int64_t row_stride = problem_.mask.strides[2], col_stride = problem_.mask.strides[3];
+    const int64_t row_stride = problem_.mask.strides[Transposed ? 3 : 2],
+                  col_stride = problem_.mask.strides[Transposed ? 2 : 3];
+    const int rows = Transposed ? sequence_.len_k : sequence_.len_q,
+              cols = Transposed ? sequence_.len_q : sequence_.len_k;
     const auto add = [&](const auto* mask, const auto& combine) {
 #pragma unroll
-      for (int a = 0; a < (Transposed ? Tile::kCols : Tile::kRows); ++a) {
-        const int query = Transposed ? col0 + tile.col(a) : row0 + tile.row(a);
-        int key = Transposed ? row0 + tile.row(0) : col0 + tile.col(0);
-        const auto* place = mask + mask_ + min(query, sequence_.len_q - 1) * row_stride + key * col_stride;
+      for (int i = 0; i < Tile::kRows; ++i) {
+        int col = col0 + tile.col(0);
+        const auto* place = mask + mask_ + min(row0 + tile.row(i), rows - 1) * row_stride + col * col_stride;
 #pragma unroll
-        for (int b = 0; b < (Transposed ? Tile::kRows : Tile::kCols); ++b) {
-          Acc& score = Transposed ? tile.at(b, a) : tile.at(a, b);
-          if (key < sequence_.len_k) {
-            score = combine(score, *place);
+        for (int j = 0; j < Tile::kCols; ++j) {
+          if (col < cols) {
+            tile.at(i, j) = combine(tile.at(i, j), *place);
           }
-          const int step = Transposed ? tile.row(b + 1) - tile.row(b) : tile.col(b + 1) - tile.col(b);
-          key += step;
+          const int step = tile.col(j + 1) - tile.col(j);
+          col += step;
           place += step * col_stride;
           // One place at a time: those of a whole tile would take the registers of the products.
           hide_origin(place);
@@ -131,17 +132,11 @@ private:
 
   template <bool Transposed, typename Tile>
   __device__ void hide(Tile& tile, int row0, int col0) const {
-#pragma unroll
-    for (int a = 0; a < (Transposed ? Tile::kCols : Tile::kRows); ++a) {
-      const Span seen = sequence_.keys_of(Transposed ? col0 + tile.col(a) : row0 + tile.row(a));
-#pragma unroll
-      for (int b = 0; b < (Transposed ? Tile::kRows : Tile::kCols); ++b) {
-        const int key = Transposed ? row0 + tile.row(b) : col0 + tile.col(b);
-        if (key < seen.begin || key >= seen.end) {
-          (Transposed ? tile.at(b, a) : tile.at(a, b)) = -INFINITY;
-        }
+    for_entries<Transposed>(tile, row0, col0, [&](Acc& score, int query, int key) {
+      if (!sequence_.sees(query, key)) {
+        score = -INFINITY;
       }
-    }
+    });
   }
 
   const Problem& problem_;

@@ -52,7 +52,7 @@ struct Span {
 // One sequence of the batch: its lengths, its first rows in packed operands, and the band that its rows see: row i sees
 // the keys from i + low up to i + high.
 struct Sequence {
-  int64_t batch;
+  int batch;
   int64_t first_q, first_k;
   int len_q, len_k;
   int diagonal, low, high;
@@ -69,6 +69,11 @@ struct Sequence {
     return {within(int64_t{row} + low, len_k), within(int64_t{row} + high, len_k)};
   }
 
+  __device__ bool sees(int row, int key) const {
+    const int offset = key - row;
+    return row < len_q && key < len_k && offset >= low && offset < high;
+  }
+
   // Keys that rows from row0 up to row1 see between them.
   __device__ Span keys_of(int row0, int row1) const { return {keys_of(row0).begin, keys_of(min(row1, len_q) - 1).end}; }
 
@@ -83,9 +88,9 @@ struct Sequence {
   }
 };
 
-__device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
+__host__ __device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
   Sequence s;
-  s.batch = batch;
+  s.batch = static_cast<int>(batch);
   s.first_q = 0;
   s.first_k = 0;
   s.len_q = static_cast<int>(problem.len_q);
@@ -102,6 +107,21 @@ __device__ inline Sequence sequence_of(const Problem& problem, int64_t batch) {
   s.low = static_cast<int>(max(s.diagonal - problem.left, -int64_t{s.len_q}));
   s.high = static_cast<int>(min(s.diagonal + right + 1, int64_t{s.len_k}));
   return s;
+}
+
+// Where a block works. Kept in shared memory by kernels that need their registers for gradients and outputs.
+struct BlockPlace {
+  BlockPosition position;
+  Sequence sequence;
+};
+
+// By all threads, which meet in it.
+__device__ inline void place_block(BlockPlace& place, const Problem& problem, int64_t heads, int64_t length, int tile) {
+  if (threadIdx.x == 0) {
+    place.position = block_position(heads, length, tile);
+    place.sequence = sequence_of(problem, place.position.batch);
+  }
+  __syncthreads();
 }
 
 template <typename Scalar>

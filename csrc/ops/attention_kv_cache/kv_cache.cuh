@@ -1,9 +1,9 @@
 // Attention of new queries to a cache of keys and values on the CUDA cores: equations as in kv_cache.h.
+// Not yet run on a GPU.
 //
-//   place     reads lengths and tables, checks them, and writes where every sequence lies: nothing waits for the
-//   device,
-//             so that a step can be captured in a graph. A sequence that does not fit its cache gets NaN, its cache
-//             stays
+//   place     reads lengths and tables, checks them, and writes where every sequence lies: the host waits for nothing,
+//             so that a step can be captured in a graph. A sequence that does not fit its cache gets NaN, and its cache
+//             stays as it is
 //   append    one block per new token and key head: rotate, quantise, write
 //   split     one block per key head, eight of the rows that share it (the queries of all its heads), and part of the
 //             slots: a thread per slot for the scores, softmax, a thread per eight columns of a slot for the values

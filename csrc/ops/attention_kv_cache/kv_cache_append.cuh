@@ -1,4 +1,4 @@
-// Where sequences of a cache lie, how numbers are stored, and appending: see kv_cache.cuh.
+// Where sequences of a cache lie, how numbers are stored, and appending: see kv_cache.cuh. Not yet run on a GPU.
 #pragma once
 
 #include "csrc/cuda/rounded.cuh"

@@ -102,8 +102,12 @@ def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple
     architecture = _cuda.kernel(query, key, value, torch.cuda.get_device_capability(query.device))
     if _env.settings.cuda_arch is not None:
         reason = f"{reason}, PTKERNELS_CUDA_ARCH={_env.settings.cuda_arch}"
-    backward = "; its backward is that of sm_80" if architecture == "sm_90a" else ""
-    return f"cuda {architecture}", f"{reason}; {_cuda.note(architecture)}{backward}"
+    reason = f"{reason}; {_cuda.note(architecture)}"
+    if architecture == "sm_90a":
+        reason += "; its backward is that of sm_80"
+        if (heads := _cuda.query_heads_per_tile(query.size(1), key.size(1), query.size(2))) > 1:
+            reason += f"; rows of {heads} query heads that share a key head are packed into a tile"
+    return f"cuda {architecture}", reason
 
 
 def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:

@@ -122,7 +122,13 @@ inline float divide_approximate(float a, float b) {
   return a / b;
 }
 
+template <typename Number>
+Number divide_in_range(Number a, Number b) {
+  return a / b;
+}
+
 template <typename Value>
 void hide_origin(const Value*&) {}
+inline void hide_origin(int&) {}
 
 }  // namespace ptk::cuda

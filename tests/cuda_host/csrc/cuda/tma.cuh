@@ -10,6 +10,7 @@ struct TensorMapShape {
   int64_t outer, middle, rows, cols;
   int64_t stride_outer, stride_middle, stride_rows;
   int tile_rows;
+  int tile_middle = 1;
 };
 
 struct TensorMap {
@@ -27,7 +28,7 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape, bool) {
   check(shape.stride_rows, shape.rows);
   check(shape.stride_middle, shape.middle);
   check(shape.stride_outer, shape.outer);
-  if (reinterpret_cast<uintptr_t>(shape.data) % 16 != 0 || shape.tile_rows > 256) {
+  if (reinterpret_cast<uintptr_t>(shape.data) % 16 != 0 || shape.tile_rows > 256 || shape.tile_middle > 256) {
     throw std::runtime_error("cuda_host: a tensor map that the copy engine does not take");
   }
   return {shape};
@@ -39,18 +40,20 @@ inline void copy_tile(void* shared, const TensorMap& map, Barrier& arrived, int 
   }
   cuda_host::active->submit([=, &arrived, shape = map.shape] {
     char* tile = static_cast<char*>(shared);
-    for (int r = 0; r < shape.tile_rows; ++r) {
+    for (int r = 0; r < shape.tile_middle * shape.tile_rows; ++r) {
+      const int in_middle = middle + r / shape.tile_rows, in_rows = row + r % shape.tile_rows;
       for (int c = 0; c < kTensorMapCols; ++c) {
         uint16_t value = 0;
-        if (row + r < shape.rows && col + c < shape.cols && middle < shape.middle && outer < shape.outer) {
-          value = static_cast<const uint16_t*>(shape.data)[outer * shape.stride_outer + middle * shape.stride_middle +
-                                                           (row + r) * shape.stride_rows + col + c];
+        if (in_rows < shape.rows && col + c < shape.cols && in_middle < shape.middle && outer < shape.outer) {
+          value =
+              static_cast<const uint16_t*>(shape.data)[outer * shape.stride_outer + in_middle * shape.stride_middle +
+                                                       in_rows * shape.stride_rows + col + c];
         }
         const int offset = r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2;
         std::memcpy(tile + offset, &value, sizeof value);
       }
     }
-    arrived.complete(shape.tile_rows * kTensorMapCols * 2);
+    arrived.complete(shape.tile_middle * shape.tile_rows * kTensorMapCols * 2);
   });
 }
 
