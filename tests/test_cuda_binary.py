@@ -294,7 +294,7 @@ def compiled(path: Path, source: str, *what: str) -> tuple[bytes, str]:
     (path / "code.cu").write_text(source)
     flags = ["-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT}", "-isystem", Path(torch.__file__).parent / "include"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    flags += ["-arch=sm_90a", *(what or ("-c",)), path / "code.cu", "-o", path / "code"]
+    flags += ["-gencode=arch=compute_90a,code=sm_90a", *(what or ("-c",)), path / "code.cu", "-o", path / "code"]
     made = subprocess.run([str(NVCC), *map(str, flags)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return (path / "code").read_bytes(), made.stdout + made.stderr
