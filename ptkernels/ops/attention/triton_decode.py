@@ -90,7 +90,7 @@ def tile(dtype: torch.dtype, dim: int, dim_v: int, rows: int) -> Tile:
     widest = max(_triton.power_of_2(dim), _triton.power_of_2(dim_v))
     if dtype == torch.float32:
         # Products in IEEE float32 are made of registers alone, which hold no more rows.
-        return Tile(16, 32, 8, 1) if widest <= 128 else Tile(16, 16, 8, 2)
+        return Tile(16, 32, 8, 2) if widest <= 128 else Tile(16, 16, 16, 2)
     m = min(_triton.power_of_2(rows), 64 if widest <= 256 else 32)
     return Tile(m, {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16}[widest], 8, 2 if widest <= 128 else 1)
 
