@@ -109,8 +109,9 @@ private:
 
   // A row at a time and in the order of memory: that is what the hardware's own prefetching recognises and runs ahead
   // of.
+  // Into L2, which waits for more lines at a time than L1 can.
   static inline __attribute__((always_inline)) void prefetch_row(const C* row, int64_t n) {
-    for (int64_t d = 0; d < n; d += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + d);
+    for (int64_t d = 0; d < n; d += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + d, 0, 2);
   }
 
   // scores[r][j] of R queries: the sums of kLane (query, key) pairs at a time, G keys in each pass over dim.

