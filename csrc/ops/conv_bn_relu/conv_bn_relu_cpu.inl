@@ -8,17 +8,23 @@
 namespace ptk::PTK_ISA {
 namespace {
 
-// Above avx512 the levels differ in bfloat16 products only: everything else runs the avx512 kernels, compiled once.
+// Above avx512 the levels differ in bfloat16 only: everything else runs the avx512 kernels, compiled once.
 #if PTK_ISA_LEVEL >= 3
 const ConvKernels& inherited() {
   return avx512::conv_kernels();
 }
+bool is_inherited(DType dtype) {
+  return PTK_ISA_LEVEL == 3 || dtype != DType::bf16;
+}
 bool is_inherited(const ConvProblem& p) {
-  return PTK_ISA_LEVEL == 3 || p.dtype != DType::bf16 || is_depthwise(p);
+  return is_inherited(p.dtype) || is_depthwise(p);
 }
 #else
 const ConvKernels& inherited() {
   return conv_kernels();
+}
+constexpr bool is_inherited(DType) {
+  return false;
 }
 constexpr bool is_inherited(const ConvProblem&) {
   return false;
@@ -180,22 +186,15 @@ bool convolve_backward(const ConvBackwardParams& params) {
   });
 }
 
-#if PTK_ISA_LEVEL >= 3
 bool normalize(const NormalizeParams& params) {
-  return inherited().normalize(params);
-}
-bool normalize_backward(const NormalizeBackwardParams& params) {
-  return inherited().normalize_backward(params);
-}
-#else
-bool normalize(const NormalizeParams& params) {
+  if (is_inherited(params.problem.dtype)) return inherited().normalize(params);
   return by_dtype(params.problem.dtype, [&](auto t) { return Normalize<decltype(t)>(params).run(); });
 }
 bool normalize_backward(const NormalizeBackwardParams& params) {
+  if (is_inherited(params.forward.problem.dtype)) return inherited().normalize_backward(params);
   return by_dtype(params.forward.problem.dtype,
                   [&](auto t) { return Normalize<decltype(t)>(params.forward).run_backward(params); });
 }
-#endif
 
 #define PTK_TEXT(x) #x
 #define PTK_NAME(isa, kernel) "cpu." PTK_TEXT(isa) "." kernel

@@ -93,7 +93,7 @@ public:
   }
 
 private:
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = 64, kLane = kLanes<A>;
   enum class Pass { sums, gradients };
 
   bool is_planes() const { return p_.layout == Layout::channels_first && space_ > 1 && channels_ > 1; }
@@ -114,12 +114,26 @@ private:
     return vector ? load(static_cast<const A*>(vector) + c) : broadcast(static_cast<A>(otherwise));
   }
 
-  // u, exactly as forward and backward must agree on it.
-  PTK_INLINE Vec<A> before_activation(Vec<A> z, Vec<A> mean, Vec<A> scale, Vec<A> shift, const T* residual,
-                                      int64_t valid) {
-    Vec<A> u = (z - mean) * scale + shift;
+  // u of the centred result of the convolution, exactly as forward and backward must agree on it.
+  PTK_INLINE Vec<A> before_activation(Vec<A> centred, Vec<A> scale, Vec<A> shift, const T* residual, int64_t valid) {
+    Vec<A> u = centred * scale + shift;
     if (residual) u += load_as_partial(residual, valid);
     return u;
+  }
+
+  // Calls body(activation), the common ones as constants: no branch is then left in a loop.
+  template <class Body>
+  void with_activation(const Body& body) const {
+    switch (p_.activation) {
+    case Activation::none:
+      return body(std::integral_constant<Activation, Activation::none>());
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::relu6:
+      return body(std::integral_constant<Activation, Activation::relu6>());
+    default:
+      return body(p_.activation);
+    }
   }
 
   void forward_block(int64_t block, T* scratch) const {
@@ -127,60 +141,131 @@ private:
     const T* z = static_cast<const T*>(f_.conv) + begin * channels_;
     const T* residual = rows_of(f_.residual, begin, end, scratch);
     T* out = is_planes() ? scratch + kRows * channels_ : static_cast<T*>(f_.out) + begin * channels_;
-    const A slope = static_cast<A>(p_.slope);
-    for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-      const Vec<A> mean = channel(f_.mean, c, 0), scale = channel(f_.scale, c, 1), shift = channel(f_.shift, c, 0);
-      const int64_t valid = channels_ - c;
-      for (int64_t r = c; r < (end - begin) * channels_ + c; r += channels_) {
-        const Vec<A> u = before_activation(load_as_partial(z + r, valid), mean, scale, shift,
-                                           residual ? residual + r : nullptr, valid);
-        store_as_partial(out + r, activate(p_.activation, u, slope), valid);
-      }
-    }
+    with_activation([&](auto activation) { forward_rows(activation, z, residual, out, end - begin); });
     if (is_planes())
       planes_from_rows(out, channels_, static_cast<T*>(f_.out), channels_, space_, begin, end, 0, channels_);
   }
 
+  // In the order of memory, which is what limits; what belongs to channels is read again for every row, from L1.
+  template <class Kind>
+  void forward_rows(Kind activation, const T* z, const T* residual, T* out, int64_t rows) const {
+    const A slope = static_cast<A>(p_.slope);
+    const auto step = [&](int64_t c, int64_t valid) __attribute__((always_inline)) {
+      const Vec<A> centred = load_as_partial(z + c, valid) - channel(f_.mean, c, 0);
+      const Vec<A> u = before_activation(centred, channel(f_.scale, c, 1), channel(f_.shift, c, 0),
+                                         residual ? residual + c : nullptr, valid);
+      store_as_partial(out + c, activate(activation, u, slope), valid);
+    };
+    for (int64_t r = 0; r < rows; ++r, z += channels_, out += channels_) {
+      int64_t c = 0;
+      for (; c + kLane <= channels_; c += kLane) step(c, kLane);
+      if (c < channels_) step(c, channels_ - c);
+      if (residual) residual += channels_;
+    }
+  }
+
+  // Rows of a block, and where the gradients go. Null: not asked for.
+  struct BackwardRows {
+    const T *z, *residual, *grad;
+    T *grad_conv, *grad_residual;
+    int64_t rows;
+  };
+
   void backward_block(const NormalizeBackwardParams& b, int64_t block, T* scratch, A* partial, Pass pass) const {
     const int64_t begin = block * kRows, end = least(pixels_, begin + kRows), size = kRows * channels_;
-    const T* z = static_cast<const T*>(f_.conv) + begin * channels_;
-    const T* residual = rows_of(f_.residual, begin, end, scratch);
-    const T* grad = rows_of(b.grad_out, begin, end, scratch + size);
     T* grad_residual = !b.grad_residual || pass == Pass::sums ? nullptr
                        : is_planes()                          ? scratch + 2 * size
                                                               : static_cast<T*>(b.grad_residual) + begin * channels_;
-    T* grad_conv = b.grad_conv ? static_cast<T*>(b.grad_conv) + begin * channels_ : nullptr;
-    const A slope = static_cast<A>(p_.slope), inverse = A(1) / static_cast<A>(pixels_);
-    for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-      const Vec<A> mean = channel(f_.mean, c, 0), scale = channel(f_.scale, c, 1), shift = channel(f_.shift, c, 0);
-      const Vec<A> invstd = channel(b.invstd, c, 1);
-      const int64_t valid = channels_ - c;
-      Vec<A> sum{}, sum_xhat{}, mean_du{}, mean_du_xhat{};
-      if (pass == Pass::gradients && b.batch_statistics) {
-        mean_du = load_partial(static_cast<const A*>(b.sum_du) + c, valid) * inverse;
-        mean_du_xhat = load_partial(static_cast<const A*>(b.sum_du_xhat) + c, valid) * inverse;
-      }
-      for (int64_t r = c; r < (end - begin) * channels_ + c; r += channels_) {
-        const Vec<A> conv = load_as_partial(z + r, valid);
-        const Vec<A> u = before_activation(conv, mean, scale, shift, residual ? residual + r : nullptr, valid);
-        const Vec<A> du = activation_gradient(p_.activation, u, load_as_partial(grad + r, valid), slope);
-        const Vec<A> xhat = (conv - mean) * invstd;
-        if (pass == Pass::sums) {
-          sum += du;
-          sum_xhat += du * xhat;
-          continue;
-        }
-        if (grad_residual) store_as_partial(grad_residual + r, du, valid);
-        if (grad_conv) store_as_partial(grad_conv + r, (du - mean_du - xhat * mean_du_xhat) * scale, valid);
-      }
-      if (pass == Pass::sums) {
-        store_partial(partial + block * 2 * channels_ + c, sum, valid);
-        store_partial(partial + (block * 2 + 1) * channels_ + c, sum_xhat, valid);
-      }
-    }
+    const BackwardRows rows{static_cast<const T*>(f_.conv) + begin * channels_,
+                            rows_of(f_.residual, begin, end, scratch),
+                            rows_of(b.grad_out, begin, end, scratch + size),
+                            b.grad_conv ? static_cast<T*>(b.grad_conv) + begin * channels_ : nullptr,
+                            grad_residual,
+                            end - begin};
+    with_activation([&](auto activation) {
+      // As many channels as have what belongs to them in registers.
+      constexpr int wide = GemmTraits<A>::kMr > 8 ? 4 : 2;
+      int64_t c = 0;
+      const auto columns = [&]<int V>(int64_t valid) {
+        pass == Pass::sums ? add_columns<V>(activation, b, rows, c, valid, partial + block * 2 * channels_)
+                           : gradients_of_columns<V>(activation, b, rows, c, valid);
+      };
+      for (; c + wide * kLane <= channels_; c += wide * kLane) columns.template operator()<wide>(kLane);
+      for (; c + kLane <= channels_; c += kLane) columns.template operator()<1>(kLane);
+      if (c < channels_) columns.template operator()<1>(channels_ - c);
+    });
     if (grad_residual && is_planes())
       planes_from_rows(grad_residual, channels_, static_cast<T*>(b.grad_residual), channels_, space_, begin, end, 0,
                        channels_);
+  }
+
+  // What belongs to V vectors of channels.
+  template <int V>
+  struct Columns {
+    Vec<A> mean[V], scale[V], shift[V];
+  };
+  template <int V>
+  PTK_INLINE Columns<V> columns_at(const NormalizeParams& f, int64_t c) {
+    Columns<V> k;
+    for (int v = 0; v < V; ++v) {
+      k.mean[v] = channel(f.mean, c + v * kLane, 0);
+      k.scale[v] = channel(f.scale, c + v * kLane, 1);
+      k.shift[v] = channel(f.shift, c + v * kLane, 0);
+    }
+    return k;
+  }
+
+  // Calls body(row's offset, v, centred, du) for V vectors of every row; `valid` channels of the last one exist.
+  template <int V, class Kind, class Body>
+  PTK_INLINE void for_gradients(Kind activation, A slope, const Columns<V>& k, const BackwardRows& rows,
+                                int64_t channels, int64_t c, int64_t valid, const Body& body) {
+    for (int64_t r = 0, at = c; r < rows.rows; ++r, at += channels) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int64_t i = at + v * kLane;
+        const Vec<A> centred = load_as_partial(rows.z + i, valid) - k.mean[v];
+        const Vec<A> u =
+            before_activation(centred, k.scale[v], k.shift[v], rows.residual ? rows.residual + i : nullptr, valid);
+        body(i, v, centred, activation_gradient(activation, u, load_as_partial(rows.grad + i, valid), slope));
+      }
+    }
+  }
+
+  // sums[c] = sum of du, sums[channels + c] = sum of du * xhat.
+  template <int V, class Kind>
+  void add_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
+                   int64_t valid, A* sums) const {
+    Vec<A> sum[V] = {}, sum_centred[V] = {};
+    for_gradients<V>(activation, static_cast<A>(p_.slope), columns_at<V>(f_, c), rows, channels_, c, valid,
+                     [&](int64_t, int v, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
+                       sum[v] += du;
+                       sum_centred[v] += du * centred;
+                     });
+    for (int v = 0; v < V; ++v) {
+      store_partial(sums + c + v * kLane, sum[v], valid);
+      store_partial(sums + channels_ + c + v * kLane, sum_centred[v] * channel(b.invstd, c + v * kLane, 1), valid);
+    }
+  }
+
+  // grad_residual = du, grad_conv = scale (du - mean of du - xhat * mean of du * xhat).
+  template <int V, class Kind>
+  void gradients_of_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
+                            int64_t valid) const {
+    const Columns<V> k = columns_at<V>(f_, c);
+    Vec<A> offset[V] = {}, slope[V] = {};
+    if (b.batch_statistics)
+      for (int v = 0; v < V; ++v) {
+        const int64_t i = c + v * kLane;
+        const Vec<A> factor = k.scale[v] * (A(1) / static_cast<A>(pixels_));
+        offset[v] = load_partial(static_cast<const A*>(b.sum_du) + i, valid) * factor;
+        slope[v] = load_partial(static_cast<const A*>(b.sum_du_xhat) + i, valid) * factor * channel(b.invstd, i, 1);
+      }
+    for_gradients<V>(activation, static_cast<A>(p_.slope), k, rows, channels_, c, valid,
+                     [&](int64_t i, int v, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
+                       if (rows.grad_residual) store_as_partial(rows.grad_residual + i, du, valid);
+                       if (rows.grad_conv)
+                         store_as_partial(rows.grad_conv + i, du * k.scale[v] - offset[v] - centred * slope[v], valid);
+                     });
   }
 
   void merge_sums(const A* partial, const NormalizeBackwardParams& b) const {
