@@ -1,9 +1,13 @@
-"""Comparing attention kernels with the float64 reference, where tests/contract does not reach: the CUDA kernels."""
+"""CUDA kernels: comparing those of attention with the float64 reference, where tests/contract does not reach, and the
+plans that are written beside all of them.
+"""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,3 +69,23 @@ def assert_within_rule(
         difference = (got - want)[finite].abs()
         error = difference.max().item() if difference.numel() else 0.0
         assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+class Plan(NamedTuple):
+    """What a kernel takes at most, as written at the head of its file."""
+
+    path: Path
+    threads: int
+    registers: int
+    shared_kib: int
+
+
+def plans() -> dict[str, Plan]:
+    """Of every CUDA kernel, by its name; ``A<B>`` where ``A`` is a kernel with a part ``B`` to choose."""
+    found = {}
+    for path in (Path(__file__).parents[1] / "csrc").rglob("*.cuh"):
+        head = path.read_text().partition("#pragma once")[0]
+        for name, *numbers in re.findall(r"^//   ([A-Z]\S*) +(\d+) +(\d+) +(\d+) KiB$", head, re.MULTILINE):
+            assert name not in found, name
+            found[name] = Plan(path, *map(int, numbers))
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
+from kernel_checks import LEARNED, RESULTS, assert_within_rule, plans, random_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
@@ -264,19 +264,49 @@ def test_nothing_runs_that_was_not_chosen(host: Any) -> None:
         host.attention(*[torch.ones(1, 1, 3, 4)] * 3)
 
 
-@pytest.mark.parametrize("large", ["batch", "length"])
-def test_offsets_beyond_31_bits(host: Any, large: str) -> None:
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("large", ["batch", "heads", "length"])
+def test_offsets_beyond_31_bits(host: Any, architecture: str, large: str) -> None:
     """Strides reach past 2**31 elements; the pages between are never touched."""
-    stride = {"batch": (2**31, 16, 8, 1), "length": (8, 8, 2**30 + 8, 1)}[large]
-    sizes = {"batch": (2, 1, 2, 8), "length": (1, 1, 3, 8)}[large]
+    host.set_architecture(architecture)
+    stride = {"batch": (2**31, 16, 8, 1), "heads": (16, 2**31, 8, 1), "length": (8, 8, 2**30 + 8, 1)}[large]
+    sizes = {"batch": (2, 1, 2, 8), "heads": (1, 2, 2, 8), "length": (1, 1, 3, 8)}[large]
     storage = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64)), dtype=torch.bfloat16)
     wide = storage.as_strided(sizes, stride)
     wide.copy_(torch.randn(sizes, generator=torch.Generator().manual_seed(0)))
     packed = wide.contiguous()
+    assert host.architecture_for(wide, wide, wide, 90, architecture) == architecture
     grads = gradients_for(host, Sample("packed", (packed, packed, packed)))
     got = on_host(host, Sample("wide", (wide, wide, wide)), grads)
     expected = on_host(host, Sample("packed", (packed, packed, packed)), grads)
     assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in RESULTS)
+
+
+def test_packed_sequences_and_caches_beyond_31_bits(host: Any) -> None:
+    storage = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 2**20)), dtype=torch.bfloat16)
+    rows = storage.as_strided((3, 1, 8), (2**30 + 8, 8, 1))
+    rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
+    starts = torch.tensor([0, 2, 3])
+    host.set_architecture("sm_80")
+    calls = [host.attention_varlen(*[tensor] * 3, starts, starts, -1, -1)[0] for tensor in (rows, rows.contiguous())]
+    assert torch.equal(*calls)
+    cache = storage.as_strided((2, 1, 4, 8), (2**31, 32, 8, 1))  # and what is appended goes there
+    cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    query, filled = torch.ones(2, 1, 1, 8, dtype=torch.bfloat16), torch.tensor([2, 3])
+    copies = [cache.contiguous(), cache.contiguous()]
+    near, _ = host.attention_with_kv_cache_append(query, *copies, query, query, filled)
+    far, _ = host.attention_with_kv_cache_append(query, cache, cache, query, query, filled)
+    assert torch.equal(near, far)
+    assert torch.equal(cache, copies[0])
+
+
+def test_rows_of_results_beyond_31_bits(host: Any) -> None:
+    """Where results of that size would be written: they are too large to be had here."""
+    strides, (batch, head, row), (heads, length) = [2**34, 2**33, 2**32, 1], (3, 2, 5), (8, 2**30)
+    place = batch * strides[0] + head * strides[1] + row * strides[2]
+    assert host.head_offsets(strides, batch, head, row, heads, length) == [place] * 3 + [
+        (batch * heads + head) * length
+    ]
 
 
 def test_nan_outside_the_tensors_stays_there(host: Any) -> None:
@@ -323,6 +353,74 @@ def test_query_heads_share_a_tile_where_that_makes_fewer(
     assert tuple(host.query_tile(heads_q, heads_kv, len_q, 128)) == expected
 
 
+@pytest.mark.parametrize(
+    ("start", "panel_stride", "further"), [(0x400, 0x4000, 0), (0x28400, 0x8000, 96), (0x38000, 0, 2048)]
+)
+def test_matrix_descriptors_are_as_the_ptx_isa_lays_them_out(
+    host: Any, start: int, panel_stride: int, further: int
+) -> None:
+    bits = host.operand_descriptor(start, panel_stride, further) % 2**64
+    assert bits & 0x3FFF == start + further >> 4  # start address, bits 0-13
+    assert bits >> 16 & 0x3FFF == panel_stride >> 4  # leading dimension's byte offset, 16-29
+    assert bits >> 32 & 0x3FFF == 8 * 128 >> 4  # stride dimension's byte offset, 32-45: eight rows of 128 bytes
+    assert bits >> 62 == 1  # swizzle over 128 bytes; every pattern starts at a multiple of 1024: base offset 0
+    assert bits >> 14 & 3 == bits >> 30 & 3 == bits >> 46 & 0xFFFF == 0
+
+
+def test_tensor_maps_are_of_the_tensor_as_it_lies(host: Any) -> None:
+    sizes, strides, box = slice(0, 4), slice(4, 7), slice(7, 11)
+    tensor = torch.zeros(2, 19, 8, 96, dtype=torch.bfloat16).transpose(1, 2)[..., :90]  # heads inside
+    numbers, refused = host.tensor_map(tensor, 4, 32)
+    assert refused == ""
+    assert numbers[sizes] == [90, 19, 8, 2]  # so that what lies past a row's end or a head's last row comes as zeros
+    assert numbers[strides] == [2 * stride for stride in (8 * 96, 96, 19 * 8 * 96)]
+    assert numbers[box] == [64, 32, 4, 1]
+    # Of a dimension of one entry the stride says nothing.
+    one = torch.zeros(1, 3, 1, 8, dtype=torch.bfloat16).as_strided((1, 3, 1, 8), (5, 8, 3, 1))
+    assert host.tensor_map(one, 1, 128)[0][strides] == [16, 16, 16]
+    ragged = torch.zeros(400, dtype=torch.bfloat16).as_strided((2, 3, 4, 8), (108, 36, 9, 1))
+    for wrong in (ragged, tensor[:, :1].expand(-1, 8, -1, -1)):
+        assert "a stride that is no multiple of 16 bytes" in host.tensor_map(wrong, 1, 128)[1]
+    assert "an address that is no multiple" in host.tensor_map(tensor[..., 1:], 1, 128)[1]
+    assert "1 to 2^32" in host.tensor_map(tensor[:0], 1, 128)[1]
+    assert "1 to 256 entries" in host.tensor_map(tensor, 1, 512)[1]
+
+
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "len_q"), [(8, 1, 5), (12, 2, 33), (4, 2, 130), (6, 6, 300), (16, 1, 16)]
+)
+@pytest.mark.parametrize(
+    ("is_causal", "bottom_right", "left"), [(0, 0, -1), (1, 0, -1), (1, 1, -1), (1, 1, 70), (0, 0, 9)]
+)
+def test_tiles_of_packed_heads_hold_every_row_once_with_its_keys(
+    host: Any, heads: int, heads_kv: int, len_q: int, is_causal: int, bottom_right: int, left: int
+) -> None:
+    batch, len_k = 2, 260
+    query = torch.zeros(batch, heads, len_q, 64, dtype=torch.bfloat16)
+    key = torch.zeros(batch, heads_kv, len_k, 64, dtype=torch.bfloat16)
+    numbers = host.warp_rows(query, key, bool(is_causal), bool(bottom_right), left)
+    warps = list(zip(*[iter(numbers)] * 5, strict=True))
+    rows = [(b, head, row) for b, head, row0, *_ in warps for row in range(row0, row0 + 16) if row < len_q]
+    assert sorted(rows) == list(itertools.product(range(batch), range(heads), range(len_q)))
+    diagonal = len_k - len_q if bottom_right else 0
+    for tile in range(0, len(warps), 8):
+        shared = warps[tile : tile + 8]
+        assert len({(b, head // (heads // heads_kv)) for b, head, *_ in shared}) == 1  # one key head's
+        *_, begin, end = shared[0]
+        for _, _, first, *_ in shared:
+            for row in range(first, min(first + 16, len_q)):
+                seen = [
+                    column
+                    for column in range(len_k)
+                    if (not is_causal or column <= row + diagonal) and (left < 0 or column >= row + diagonal - left)
+                ]
+                assert not seen or begin <= seen[0] <= seen[-1] < end
+        # And no tile of keys more than its rows see between them.
+        last = min(max(first for _, _, first, *_ in shared) + 15, len_q - 1)
+        if is_causal and begin < end:
+            assert end - 128 <= last + diagonal
+
+
 def test_explain_names_how_many_query_heads_share_a_tile(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for group, len_q in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 71), range(1, 400)):
         shared, *_ = host.query_tile(2 * group, 2, len_q, 128)
@@ -359,13 +457,20 @@ def test_heads_that_share_a_tile_keep_their_options(
     assert_within_rule(SPEC, on_host(host, sample, grads), sample, torch.bfloat16, grads)
 
 
-@pytest.mark.parametrize("kernel", ["attention_forward_sm80", "attention_backward_sm80", "attention_forward_sm90"])
-def test_shared_memory_is_as_planned(host: Any, kernel: str) -> None:
-    """By the table beside the kernel."""
-    head = (ROOT / f"csrc/ops/attention/{kernel}.cuh").read_text().partition("#pragma once")[0]
-    rows = re.findall(r"^//   (\d+(?:/\d+)?) .*? (\d+) KiB", head, re.MULTILINE)
-    assert [dims for dims, _ in rows] == ["64", "96", "128", "192/128", "192", "256"]
-    assert [count / 1024 for count in host.shared_bytes(kernel)] == [int(kib) for _, kib in rows]
+@pytest.mark.parametrize("name", sorted(plans()))
+def test_kernels_ask_for_what_is_planned(host: Any, name: str) -> None:
+    """By the plan beside the kernel; what the compiler makes of its registers, tests/test_cuda_binary.py reads."""
+    numbers = host.kernel_plan(name)
+    instances = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    plan = plans()[name]
+    assert {threads for threads, _, _ in instances} == {plan.threads}
+    assert math.ceil(max(shared for *_, shared in instances) / 1024) == plan.shared_kib
+    # From sm_80 on a block may have 99 KiB, on sm_90 227.
+    assert plan.shared_kib <= (227 if "Sm90" in name else 99)
+    if name in ("AttentionForwardSm80", "AttentionGradQuerySm80", "AttentionForwardSm90"):
+        rows = re.findall(r"^//   (\d+(?:/\d+)?) .*? (\d+) KiB", plan.path.read_text(), re.MULTILINE)
+        assert [dims for dims, _ in rows] == ["64", "96", "128", "192/128", "192", "256"]
+        assert [shared / 1024 for *_, shared in instances] == [int(kib) for _, kib in rows]
 
 
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
@@ -498,7 +603,37 @@ def test_explain_names_what_the_library_chooses(
         query, key = torch.zeros(2, 4, 7, dim, dtype=dtype), torch.zeros(2, 2, 9, dim, dtype=dtype)
         for value in (key, key[:1].expand(2, -1, -1, -1), key.transpose(1, 2).contiguous().transpose(1, 2)):
             chosen = host.architecture_for(query, key, value, capability, newest)
-            assert _cuda.kernel(query, key, value, divmod(capability, 10)) == chosen
+            assert _cuda.choose(query, key, value, divmod(capability, 10))[0] == chosen
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "architecture", "why"),
+    [
+        ({}, (9, 0), "sm_90a", ""),
+        ({}, (10, 0), "sm_80", "not sm_90a: it is code for compute capability 9.0 alone, and the GPU has 10.0"),
+        ({"key": 0}, (9, 0), "sm_80", "not sm_90a: TMA does not read key: stride 0, which is 0 or no multiple of 16"),
+        ({"query": 68}, (9, 0), "sm_80", "TMA does not read query: stride 68, which"),
+        ({"packed": True}, (9, 0), "sm_80", "not sm_90a: sequences are packed"),
+        ({"dim": 264}, (9, 0), "cuda_cores", "not sm_90a: head dim 264 is above 256; not sm_80: head dim 264 is above"),
+        ({"dtype": torch.float32}, (9, 0), "cuda_cores", "not sm_80: float32 is not multiplied on the tensor cores"),
+        ({}, (7, 5), "cuda_cores", "not sm_80: the GPU has compute capability 7.5"),
+    ],
+)  # fmt: skip
+def test_explain_says_why_no_newer_kernel(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], capability: tuple[int, int], architecture: str, why: str
+) -> None:
+    monkeypatch.setattr(_cuda, "newest", lambda: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dtype, dim = change.get("dtype", torch.bfloat16), change.get("dim", 64)
+    operands = {name: torch.zeros(1, 2, 5, dim, dtype=dtype) for name in ("query", "key", "value")}
+    for name in operands.keys() & change.keys():
+        operands[name] = torch.zeros(1000, dtype=dtype).as_strided((1, 2, 5, 64), (640, 320, change[name], 1))
+    if "packed" in change:
+        operands = {name: tensor[0] for name, tensor in operands.items()}
+    kernel, reason = attention_routing.cuda_kernel(*operands.values(), "asked for")
+    assert kernel == f"cuda {architecture}"
+    assert reason.startswith("asked for; not yet run on a GPU")
+    assert (why in reason) if why else ("; not sm" not in reason)
 
 
 def test_the_host_reports_a_barrier_that_a_thread_misses(host: Any) -> None:

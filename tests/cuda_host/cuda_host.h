@@ -347,6 +347,16 @@ inline void Block::run(const std::function<void()>& body) {
   if (!engine_.empty()) {
     throw std::runtime_error("cuda_host: a block ends before its copies do");
   }
+  for (const auto& [id, named] : barriers_) {
+    if (named.arrived != 0) {
+      throw std::runtime_error("cuda_host: a block ends with arrivals at a named barrier that nobody has waited for");
+    }
+  }
+  for (const auto& [group, products] : products_) {
+    if (products.size() > 1 || !products.front().empty()) {
+      throw std::runtime_error("cuda_host: a block ends before its products do");
+    }
+  }
 }
 
 // Has the interface of ptk::cuda::StreamLauncher.
