@@ -13,6 +13,15 @@ VERIFIED_ON: dict[str, str | None] = {"cuda_cores": None, "sm_80": None, "sm_90a
 """GPU and commit on which ``bench/gpu_check.sh`` passed with each architecture's kernels; None where it never ran."""
 
 
+_built = list(_env.CUDA_ARCHITECTURES)
+
+
+def note_built(newest_built: str) -> None:
+    """Remember the newest kernels that the library has of those that :func:`newest` asks for."""
+    if newest_built != newest():
+        _built[:] = _env.CUDA_ARCHITECTURES[: _env.CUDA_ARCHITECTURES.index(newest_built) + 1]
+
+
 def newest() -> str | None:
     """The newest architecture whose kernels may be chosen, or None where there is none.
 
@@ -53,6 +62,8 @@ def _refusal(architecture: str, query: Tensor, key: Tensor, value: Tensor, capab
     """Why the kernels of an architecture do not take a forward of attention, or None where they do."""
     if architecture == "cuda_cores":
         return None
+    if architecture not in _built:
+        return "libptkernels_cuda.so was built without it"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(query.dtype).removeprefix('torch.')} is not multiplied on the tensor cores"
     if (dim := max(query.size(-1), value.size(-1))) > 256:

@@ -5,6 +5,8 @@ plans that are written beside all of them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,6 +19,17 @@ from ptkernels._registry import OpSpec, Sample
 RESULTS = ("out", "lse", "query", "key", "value")
 # In the order of the operator's output_mask.
 LEARNED = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+
+
+def covered(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Attention's samples for the CUDA kernels, which have neither masks of blocks nor biases by distance: where there
+    are other options beside such a bias, with those alone.
+    """
+    for sample in samples:
+        kwargs = {name: value for name, value in sample.kwargs.items() if name != "relative_bias"}
+        if "mask_block_size" not in kwargs and (len(kwargs) == len(sample.kwargs) or "softcap" in kwargs):
+            grad_inputs = tuple(name for name in sample.grad_inputs if name != "relative_bias")
+            yield replace(sample, kwargs=kwargs, grad_inputs=grad_inputs)
 
 
 def random_gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import LEARNED, RESULTS, assert_within_rule, plans, random_gradients
+from kernel_checks import LEARNED, RESULTS, assert_within_rule, covered, plans, random_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
@@ -105,9 +105,7 @@ def contract_samples() -> Iterator[Any]:
         ("sm_80", torch.float16),
         ("sm_90a", torch.bfloat16),
     ):
-        for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if sample.kwargs.keys() & {"relative_bias", "mask_block_size"}:
-                continue  # refused, see below
+        for sample in covered(SPEC.samples(dtype, "cpu", False, "quick")):
             every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
             if every or sample.name in SELECTION:
                 yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
@@ -154,9 +152,10 @@ def test_every_head_dim_of_the_tensor_cores(
 )
 def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype, architecture: str) -> None:
     """Nor, where work is asynchronous, on when it is done."""
-    mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
-    sizes = ((1, 4, 70, 136), (1, 2, 90, 136), (1, 2, 90, 72))
-    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=True, dropout_p=0.3)
+    keys = 250 if architecture == "sm_90a" else 90  # more tiles than slots
+    mask = torch.rand(70, keys, generator=torch.Generator().manual_seed(0)) < 0.7
+    sizes = ((1, 4, 70, 136), (1, 2, keys, 136), (1, 2, keys, 72))
+    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=architecture != "sm_90a", dropout_p=0.3)
     host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     results = []
@@ -532,6 +531,7 @@ def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytes
     assert "PTKERNELS_CUDA_ARCH" in (_cuda.unavailable() or "")
     monkeypatch.setattr(_env, "settings", _env.Settings(cuda_arch="sm_80"))
     assert (_cuda.newest(), _cuda.unavailable()) == ("sm_80", None)
+    assert _env.read({"PTKERNELS_CUDA_ARCH": "sm_80"}).cuda_arch == "sm_80"
     assert _cuda.note("sm_80") == "not yet run on a GPU"
     monkeypatch.setattr(_env, "settings", _env.Settings())
     monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
@@ -634,6 +634,18 @@ def test_explain_says_why_no_newer_kernel(
     assert kernel == f"cuda {architecture}"
     assert reason.startswith("asked for; not yet run on a GPU")
     assert (why in reason) if why else ("; not sm" not in reason)
+
+
+def test_explain_names_no_kernel_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TORCH_CUDA_ARCH_LIST left it out."""
+    monkeypatch.setattr(_cuda, "newest", lambda: "sm_90a")
+    monkeypatch.setattr(_cuda, "_built", list(_cuda._built))
+    operands = [torch.zeros(1, 2, 5, 64, dtype=torch.bfloat16)] * 3
+    assert _cuda.choose(*operands, (9, 0)) == ("sm_90a", "")
+    _cuda.note_built("sm_90a")
+    assert _cuda.choose(*operands, (9, 0)) == ("sm_90a", "")
+    _cuda.note_built("sm_80")
+    assert _cuda.choose(*operands, (9, 0)) == ("sm_80", "not sm_90a: libptkernels_cuda.so was built without it")
 
 
 def test_the_host_reports_a_barrier_that_a_thread_misses(host: Any) -> None:

@@ -301,7 +301,7 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
       "int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
       "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> (Tensor, Tensor)");
   library.def("set_order(int order) -> ()");
-  library.def("set_architecture(str name) -> ()");
+  library.def("set_architecture(str name) -> str");
   library.def("tile_order(int heads, int tiles, int heads_per_section) -> int[]");
   library.def("architecture_for(Tensor query, Tensor key, Tensor value, int capability, str newest) -> str");
   library.def("query_tile(int heads_q, int heads_kv, int len_q, int tile_rows) -> int[]");

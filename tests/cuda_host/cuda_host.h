@@ -6,7 +6,8 @@
 // on, whatever all of its participants have reached opens. A barrier that some thread never reaches is reported, not
 // waited for. Between two barriers the threads run in an order that the caller chooses: code with a race gives other
 // bits in another order. Shared memory holds NaN when a block starts. Asynchronous work (copies, wgmma) is done as late
-// as the program allows in ascending order and at once in descending order.
+// as the program allows in ascending order and at once in descending order; in shuffled order copies come at once and
+// products as late as they may, so that a copy which does not wait for its place to be read shows.
 //
 // Not modelled: bank conflicts, coalescing, memory ordering finer than barriers, the speed of anything.
 #pragma once
@@ -63,7 +64,8 @@ public:
   void run(const std::function<void()>& body);
 
   // Whether asynchronous work is done when it is issued.
-  bool is_eager() const { return order_ == Order::descending; }
+  bool copies_at_once() const { return order_ != Order::ascending; }
+  bool multiplies_at_once() const { return order_ == Order::descending; }
   int threads() const { return static_cast<int>(fibers_.size()); }
 
   void sync_threads() { wait({Wait::block, 0, nullptr, nullptr}); }
@@ -93,7 +95,7 @@ public:
 
   // Work of an engine beside the threads: done at once, or when no thread can go on.
   void submit(std::function<void()> work) {
-    if (is_eager()) {
+    if (copies_at_once()) {
       work();
       ++events_;
     } else {
