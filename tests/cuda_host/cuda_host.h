@@ -342,8 +342,9 @@ inline void Block::run(const std::function<void()>& body) {
       if (engine_.empty()) {
         throw std::runtime_error("cuda_host: the threads of a block do not meet at the same barrier");
       }
-      engine_.front()();
-      engine_.pop_front();
+      const auto copy = std::move(engine_.back());  // the last first: nothing says in what order copies come
+      engine_.pop_back();
+      copy();
     }
   }
   if (!engine_.empty()) {
