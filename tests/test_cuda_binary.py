@@ -175,7 +175,7 @@ def is_instance(mangled: str, name: str) -> bool:
 
 @needs_library
 def test_every_kernel_keeps_to_the_plan_beside_it() -> None:
-    """Registers; shared memory, which is asked for at launch, is compared by tests/test_cuda_host.py."""
+    """Registers; shared memory, which is asked for at launch, is compared by tests/test_cuda_choice.py."""
     instances = 0
     for arch, found in built().items():
         for mangled, kernel in found.items():
