@@ -16,6 +16,7 @@ slices=("$@")
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PTKERNELS_STRICT=1
 mkdir -p "$out"
 failed=()
+large="beyond_31_bits or to_31_elements"
 
 step() {
   local name=$1 limit=$2 begun=$SECONDS
@@ -45,7 +46,10 @@ for slice in "${slices[@]}"; do
   cuda)
     # Each architecture's kernels, whether or not they have passed before: ptkernels/_cuda.py holds what is known of them.
     for arch in cuda_cores sm_80 sm_90a; do
-      PTKERNELS_CUDA_ARCH=$arch pytest "cuda, $arch" 90 -m cuda $(grep -rlE 'mark\.cuda' tests --include='test_*.py')
+      files=$(grep -rlE 'mark\.cuda' tests --include='test_*.py')
+      PTKERNELS_CUDA_ARCH=$arch pytest "cuda, $arch" 90 -m cuda -k "not ($large)" $files
+      # One after the other: each takes most of the GPU's memory.
+      PTKERNELS_CUDA_ARCH=$arch step "large, $arch" 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda -k "$large" $files
     done
     pytest binary 60 tests/test_cuda_binary.py
     ;;

@@ -30,4 +30,22 @@ for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256,
     options = {"softcap": 5.0, "alibi_slopes": slopes, "sinks": sinks, "dropout_p": 0.1, "window": (150, 20)}
     out = ptk.attention(query, key, value, mask, **options)
     torch.autograd.grad(out.sum(), (query, key, value, mask, slopes, sinks))
+# Heads that share a tile, packed sequences of which one is empty, and a step of decoding with pages.
+for dtype in (torch.float32, torch.bfloat16):
+    query, key, value = (
+        torch.randn(2, heads, length, 64, device="cuda", dtype=dtype, requires_grad=True)
+        for heads, length in ((8, 19), (2, 150), (2, 150))
+    )
+    out = ptk.attention(query, key, value, is_causal=True, enable_gqa=True, dropout_p=0.1)
+    torch.autograd.grad(out.sum(), (query, key, value))
+    packed = [torch.randn(107, heads, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    starts = torch.tensor([0, 37, 37, 107], dtype=torch.int32, device="cuda")
+    out = ptk.attention_varlen(*packed, starts, starts, 70, 70, is_causal=True)
+    torch.autograd.grad(out.sum(), packed)
+    step, new = (torch.randn(2, heads, 1, 64, device="cuda", dtype=dtype) for heads in (8, 2))
+    pages = torch.randn(2, 9, 2, 16, 64, device="cuda", dtype=dtype)
+    table = torch.arange(8, dtype=torch.int32, device="cuda").view(2, 4)
+    filled = torch.tensor([33, 7], dtype=torch.int32, device="cuda")
+    with torch.no_grad():
+        ptk.attention_with_kv_cache(step, *pages, new, new, cache_seqlens=filled, block_table=table)
 torch.cuda.synchronize()

@@ -75,7 +75,7 @@ def _load_cuda() -> Library:
         return result(False, "not built: no nvcc was found, or PTKERNELS_CUDA=0")
     _load(path)
     if (newest := _cuda.newest()) is not None:
-        torch.ops.ptkernels._set_cuda_architecture(newest)
+        _cuda.note_built(torch.ops.ptkernels._set_cuda_architecture(newest))
     return result(True, "packaged")
 
 

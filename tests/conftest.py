@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import ptkernels as ptk
 from ptkernels import _backend, _loader
 from ptkernels.errors import FallbackWarning
 
+ROOT = Path(__file__).parents[1]
 M_PERTURB, M_MMAP_MAX = -6, -4
 
 
@@ -82,3 +87,23 @@ def strict() -> Iterator[None]:
     before, _backend.state.strict = _backend.state.strict, True
     yield
     _backend.state.strict = before
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernels, compiled for the CPU: tests/cuda_host."""
+    if (compiler := shutil.which("c++") or shutil.which("g++")) is None:
+        pytest.skip("needs a C++ compiler")
+    torch_dir = Path(torch.__file__).parent
+    library = tmp_path_factory.mktemp("cuda_host") / "libattention_host.so"
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
+    flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
+    # The twins of the wrappers around instructions come before the wrappers.
+    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
+    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+    sources = ("tests/cuda_host/attention_host.cpp", "csrc/ops/attention_kv_cache/kv_cache_glue.cpp")
+    link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([compiler, *flags, *includes, *(str(ROOT / source) for source in sources), *link], check=True)
+    torch.ops.load_library(library)
+    return torch.ops.ptkernels_cuda_host

@@ -1,9 +1,15 @@
-"""Comparing attention kernels with the float64 reference, where tests/contract does not reach: the CUDA kernels."""
+"""CUDA kernels: comparing those of attention with the float64 reference, where tests/contract does not reach, and the
+plans that are written beside all of them.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +19,17 @@ from ptkernels._registry import OpSpec, Sample
 RESULTS = ("out", "lse", "query", "key", "value")
 # In the order of the operator's output_mask.
 LEARNED = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+
+
+def covered(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Attention's samples for the CUDA kernels, which have neither masks of blocks nor biases by distance: where there
+    are other options beside such a bias, with those alone.
+    """
+    for sample in samples:
+        kwargs = {name: value for name, value in sample.kwargs.items() if name != "relative_bias"}
+        if "mask_block_size" not in kwargs and (len(kwargs) == len(sample.kwargs) or "softcap" in kwargs):
+            grad_inputs = tuple(name for name in sample.grad_inputs if name != "relative_bias")
+            yield replace(sample, kwargs=kwargs, grad_inputs=grad_inputs)
 
 
 def random_gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +82,23 @@ def assert_within_rule(
         difference = (got - want)[finite].abs()
         error = difference.max().item() if difference.numel() else 0.0
         assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+class Plan(NamedTuple):
+    """What a kernel takes at most, as written at the head of its file."""
+
+    path: Path
+    threads: int
+    registers: int
+    shared_kib: int
+
+
+def plans() -> dict[str, Plan]:
+    """Of every CUDA kernel, by its name; ``A<B>`` where ``A`` is a kernel with a part ``B`` to choose."""
+    found = {}
+    for path in (Path(__file__).parents[1] / "csrc").rglob("*.cuh"):
+        head = path.read_text().partition("#pragma once")[0]
+        for name, *numbers in re.findall(r"^//   ([A-Z]\S*) +(\d+) +(\d+) +(\d+) KiB$", head, re.MULTILINE):
+            assert name not in found, name
+            found[name] = Plan(path, *map(int, numbers))
+    return found

@@ -5,58 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import LEARNED, RESULTS, assert_within_rule, random_gradients
+from kernel_checks import LEARNED, RESULTS, assert_within_rule, covered, random_gradients
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
-import ptkernels as ptk
-from ptkernels import _backend, _cuda, _env, _triton
 from ptkernels._registry import Sample
-from ptkernels.errors import FallbackError, FallbackWarning
 from ptkernels.ops import attention_kv_cache
-from ptkernels.ops.attention import library as attention_library
-from ptkernels.ops.attention import routing as attention_routing
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.spec import SPEC
 from ptkernels.ops.attention_kv_cache.spec import SPEC as CACHE_SPEC
 
-ROOT = Path(__file__).parents[1]
-COMPILER = shutil.which("c++") or shutil.which("g++")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 SELECTION = (
     "113x203-causal", "dim-111", "dim-512", "dims-192-128", "grouped-heads", "empty-rows", "bias", "no-keys", "window",
     "slopes", "sinks", "dropout", "everything",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    torch_dir = Path(torch.__file__).parent
-    library = tmp_path_factory.mktemp("cuda_host") / "libattention_host.so"
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    # Traps on an index outside a tile and on a misaligned 16-byte access, which a GPU would answer with a fault.
-    flags += ["-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"]
-    # The twins of the wrappers around instructions come before the wrappers.
-    includes = [f"-I{ROOT / 'tests/cuda_host'}", f"-I{ROOT}", "-isystem", str(torch_dir / "include")]
-    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
-    sources = ("tests/cuda_host/attention_host.cpp", "csrc/ops/attention_kv_cache/kv_cache_glue.cpp")
-    link = ["-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *flags, *includes, *(str(ROOT / source) for source in sources), *link], check=True)
-    torch.ops.load_library(library)
-    return torch.ops.ptkernels_cuda_host
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +74,7 @@ def contract_samples() -> Iterator[Any]:
         ("sm_80", torch.float16),
         ("sm_90a", torch.bfloat16),
     ):
-        for sample in SPEC.samples(dtype, "cpu", False, "quick"):
-            if sample.kwargs.keys() & {"relative_bias", "mask_block_size"}:
-                continue  # refused, see below
+        for sample in covered(SPEC.samples(dtype, "cpu", False, "quick")):
             every = (architecture, dtype) in (("cuda_cores", torch.float32), ("sm_80", torch.bfloat16))
             if every or sample.name in SELECTION:
                 yield pytest.param(sample, dtype, architecture, id=f"{architecture}-{str(dtype)[6:]}-{sample.name}")
@@ -154,9 +121,10 @@ def test_every_head_dim_of_the_tensor_cores(
 )
 def test_bits_do_not_depend_on_the_order_of_threads(host: Any, dtype: torch.dtype, architecture: str) -> None:
     """Nor, where work is asynchronous, on when it is done."""
-    mask = torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.7
-    sizes = ((1, 4, 70, 136), (1, 2, 90, 136), (1, 2, 90, 72))
-    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=True, dropout_p=0.3)
+    keys = 250 if architecture == "sm_90a" else 90  # more tiles than slots
+    mask = torch.rand(70, keys, generator=torch.Generator().manual_seed(0)) < 0.7
+    sizes = ((1, 4, 70, 136), (1, 2, keys, 136), (1, 2, keys, 72))
+    sample = make(*sizes, dtype=dtype, attn_mask=mask, is_causal=architecture != "sm_90a", dropout_p=0.3)
     host.set_architecture(architecture)
     grads = gradients_for(host, sample)
     results = []
@@ -264,19 +232,40 @@ def test_nothing_runs_that_was_not_chosen(host: Any) -> None:
         host.attention(*[torch.ones(1, 1, 3, 4)] * 3)
 
 
-@pytest.mark.parametrize("large", ["batch", "length"])
-def test_offsets_beyond_31_bits(host: Any, large: str) -> None:
+@pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("large", ["batch", "heads", "length"])
+def test_offsets_beyond_31_bits(host: Any, architecture: str, large: str) -> None:
     """Strides reach past 2**31 elements; the pages between are never touched."""
-    stride = {"batch": (2**31, 16, 8, 1), "length": (8, 8, 2**30 + 8, 1)}[large]
-    sizes = {"batch": (2, 1, 2, 8), "length": (1, 1, 3, 8)}[large]
+    host.set_architecture(architecture)
+    stride = {"batch": (2**31, 16, 8, 1), "heads": (16, 2**31, 8, 1), "length": (8, 8, 2**30 + 8, 1)}[large]
+    sizes = {"batch": (2, 1, 2, 8), "heads": (1, 2, 2, 8), "length": (1, 1, 3, 8)}[large]
     storage = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64)), dtype=torch.bfloat16)
     wide = storage.as_strided(sizes, stride)
     wide.copy_(torch.randn(sizes, generator=torch.Generator().manual_seed(0)))
     packed = wide.contiguous()
+    assert host.architecture_for(wide, wide, wide, 90, architecture) == architecture
     grads = gradients_for(host, Sample("packed", (packed, packed, packed)))
     got = on_host(host, Sample("wide", (wide, wide, wide)), grads)
     expected = on_host(host, Sample("packed", (packed, packed, packed)), grads)
     assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in RESULTS)
+
+
+def test_packed_sequences_and_caches_beyond_31_bits(host: Any) -> None:
+    storage = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 2**20)), dtype=torch.bfloat16)
+    rows = storage.as_strided((3, 1, 8), (2**30 + 8, 8, 1))
+    rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
+    starts = torch.tensor([0, 2, 3])
+    host.set_architecture("sm_80")
+    calls = [host.attention_varlen(*[tensor] * 3, starts, starts, -1, -1)[0] for tensor in (rows, rows.contiguous())]
+    assert torch.equal(*calls)
+    cache = storage.as_strided((2, 1, 4, 8), (2**31, 32, 8, 1))  # and what is appended goes there
+    cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    query, filled = torch.ones(2, 1, 1, 8, dtype=torch.bfloat16), torch.tensor([2, 3])
+    copies = [cache.contiguous(), cache.contiguous()]
+    near, _ = host.attention_with_kv_cache_append(query, *copies, query, query, filled)
+    far, _ = host.attention_with_kv_cache_append(query, cache, cache, query, query, filled)
+    assert torch.equal(near, far)
+    assert torch.equal(cache, copies[0])
 
 
 def test_nan_outside_the_tensors_stays_there(host: Any) -> None:
@@ -291,49 +280,6 @@ def test_nan_outside_the_tensors_stays_there(host: Any) -> None:
     grad_out, grad_lse = surrounded((2, 2, 35, 70)), torch.randn(2, 2, 35, generator=torch.Generator().manual_seed(0))
     result = on_host(host, sample, (grad_out, grad_lse))
     assert all(getattr(result, name).isfinite().all() for name in RESULTS)
-
-
-@pytest.mark.parametrize(("heads", "tiles", "section"), [(1, 1, 1), (6, 5, 6), (7, 4, 3), (5, 3, 1)])
-def test_a_schedule_takes_every_tile_once_and_long_ones_first(host: Any, heads: int, tiles: int, section: int) -> None:
-    flat = host.tile_order(heads, tiles, section)
-    order = list(zip(flat[::2], flat[1::2], strict=True))
-    assert sorted(order) == [(head, tile) for head in range(heads) for tile in range(tiles)]
-    for first in range(0, heads, section):
-        part = [tile for head, tile in order if first <= head < first + section]
-        assert part == sorted(part, reverse=True)
-        assert max(index for index, (head, _) in enumerate(order) if head < first + section) < (first + section) * tiles
-
-
-@pytest.mark.parametrize(
-    ("heads_q", "heads_kv", "len_q", "expected"),
-    [
-        (8, 8, 1, (1, 128, 8)),  # no two heads share keys
-        (8, 1, 1, (8, 16, 1)),
-        (12, 2, 1, (2, 64, 6)),  # a group of six: two and two and two
-        (64, 8, 16, (8, 16, 8)),
-        (64, 8, 17, (4, 32, 16)),
-        (4, 1, 130, (4, 32, 5)),
-        (64, 8, 4096, (1, 128, 64 * 32)),  # nothing to gain
-        (32, 1, 1, (8, 16, 4)),  # a warp's rows are of one head
-    ],
-)
-def test_query_heads_share_a_tile_where_that_makes_fewer(
-    host: Any, heads_q: int, heads_kv: int, len_q: int, expected: tuple[int, ...]
-) -> None:
-    assert tuple(host.query_tile(heads_q, heads_kv, len_q, 128)) == expected
-
-
-def test_explain_names_how_many_query_heads_share_a_tile(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for group, len_q in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 71), range(1, 400)):
-        shared, *_ = host.query_tile(2 * group, 2, len_q, 128)
-        assert _cuda.query_heads_per_tile(2 * group, 2, len_q) == shared
-    monkeypatch.setattr(_cuda, "newest", lambda: "sm_90a")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    query, key = torch.zeros(1, 8, 20, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16)
-    kernel, reason = attention_routing.cuda_kernel(query, key, key, "asked for")
-    assert kernel == "cuda sm_90a"
-    assert reason.endswith("; rows of 4 query heads that share a key head are packed into a tile")
-    assert "packed" not in attention_routing.cuda_kernel(query[:, :2], key, key, "asked for")[1]
 
 
 @pytest.mark.parametrize(("heads", "heads_kv", "len_q"), [(8, 1, 5), (12, 2, 33), (4, 2, 130), (16, 1, 16)])
@@ -359,24 +305,6 @@ def test_heads_that_share_a_tile_keep_their_options(
     assert_within_rule(SPEC, on_host(host, sample, grads), sample, torch.bfloat16, grads)
 
 
-@pytest.mark.parametrize("kernel", ["attention_forward_sm80", "attention_backward_sm80", "attention_forward_sm90"])
-def test_shared_memory_is_as_planned(host: Any, kernel: str) -> None:
-    """By the table beside the kernel."""
-    head = (ROOT / f"csrc/ops/attention/{kernel}.cuh").read_text().partition("#pragma once")[0]
-    rows = re.findall(r"^//   (\d+(?:/\d+)?) .*? (\d+) KiB", head, re.MULTILINE)
-    assert [dims for dims, _ in rows] == ["64", "96", "128", "192/128", "192", "256"]
-    assert [count / 1024 for count in host.shared_bytes(kernel)] == [int(kib) for _, kib in rows]
-
-
-@pytest.mark.parametrize("heads", [16, 32, 64, 128])
-@pytest.mark.parametrize("has_slopes", [False, True])
-def test_scratch_of_the_backward_is_linear_in_the_lengths(host: Any, heads: int, has_slopes: bool) -> None:
-    """DeepSeek's heads of 192/128 at 16384 tokens: two or three numbers per row, whatever the keys."""
-    scratch = host.backward_scratch_bytes(1, heads, 16384, has_slopes)
-    assert scratch == (3 if has_slopes else 2) * 4 * heads * 16384 < 2 << 30
-    assert host.backward_scratch_bytes(1, heads, 2 * 16384, has_slopes) == 2 * scratch
-
-
 @pytest.mark.parametrize("architecture", ["cuda_cores", "sm_80", "sm_90a"])
 @pytest.mark.parametrize("len_q", [150, 300])
 def test_a_call_allocates_its_results_and_the_scratch(host: Any, architecture: str, len_q: int) -> None:
@@ -399,106 +327,6 @@ def test_a_call_allocates_its_results_and_the_scratch(host: Any, architecture: s
     call = (grad_out, None, *sample.args, out, lse, mask, *rest[:2], [True] * 3, *rest[2:])
     extra, _ = allocated(lambda: host._attention_backward(*call))
     assert extra == host.backward_scratch_bytes(1, 2, len_q, False)
-
-
-def test_only_cuda_functions_that_a_graph_can_capture_are_called() -> None:
-    """Nothing allocates, copies or waits: memory is torch's, and numbers of the host travel as kernels' parameters."""
-    sources = [path for folder in ("csrc/cuda", "csrc/ops") for path in (ROOT / folder).rglob("*.*")]
-    called = {name for path in sources for name in re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text())}
-    assert called == {
-        "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetDriverEntryPointByVersion",
-        "cudaLaunchKernelEx",
-    }  # fmt: skip
-
-
-def test_parts_of_a_cache_fill_the_gpu_and_no_more(host: Any) -> None:
-    assert host.split_count(1, 132, 1 << 20) == 264
-    assert host.split_count(1, 132, 1) == 1
-    assert host.split_count(8, 132, 4096) == 16  # of two steps each
-    assert host.split_count(300, 132, 1 << 20) == 1
-    for blocks in (1, 3, 100, 264, 5000):
-        assert host.split_count(blocks, 132, 1 << 16) * blocks < 264 + blocks
-
-
-def test_kernels_that_have_not_passed_are_chosen_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
-    monkeypatch.setattr(_env, "settings", _env.Settings())
-    assert _cuda.newest() is None
-    assert "PTKERNELS_CUDA_ARCH" in (_cuda.unavailable() or "")
-    monkeypatch.setattr(_env, "settings", _env.Settings(cuda_arch="sm_80"))
-    assert (_cuda.newest(), _cuda.unavailable()) == ("sm_80", None)
-    assert _cuda.note("sm_80") == "not yet run on a GPU"
-    monkeypatch.setattr(_env, "settings", _env.Settings())
-    monkeypatch.setitem(_cuda.VERIFIED_ON, "cuda_cores", "an H200 at 1234567")
-    assert (_cuda.newest(), _cuda.note("cuda_cores")) == ("cuda_cores", "passed on an H200 at 1234567")
-
-
-def test_kernel_files_say_where_they_have_run() -> None:
-    files = [path for path in (ROOT / "csrc").rglob("*.cuh") if "static void run(const " in path.read_text()]
-    names = {path.name for path in files} - {"launch.cuh"}  # which runs them all
-    assert {"attention_forward_sm90.cuh", "attention_backward_sm80.cuh", "kv_cache.cuh"} <= names
-    for path in files:
-        if path.name in names:
-            architecture = {"sm80": "sm_80", "sm90": "sm_90a"}.get(path.stem.rpartition("_")[2], "cuda_cores")
-            where = _cuda.VERIFIED_ON[architecture]
-            head = path.read_text().partition("#pragma once")[0].replace("\n// ", " ")
-            assert ("Not yet run on a GPU." if where is None else f"Run on {where}.") in head, path
-
-
-def test_a_call_that_asks_for_nothing_takes_no_kernel_that_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU and the library loaded: Triton where it can run, else the reference, announced, and refused if strict.
-
-    With a cap, since plain calls go straight to the operator, which refuses by itself (see above).
-    """
-    monkeypatch.setattr(_cuda, "VERIFIED_ON", dict.fromkeys(_cuda.VERIFIED_ON))
-    monkeypatch.setattr(_env, "settings", _env.Settings())
-    monkeypatch.setattr(attention_library, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(_backend.state, "warned", set())
-    with FakeTensorMode():
-        query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
-        account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
-        assert account.backend == "reference"
-        assert account.reason.startswith("its CUDA kernels are not yet run on a GPU; PTKERNELS_CUDA_ARCH=sm_80 runs")
-        with pytest.warns(FallbackWarning, match="runs on the reference: its CUDA kernels are not yet run on a GPU"):
-            assert ptk.attention(query, query, query, softcap=2.0).shape == query.shape
-        monkeypatch.setattr(_backend.state, "strict", True)
-        with pytest.raises(FallbackError, match=r"not yet run on a GPU.*PTKERNELS_STRICT=1 forbids the reference"):
-            ptk.attention(query, query, query, softcap=2.0)
-        monkeypatch.setattr(_triton, "unavailable", lambda: None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        account = ptk.explain(ptk.attention, query, query, query, softcap=2.0)
-        assert (account.backend, account.kernel) == ("triton", "Triton")
-
-
-@pytest.mark.parametrize(("newest", "kernels"), [("sm_80", "CUDA"), (None, "Triton")])
-def test_masks_of_blocks_are_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, strict: None, newest: str | None, kernels: str
-) -> None:
-    """Whichever of the two a call on a GPU would go to."""
-    monkeypatch.setattr(_cuda, "newest", lambda: newest)
-    monkeypatch.setattr(attention_library, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(_triton, "unavailable", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with FakeTensorMode():
-        query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
-        blocks = {"attn_mask": torch.empty(4, 4, device="cuda", dtype=torch.bool), "mask_block_size": 16}
-        account = ptk.explain(ptk.attention, query, query, query, **blocks)
-        assert (account.backend, account.reason) == ("reference", f"the {kernels} kernels have no masks of blocks")
-        with pytest.raises(FallbackError, match=f"the {kernels} kernels have no masks of blocks"):
-            ptk.attention(query, query, query, **blocks)
-
-
-@pytest.mark.parametrize("newest", ["cuda_cores", "sm_80", "sm_90a"])
-@pytest.mark.parametrize("capability", [75, 80, 90, 100])
-def test_explain_names_what_the_library_chooses(
-    host: Any, monkeypatch: pytest.MonkeyPatch, capability: int, newest: str
-) -> None:
-    monkeypatch.setattr(_cuda, "newest", lambda: newest)
-    for dtype, dim in itertools.product((torch.float32, torch.bfloat16), (64, 59, 256, 257)):
-        query, key = torch.zeros(2, 4, 7, dim, dtype=dtype), torch.zeros(2, 2, 9, dim, dtype=dtype)
-        for value in (key, key[:1].expand(2, -1, -1, -1), key.transpose(1, 2).contiguous().transpose(1, 2)):
-            chosen = host.architecture_for(query, key, value, capability, newest)
-            assert _cuda.kernel(query, key, value, divmod(capability, 10)) == chosen
 
 
 def test_the_host_reports_a_barrier_that_a_thread_misses(host: Any) -> None:

@@ -3,6 +3,7 @@
 
 #include "csrc/core/checks.h"
 #include "csrc/cuda/barrier.cuh"
+#include "csrc/cuda/tensor_map.cuh"
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -10,21 +11,10 @@
 
 namespace ptk::cuda {
 
-// A tensor [outer, middle, rows, cols] of 16-bit numbers, and the tile of middle x rows x 64 columns that is copied
-// from it into a panel of a RowTile of tile_middle * tile_rows rows. Passed to kernels by value.
+// Passed to kernels by value.
 struct TensorMap {
   CUtensorMap map;
 };
-
-struct TensorMapShape {
-  const void* data;
-  int64_t outer, middle, rows, cols;
-  int64_t stride_outer, stride_middle, stride_rows;  // in elements; columns are contiguous
-  int tile_rows;
-  int tile_middle = 1;
-};
-
-inline constexpr int kTensorMapCols = 64;  // of a tile: 128 bytes, the width of the swizzle
 
 // The driver's function is looked up at run time: nothing is linked against libcuda.
 inline TensorMap make_tensor_map(const TensorMapShape& shape, bool is_bfloat16) {
@@ -37,21 +27,16 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape, bool is_bfloat16) 
     PTK_CHECK(found == cudaDriverEntryPointSuccess, "ptkernels: the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();
-  const auto stride = [](int64_t elements, int64_t size) {
-    return static_cast<cuuint64_t>(size == 1 ? 16 : 2 * elements);
-  };
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.cols), static_cast<cuuint64_t>(shape.rows),
-                              static_cast<cuuint64_t>(shape.middle), static_cast<cuuint64_t>(shape.outer)};
-  const cuuint64_t strides[] = {stride(shape.stride_rows, shape.rows), stride(shape.stride_middle, shape.middle),
-                                stride(shape.stride_outer, shape.outer)};
-  const cuuint32_t box[] = {kTensorMapCols, static_cast<cuuint32_t>(shape.tile_rows),
-                            static_cast<cuuint32_t>(shape.tile_middle), 1};
+  const TensorMapParameters parameters = tensor_map_parameters(shape);
+  const char* refused = refused_by_copy_engine(parameters, reinterpret_cast<uintptr_t>(shape.data));
+  PTK_CHECK(refused == nullptr, "ptkernels: a tensor map: got ", refused);
   const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result =
       encode(&map.map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-             const_cast<void*>(shape.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             const_cast<void*>(shape.data), parameters.sizes, parameters.strides, parameters.box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   PTK_CHECK(result == CUDA_SUCCESS, "ptkernels: cuTensorMapEncodeTiled failed with ", static_cast<int>(result));
   return map;
 }

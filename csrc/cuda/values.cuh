@@ -1,5 +1,8 @@
 // Numbers of the host for kernels to read, passed by value: no copy has to wait, and a captured graph replays them.
 // Not yet run on a GPU.
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   WriteValues                              256         16    0 KiB
 #pragma once
 
 #include <cstdint>

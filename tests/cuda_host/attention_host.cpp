@@ -11,6 +11,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <map>
+#include <type_traits>
+
 namespace {
 
 cuda_host::Order order = cuda_host::Order::ascending;
@@ -107,30 +111,146 @@ int64_t backward_scratch_bytes(int64_t batch, int64_t heads_q, int64_t len_q, bo
   return ptk::cuda::backward_scratch_count(problem, has_slopes) * static_cast<int64_t>(sizeof(float));
 }
 
-// Bytes of shared memory that a block of a kernel asks for, for every pair of head dims that it is built for, in the
-// order of the plan beside the kernel.
-std::vector<int64_t> shared_bytes(std::string kernel) {
-  using Scalar = torch::headeronly::BFloat16;
-  using ptk::cuda::AttentionForwardSm80, ptk::cuda::AttentionForwardSm90, ptk::cuda::BackwardPlanSm80;
-  const auto of = []<typename... Kernels>(const std::tuple<Kernels...>*) {
-    return std::vector<int64_t>{sizeof(typename Kernels::Shared)...};
+// Of every instance of the kernels of a family: threads, blocks that a multiprocessor should hold, and bytes of shared
+// memory that a block asks for.
+template <typename... Kernels>
+std::vector<int64_t> plan_of() {
+  const auto shared = []<typename Kernel>() -> int64_t {
+    using Shared = typename Kernel::Shared;
+    return std::is_empty_v<Shared> ? 0 : sizeof(Shared);
   };
-  if (kernel == "attention_forward_sm80") {
-    return of(static_cast<std::tuple<AttentionForwardSm80<Scalar, 64, 64>, AttentionForwardSm80<Scalar, 96, 96>,
-                                     AttentionForwardSm80<Scalar, 128, 128>, AttentionForwardSm80<Scalar, 192, 128>,
-                                     AttentionForwardSm80<Scalar, 192, 192>, AttentionForwardSm80<Scalar, 256, 256>>*>(
-        nullptr));
+  std::vector<int64_t> plan;
+  for (const auto& [threads, blocks, bytes] : {std::array<int64_t, 3>{
+           Kernels::kThreads, Kernels::kBlocksPerMultiprocessor, shared.template operator()<Kernels>()}...}) {
+    plan.insert(plan.end(), {threads, blocks, bytes});
   }
-  if (kernel == "attention_backward_sm80") {
-    return of(
-        static_cast<std::tuple<BackwardPlanSm80<Scalar, 64, 64>, BackwardPlanSm80<Scalar, 96, 96>,
-                               BackwardPlanSm80<Scalar, 128, 128>, BackwardPlanSm80<Scalar, 192, 128>,
-                               BackwardPlanSm80<Scalar, 192, 192>, BackwardPlanSm80<Scalar, 256, 256>>*>(nullptr));
+  return plan;
+}
+
+template <template <typename, int> typename Kernel>
+std::vector<int64_t> plan_on_cores() {
+  using Half = torch::headeronly::Half;
+  return plan_of<Kernel<double, 64>, Kernel<double, 128>, Kernel<double, 256>, Kernel<double, 512>, Kernel<float, 64>,
+                 Kernel<float, 128>, Kernel<float, 256>, Kernel<float, 512>, Kernel<Half, 512>>();
+}
+
+template <template <typename> typename Kernel>
+std::vector<int64_t> plan_of_types() {
+  return plan_of<Kernel<double>, Kernel<float>, Kernel<torch::headeronly::Half>>();
+}
+
+// For every pair of head dims that the kernels on the tensor cores are built for, in the order of the plans beside
+// them.
+template <template <typename, int, int> typename Kernel, int NarrowV = 96>
+std::vector<int64_t> plan_on_tensor_cores() {
+  using Scalar = torch::headeronly::BFloat16;
+  return plan_of<Kernel<Scalar, 64, 64>, Kernel<Scalar, 96, NarrowV>, Kernel<Scalar, 128, 128>,
+                 Kernel<Scalar, 192, 128>, Kernel<Scalar, 192, 192>, Kernel<Scalar, 256, 256>>();
+}
+
+template <typename Scalar, int DimQk, int DimV>
+using GradKeyValueSm80 = ptk::cuda::AttentionGradKeyValueSm80<Scalar, DimQk, DimV, true, true>;
+
+template <typename Scalar>
+using GradMaskOnCores = ptk::cuda::AttentionGradMask<ptk::cuda::ThreadScoreGradients<Scalar>>;
+
+template <template <typename, ptk::CacheType> typename Kernel>
+std::vector<int64_t> plan_of_caches() {
+  using ptk::CacheType;
+  return plan_of<Kernel<double, CacheType::as_query>, Kernel<float, CacheType::as_query>,
+                 Kernel<torch::headeronly::Half, CacheType::as_query>, Kernel<double, CacheType::s8>,
+                 Kernel<float, CacheType::e4m3>>();
+}
+
+std::vector<int64_t> kernel_plan(std::string kernel) {
+  using namespace ptk::cuda;
+  const std::map<std::string, std::vector<int64_t>> plans{
+      {"AttentionForward", plan_on_cores<AttentionForward>()},
+      {"AttentionGradQuery", plan_on_cores<AttentionGradQuery>()},
+      {"AttentionGradKeyValue", plan_on_cores<AttentionGradKeyValue>()},
+      {"AttentionGradMask<ThreadScoreGradients>", plan_of_types<GradMaskOnCores>()},
+      {"AttentionGradMask<ScoreGradientsSm80>", plan_on_tensor_cores<AttentionGradMaskSm80>()},
+      {"AttentionDelta", plan_of_types<AttentionDelta>()},
+      {"AttentionWeightScale", plan_of_types<AttentionWeightScale>()},
+      {"AttentionHeadSums", plan_of_types<AttentionHeadSums>()},
+      {"AttentionForwardSm80", plan_on_tensor_cores<AttentionForwardSm80>()},
+      {"AttentionGradQuerySm80", plan_on_tensor_cores<AttentionGradQuerySm80>()},
+      {"AttentionGradKeyValueSm80", plan_on_tensor_cores<GradKeyValueSm80>()},
+      {"AttentionForwardSm90", plan_on_tensor_cores<AttentionForwardSm90, 128>()},
+      {"KvPlace", plan_of<KvPlace>()},
+      {"KvAppend", plan_of_caches<KvAppend>()},
+      {"KvSplit", plan_of_caches<KvSplit>()},
+      {"KvCombine", plan_of_types<KvCombine>()},
+      {"WriteValues", plan_of<WriteValues>()},
+  };
+  return plans.at(kernel);
+}
+
+// Bits of a matrix descriptor of wgmma.
+int64_t operand_descriptor(int64_t start, int64_t panel_stride, int64_t bytes_further) {
+  const uint64_t descriptor =
+      ptk::cuda::operand_descriptor({static_cast<uint32_t>(start), static_cast<uint32_t>(panel_stride)});
+  return static_cast<int64_t>(ptk::cuda::advance(descriptor, static_cast<int>(bytes_further)));
+}
+
+// What the copy engine is told of an operand of attention on Hopper: sizes, strides and box; or what it would refuse.
+std::tuple<std::vector<int64_t>, std::string> tensor_map(torch::stable::Tensor tensor, int64_t heads, int64_t rows) {
+  const ptk::cuda::QueryTile tile{static_cast<int>(heads), static_cast<int>(rows)};
+  const ptk::cuda::TensorMapShape shape =
+      ptk::cuda::map_shape(ptk::view(tensor), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3), tile);
+  const ptk::cuda::TensorMapParameters parameters = ptk::cuda::tensor_map_parameters(shape);
+  std::vector<int64_t> numbers;
+  numbers.insert(numbers.end(), std::begin(parameters.sizes), std::end(parameters.sizes));
+  numbers.insert(numbers.end(), std::begin(parameters.strides), std::end(parameters.strides));
+  numbers.insert(numbers.end(), std::begin(parameters.box), std::end(parameters.box));
+  const char* refused = ptk::cuda::refused_by_copy_engine(parameters, reinterpret_cast<uintptr_t>(shape.data));
+  return {numbers, refused == nullptr ? "" : refused};
+}
+
+// For every tile of queries on Hopper, and each of its warps: batch, head, first row; then the tiles of keys as
+// columns.
+std::vector<int64_t> warp_rows(torch::stable::Tensor query, torch::stable::Tensor key, bool is_causal,
+                               bool bottom_right, int64_t window_left) {
+  using Kernel = ptk::cuda::AttentionForwardSm90<torch::headeronly::BFloat16, 64, 64>;
+  ptk::Options options;
+  options.is_causal = is_causal;
+  options.bottom_right = bottom_right;
+  options.window_left = window_left;
+  Kernel::Params params{};
+  ptk::Problem& p = params.base.problem;
+  p = ptk::make_problem<ptk::cuda::AttentionBackend<HostLauncher>>(query, key, key, options);
+  params.sequence = ptk::cuda::sequence_of(p, 0);
+  params.tile = ptk::cuda::choose_query_tile(p, Kernel::kBlockRows);
+  params.schedule = ptk::cuda::make_schedule(p, params.tile);
+  std::vector<int64_t> rows;
+  for (int index = 0; index < params.schedule.count(); ++index) {
+    const Kernel::Work work = Kernel::work_at(params, index);
+    for (int row = 0; row < Kernel::kBlockRows; row += 16) {
+      const ptk::cuda::QueryTile::Place warp = params.tile.at(row);
+      rows.insert(rows.end(), {work.batch, work.head + warp.head, work.row0 + warp.row, work.first_col,
+                               work.first_col + work.tiles * Kernel::kBlockCols});
+    }
   }
-  return of(static_cast<std::tuple<AttentionForwardSm90<Scalar, 64, 64>, AttentionForwardSm90<Scalar, 96, 128>,
-                                   AttentionForwardSm90<Scalar, 128, 128>, AttentionForwardSm90<Scalar, 192, 128>,
-                                   AttentionForwardSm90<Scalar, 192, 192>, AttentionForwardSm90<Scalar, 256, 256>>*>(
-      nullptr));
+  return rows;
+}
+
+// How far the first number of a head's rows lies from the first of the operand, and of its row statistics.
+std::vector<int64_t> head_offsets(std::vector<int64_t> strides, int64_t batch, int64_t head, int64_t row, int64_t heads,
+                                  int64_t length) {
+  ptk::Problem problem;
+  problem.heads_q = heads;
+  problem.len_q = length;
+  ptk::cuda::Sequence sequence{};
+  sequence.batch = static_cast<int>(batch);
+  sequence.first_q = sequence.first_k = row;
+  ptk::View view;
+  std::copy(strides.begin(), strides.end(), view.strides);
+  const ptk::ConstView input{nullptr, {strides[0], strides[1], strides[2], strides[3]}};
+  const auto bytes = [](const void* place) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(place)); };
+  return {bytes(ptk::cuda::head_data<char>(view, batch, head, row)),
+          bytes(ptk::cuda::query_matrix<char>(input, sequence, head, 1).data),
+          bytes(ptk::cuda::key_matrix<char>(input, sequence, head, 1).data),
+          ptk::cuda::row_statistics_offset(problem, sequence, head)};
 }
 
 int64_t split_count(int64_t blocks, int64_t multiprocessors, int64_t capacity) {
@@ -181,12 +301,16 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
       "int window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
       "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> (Tensor, Tensor)");
   library.def("set_order(int order) -> ()");
-  library.def("set_architecture(str name) -> ()");
+  library.def("set_architecture(str name) -> str");
   library.def("tile_order(int heads, int tiles, int heads_per_section) -> int[]");
   library.def("architecture_for(Tensor query, Tensor key, Tensor value, int capability, str newest) -> str");
   library.def("query_tile(int heads_q, int heads_kv, int len_q, int tile_rows) -> int[]");
   library.def("backward_scratch_bytes(int batch, int heads_q, int len_q, bool has_slopes) -> int");
-  library.def("shared_bytes(str kernel) -> int[]");
+  library.def("kernel_plan(str kernel) -> int[]");
+  library.def("operand_descriptor(int start, int panel_stride, int bytes_further) -> int");
+  library.def("tensor_map(Tensor tensor, int heads, int rows) -> (int[], str)");
+  library.def("warp_rows(Tensor query, Tensor key, bool is_causal, bool bottom_right, int window_left) -> int[]");
+  library.def("head_offsets(int[] strides, int batch, int head, int row, int heads, int length) -> int[]");
   library.def("split_count(int blocks, int multiprocessors, int capacity) -> int");
   library.def("run_diverging() -> ()");
   library.def("run_racing(Tensor(a!) out) -> ()");
@@ -211,7 +335,11 @@ STABLE_TORCH_LIBRARY_IMPL(ptkernels_cuda_host, CompositeExplicitAutograd, librar
   library.impl("architecture_for", TORCH_BOX(&architecture_for));
   library.impl("query_tile", TORCH_BOX(&query_tile));
   library.impl("backward_scratch_bytes", TORCH_BOX(&backward_scratch_bytes));
-  library.impl("shared_bytes", TORCH_BOX(&shared_bytes));
+  library.impl("kernel_plan", TORCH_BOX(&kernel_plan));
+  library.impl("operand_descriptor", TORCH_BOX(&operand_descriptor));
+  library.impl("tensor_map", TORCH_BOX(&tensor_map));
+  library.impl("warp_rows", TORCH_BOX(&warp_rows));
+  library.impl("head_offsets", TORCH_BOX(&head_offsets));
   library.impl("split_count", TORCH_BOX(&split_count));
   library.impl("run_diverging", TORCH_BOX(&run_diverging));
 }

@@ -4,9 +4,11 @@
 //
 // Blocks run one after another. The threads of a block are fibers: each runs until it waits, and when no thread can go
 // on, whatever all of its participants have reached opens. A barrier that some thread never reaches is reported, not
-// waited for. Between two barriers the threads run in an order that the caller chooses: code with a race gives other
-// bits in another order. Shared memory holds NaN when a block starts. Asynchronous work (copies, wgmma) is done as late
-// as the program allows in ascending order and at once in descending order.
+// waited for. Between two barriers the threads run in an order that the caller chooses, a warp as far as it can before
+// the next or, shuffled, all a step at a time: code with a race gives other bits in another order. Shared memory holds
+// NaN when a block starts. Asynchronous work (copies, wgmma) is done as late as the program allows in ascending order
+// and at once in descending order; in shuffled order copies come at once and products as late as they may, so that a
+// copy which does not wait for its place to be read shows.
 //
 // Not modelled: bank conflicts, coalescing, memory ordering finer than barriers, the speed of anything.
 #pragma once
@@ -63,7 +65,8 @@ public:
   void run(const std::function<void()>& body);
 
   // Whether asynchronous work is done when it is issued.
-  bool is_eager() const { return order_ == Order::descending; }
+  bool copies_at_once() const { return order_ != Order::ascending; }
+  bool multiplies_at_once() const { return order_ == Order::descending; }
   int threads() const { return static_cast<int>(fibers_.size()); }
 
   void sync_threads() { wait({Wait::block, 0, nullptr, nullptr}); }
@@ -93,7 +96,7 @@ public:
 
   // Work of an engine beside the threads: done at once, or when no thread can go on.
   void submit(std::function<void()> work) {
-    if (is_eager()) {
+    if (copies_at_once()) {
       work();
       ++events_;
     } else {
@@ -322,15 +325,28 @@ inline void Block::run(const std::function<void()>& body) {
   for (;;) {
     const int64_t before = events_;
     bool moved = false;
-    for (const int thread : schedule_) {
+    const auto step = [&](size_t index, bool may_poll) {
+      const int thread = schedule_[index];
       const Wait::Kind kind = fibers_[thread].wait.kind;
-      if (kind == Wait::none || kind == Wait::poll) {
+      if (kind == Wait::none || (may_poll && kind == Wait::poll)) {
         moved |= kind == Wait::none;
         fibers_[thread].wait = {};
         enter(thread);
       }
       if (!error_.empty()) {
         throw std::runtime_error(error_);
+      }
+    };
+    for (size_t index = 0; index < schedule_.size(); ++index) {
+      step(index, true);
+      // A warp goes as far as it can before the next begins.
+      const size_t first = index / kWarp * kWarp;
+      if (order_ != Order::shuffled && index % kWarp == kWarp - 1) {
+        while (open(schedule_[first] / kWarp * kWarp, kWarp, Wait::warp)) {
+          for (size_t lane = first; lane <= index; ++lane) {
+            step(lane, false);
+          }
+        }
       }
     }
     if (std::all_of(fibers_.begin(), fibers_.end(), has_exited)) {
@@ -340,12 +356,23 @@ inline void Block::run(const std::function<void()>& body) {
       if (engine_.empty()) {
         throw std::runtime_error("cuda_host: the threads of a block do not meet at the same barrier");
       }
-      engine_.front()();
-      engine_.pop_front();
+      const auto copy = std::move(engine_.back());  // the last first: nothing says in what order copies come
+      engine_.pop_back();
+      copy();
     }
   }
   if (!engine_.empty()) {
     throw std::runtime_error("cuda_host: a block ends before its copies do");
+  }
+  for (const auto& [id, named] : barriers_) {
+    if (named.arrived != 0) {
+      throw std::runtime_error("cuda_host: a block ends with arrivals at a named barrier that nobody has waited for");
+    }
+  }
+  for (const auto& [group, products] : products_) {
+    if (products.size() > 1 || !products.front().empty()) {
+      throw std::runtime_error("cuda_host: a block ends before its products do");
+    }
   }
 }
 

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(ptkernels, CUDA, library) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
-  library.def("_set_cuda_architecture(str name) -> ()");
+  library.def("_set_cuda_architecture(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptkernels, CompositeExplicitAutograd, library) {

@@ -1,6 +1,11 @@
 // Attention backward on the CUDA cores: the equations of attention_backward_common.cuh, one block per tile of queries
 // for grad_query, one block per tile of keys for grad_key and grad_value, walking over the queries of every query head
 // that shares them. Not yet run on a GPU.
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   AttentionGradQuery                       256        255   35 KiB
+//   AttentionGradKeyValue                    256        255   36 KiB
+//   AttentionGradMask<ThreadScoreGradients>  256        168   35 KiB
 #pragma once
 
 #include "csrc/ops/attention/attention_backward_common.cuh"

@@ -15,6 +15,11 @@
 // every run, and no memory but three numbers per row. The price: p and grad_s are computed once for grad_query, once
 // for grad_key and grad_value, and once for grad_mask. Not yet run on a GPU.
 // Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   AttentionDelta                           256         96    0 KiB
+//   AttentionWeightScale                     256        128   35 KiB
+//   AttentionHeadSums                        256         80    4 KiB
 #pragma once
 
 #include "csrc/ops/attention/attention_cuda.h"

@@ -8,13 +8,18 @@
 // scores there, and are the left operand of the products with the streamed rows as they are: nothing is transposed or
 // stored.
 //
-// Plan        streamed rows  stages  shared     registers
-//   64             64          2     50 KiB         up to 255
-//   96             32          2     65 KiB         up to 255
-//   128            32          2     65 KiB         up to 255, grad_key and grad_value in launches of their own
-//   192/128        32          2     81 KiB         up to 255, the same
-//   192            32          2     97 KiB         up to 255, the same
-//   256            32          1     97 KiB         up to 255, the same
+// Head dims   streamed rows  stages  shared
+//   64             64          2     50 KiB
+//   96             32          2     65 KiB
+//   128            32          2     65 KiB         grad_key and grad_value in launches of their own
+//   192/128        32          2     81 KiB         the same
+//   192            32          2     97 KiB         the same
+//   256            32          1     97 KiB         the same
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   AttentionGradQuerySm80                   128        255   97 KiB
+//   AttentionGradKeyValueSm80                128        255   97 KiB
+//   AttentionGradMask<ScoreGradientsSm80>    128        255   97 KiB
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"

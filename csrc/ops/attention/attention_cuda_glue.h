@@ -10,11 +10,20 @@
 
 namespace ptk::cuda {
 
+// What this library was built without cannot be chosen.
+#ifdef PTK_WITHOUT_SM90A
+inline constexpr Architecture kNewestBuilt = Architecture::sm_80;
+#else
+inline constexpr Architecture kNewestBuilt = Architecture::sm_90a;
+#endif
+
 // Kernels that may be chosen: none until Python says which.
 inline Architecture newest_architecture = Architecture::none;
 
-inline void set_newest_architecture(std::string name) {
-  newest_architecture = architecture_of(name);
+// Returns the newest that there is among those that may be chosen.
+inline std::string set_newest_architecture(std::string name) {
+  newest_architecture = std::min(architecture_of(name), kNewestBuilt);
+  return architecture_name(newest_architecture);
 }
 
 // Calls run.template operator()<Scalar>() with the type of dtype.
@@ -45,16 +54,8 @@ inline void check_length(const char* name, int64_t length) {
             " on cuda");
 }
 
-// What this library was built without cannot be chosen.
-#ifdef PTK_WITHOUT_SM90A
-inline constexpr bool kHasSm90a = false;
-#else
-inline constexpr bool kHasSm90a = true;
-#endif
-
 inline Architecture checked_architecture(const Problem& problem, int capability, bool suits_copy_engine) {
-  const Architecture architecture =
-      choose_architecture(problem, capability, newest_architecture, kHasSm90a && suits_copy_engine);
+  const Architecture architecture = choose_architecture(problem, capability, newest_architecture, suits_copy_engine);
   PTK_CHECK(architecture != Architecture::none,
             "attention: query: got a tensor on cuda, expected one on the cpu: no CUDA kernel has passed on a GPU yet; "
             "PTKERNELS_CUDA_ARCH chooses those that have not");

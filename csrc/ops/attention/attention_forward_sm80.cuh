@@ -6,13 +6,16 @@
 // keys and one of values are in shared memory: values arrive while scores are computed, the next keys while the
 // softmax and the second product are (FlashAttention-2's order: Dao 2023, arXiv:2307.08691).
 //
-// Plan            rows  keys  shared    registers
-//   64             128    64   32 KiB   up to 255, as everywhere: two blocks on a multiprocessor
+// Head dims       rows  keys  shared of a block, two of which are on a multiprocessor
+//   64             128    64   32 KiB
 //   96              64    64   48 KiB
 //   128             64    64   48 KiB
 //   192/128         64    64   64 KiB
 //   192             64    64   72 KiB
 //   256             64    64   96 KiB
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   AttentionForwardSm80                     128        255   96 KiB
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"

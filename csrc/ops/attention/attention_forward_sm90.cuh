@@ -22,7 +22,7 @@
 //   - a slot is empty once the product that reads it last is waited for: scores read queries and keys, outputs values.
 //     A warp arrives for itself, after its own wait
 //   - turns alternate: consumer 0 waits for what consumer 1 arrives with at the start and after each of its turns, and
-//     the other way round. The last arrival of consumer 1 stays without a waiter; barriers end with the block
+//     the other way round; consumer 0 waits once more at the end, so that every arrival has its waiter
 //   - registers: 128 threads of 24 and 256 of 240 are what 384 of 168 were launched with, or acquire_registers() would
 //     wait for ever. test_cuda_binary.py holds the compiler to 168
 //   - from the issue of a product to the wait for it nobody touches its registers: pin() keeps the compiler from it
@@ -31,13 +31,16 @@
 // A tile holds 128 rows of one query head, or fewer of up to eight that share a key head, where that makes fewer tiles
 // (choose_query_tile): a warp's 16 rows are always of one head.
 //
-// Plan        keys  shared            registers (producer 24, consumers 240)
+// Head dims   keys  shared            registers (producer 24, consumers 240)
 //   64        128    81 KiB           outputs 32, scores 64, weights 32
 //   96        128   161 KiB           outputs 64, scores 64, weights 32; as wide as 128 but in the first product
 //   128       128   161 KiB           outputs 64, scores 64, weights 32
 //   192/128    64   129 KiB           outputs 64, scores 32, weights 16
 //   192        64   145 KiB           outputs 96, scores 32, weights 16
 //   256        64   193 KiB           outputs 128, scores 32, weights 16
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   AttentionForwardSm90                     384        168  193 KiB
 #pragma once
 
 #include "csrc/cuda/mma_tile.cuh"
@@ -284,8 +287,7 @@ struct AttentionForwardSm90 {
   }
 
   __device__ static void consume(const Params& params, Shared& shared, int consumer) {
-    const int tile_row = consumer * kConsumerRows + warp_index() % 4 * 16;
-    const int warp_head = tile_row / params.tile.rows, warp_row = tile_row % params.tile.rows;
+    const QueryTile::Place warp = params.tile.at(consumer * kConsumerRows + warp_index() % 4 * 16);
     if (consumer == 1) {
       arrive_some(kTurnBarrier, kConsumers * kWarpgroup);  // the other has the first turn
     }
@@ -293,7 +295,7 @@ struct AttentionForwardSm90 {
     int works = 0;
     for (int index = static_cast<int>(blockIdx.x); index < params.tiles; index += static_cast<int>(gridDim.x)) {
       const Work work = work_at(params, index);
-      const int head = work.head + warp_head, row0 = work.row0 + warp_row;
+      const int head = work.head + warp.head, row0 = work.row0 + warp.row;
       RowSoftmax<Tile> softmax;
       Outputs out;
       out.clear();
@@ -324,6 +326,9 @@ struct AttentionForwardSm90 {
         ++turn.count;
       }
       finish(params, work.batch, head, row0, softmax, out);
+    }
+    if (consumer == 0) {
+      sync_some(kTurnBarrier, kConsumers * kWarpgroup);
     }
   }
 };

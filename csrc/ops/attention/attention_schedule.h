@@ -46,6 +46,13 @@ inline constexpr int64_t kSectionBytes = 25 << 20;  // half of the L2 cache of a
 struct QueryTile {
   int heads;
   int rows;
+
+  struct Place {
+    int head;
+    int row;
+  };
+
+  PTK_HOST_DEVICE Place at(int tile_row) const { return {tile_row / rows, tile_row % rows}; }
 };
 
 inline constexpr int kMinRowsPerHead = 16;  // those of a warp are of one head

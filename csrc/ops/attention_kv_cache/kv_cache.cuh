@@ -10,6 +10,10 @@
 //   combine   one block per row: the parts' sums, in order, with the sink
 //
 // Sources: split keys: Dao et al., Flash-Decoding, 2023; pages: Kwon et al., 2023, arXiv:2309.06180.
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   KvSplit                                  128        255   43 KiB
+//   KvCombine                                128         72    0 KiB
 #pragma once
 
 #include "csrc/ops/attention_kv_cache/kv_cache_append.cuh"

@@ -1,4 +1,8 @@
 // Where sequences of a cache lie, how numbers are stored, and appending: see kv_cache.cuh. Not yet run on a GPU.
+//
+// Plan                                    threads  registers  shared of a block, at most
+//   KvPlace                                  128         64    1 KiB
+//   KvAppend                                 128         96    5 KiB
 #pragma once
 
 #include "csrc/cuda/rounded.cuh"

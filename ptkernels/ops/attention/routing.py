@@ -98,11 +98,13 @@ def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
 
 
 def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
-    """Name of the CUDA kernel, and the reason with what is known of it."""
-    architecture = _cuda.kernel(query, key, value, torch.cuda.get_device_capability(query.device))
+    """Name of the CUDA kernel, and the reason with what is known of it and why it is no newer one."""
+    architecture, why_no_newer = _cuda.choose(query, key, value, torch.cuda.get_device_capability(query.device))
     if _env.settings.cuda_arch is not None:
         reason = f"{reason}, PTKERNELS_CUDA_ARCH={_env.settings.cuda_arch}"
     reason = f"{reason}; {_cuda.note(architecture)}"
+    if why_no_newer:
+        reason = f"{reason}; {why_no_newer}"
     if architecture == "sm_90a":
         reason += "; its backward is that of sm_80"
         if (heads := _cuda.query_heads_per_tile(query.size(1), key.size(1), query.size(2))) > 1:

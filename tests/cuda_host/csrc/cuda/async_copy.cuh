@@ -16,7 +16,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
     std::memcpy(shared, global, bytes);
     std::memset(static_cast<char*>(shared) + bytes, 0, 16 - bytes);
   };
-  if (cuda_host::active->is_eager()) {
+  if (cuda_host::active->copies_at_once()) {
     copy();
   } else {
     cuda_host::active->copies().back().push_back(copy);
