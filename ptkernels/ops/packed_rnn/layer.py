@@ -69,6 +69,8 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         input, *others = autocast(device_type, (input, *state, *params))
         state, params = others[: len(state)], others[len(state) :]
+    if not state and torch.compiler.is_exporting():
+        state = _zero_state(input, params, batch_size, mode, bidirectional)
     args = (input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     check_layer(op, *args)
     traced = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
@@ -79,6 +81,19 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
             return reference.layer(*args)
     output, h_n, c_n, _, _ = rnn_op(*args, False, recompute)
     return output, h_n, c_n
+
+
+def _zero_state(
+    input: Tensor, params: Sequence[Tensor], batch_size: int, mode: str, bidirectional: bool
+) -> list[Tensor]:
+    """The states that no states stand for: what AOTInductor compiles takes no empty list of tensors."""
+    directions = 2 if bidirectional else 1
+    each = len(params) // directions
+    gates = 1 if mode in ("tanh", "relu") else reference.GATES[mode]
+    projection = params[each - 1] if each % 2 else None
+    hidden = params[1].size(0) // gates
+    sizes = [hidden if projection is None else projection.size(0), *([hidden] if mode == "lstm" else [])]
+    return [input.new_zeros(directions, batch_size, size) for size in sizes]
 
 
 def as_op_arguments(
