@@ -52,6 +52,13 @@ def vision(name: str, ops: str, make: Callable[[], nn.Module]) -> Subject:
     return Subject(name, lambda: (make(), torch.randn(IMAGE)), ops)
 
 
+def vgg() -> nn.Module:
+    """With one linear layer behind the convolutions: the three that it has make 120 million weights."""
+    model = torchvision.models.vgg11_bn()
+    model.classifier = nn.Linear(512 * 7 * 7, 1000)
+    return model
+
+
 def text(name: str, model: str, config: str, **options: Any) -> Subject:
     def make() -> tuple[nn.Module, Any]:
         made = getattr(transformers, config)(vocab_size=1000, **SPECIAL, **options)
@@ -83,11 +90,12 @@ def speaker_encoder() -> tuple[nn.Module, Any]:
 
 
 def subjects() -> list[Subject]:
-    convolutions = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
+    convolutions = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
     found = [
         vision(f"torchvision {name}", "conv_bn_relu", lambda name=name: torchvision.models.get_model(name))
         for name in convolutions
     ]
+    found.insert(2, vision("torchvision vgg11_bn, one linear layer", "conv_bn_relu", vgg))
     found += [
         vision(f"timm {name}", ops, lambda name=name, options=options: timm.create_model(name, **options))
         for name, ops, options in (
