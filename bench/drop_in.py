@@ -1,11 +1,12 @@
-"""Published architectures before and after ptkernels.replace(): outputs, gradients, time and memory, as JSON.
+"""Published architectures before and after ptkernels.replace(): outputs, gradients, time and memory, in one table.
 
-    python bench/drop_in.py results.json [--only NAME] [--threads 1 --cpu-time]
+    python bench/drop_in.py bench/results/drop_in.json [--only NAME] [--threads 1 --cpu-time]
 
-Needs what `make build` installs, torchvision and timm among it. Nothing is downloaded: weights are random, but for the
-networks that packages carry. Outputs and gradients of every parameter are checked against the model in float64 before
-anything is timed. ``--cpu-time`` counts the processor's time of one thread, which is what remains to be measured on a
-machine that other programs share.
+writes the JSON and, beside it, the table as markdown. Each model has a process of its own, so that the memory of one is
+free before the next. Needs what `make build` installs, torchvision and timm among it. Nothing is downloaded: weights
+are random, but for the networks that packages carry. Outputs and gradients of every parameter are checked against the
+model in float64 before anything is timed. ``--cpu-time`` counts the processor's time of one thread, which is what
+remains to be measured on a machine that other programs share.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +52,13 @@ def vision(name: str, ops: str, make: Callable[[], nn.Module]) -> Subject:
     return Subject(name, lambda: (make(), torch.randn(IMAGE)), ops)
 
 
+def vgg() -> nn.Module:
+    """With one linear layer behind the convolutions: the three that it has make 120 million weights."""
+    model = torchvision.models.vgg11_bn()
+    model.classifier = nn.Linear(512 * 7 * 7, 1000)
+    return model
+
+
 def text(name: str, model: str, config: str, **options: Any) -> Subject:
     def make() -> tuple[nn.Module, Any]:
         made = getattr(transformers, config)(vocab_size=1000, **SPECIAL, **options)
@@ -80,11 +90,12 @@ def speaker_encoder() -> tuple[nn.Module, Any]:
 
 
 def subjects() -> list[Subject]:
-    convolutions = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
+    convolutions = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
     found = [
         vision(f"torchvision {name}", "conv_bn_relu", lambda name=name: torchvision.models.get_model(name))
         for name in convolutions
     ]
+    found.insert(2, vision("torchvision vgg11_bn, one linear layer", "conv_bn_relu", vgg))
     found += [
         vision(f"timm {name}", ops, lambda name=name, options=options: timm.create_model(name, **options))
         for name, ops, options in (
@@ -113,12 +124,12 @@ def subjects() -> list[Subject]:
     return found
 
 
-def write(file: Path, rows: list[Measured], clock: Clock, load: float) -> None:
-    about = {
+def about(clock: str, load: float) -> dict[str, Any]:
+    return {
         "cpu": machine.cpu_model(),
         "isa": machine.isa()["active"],
         "threads": torch.get_num_threads(),
-        "clock": "CPU time of one thread" if clock is time.process_time else "wall",
+        "clock": clock,
         "load": load,
         "versions": {
             **machine.versions("transformers"),
@@ -126,10 +137,35 @@ def write(file: Path, rows: list[Measured], clock: Clock, load: float) -> None:
             "timm": timm.__version__,
         },
     }
-    content = {
-        "machine": about, "commit": commit_id(), "image": IMAGE, "text": TEXT, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    write_atomically(file, json.dumps(content, indent=1) + "\n")
+
+
+def markdown(content: dict[str, Any]) -> str:
+    of = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    rows = [(*HEADER, "peak memory"), ("---",) * (len(HEADER) + 1)]
+    rows += [(*table_row(Measured(**row)), f"{peak / 2**30:.1f} GiB") for row, peak in _measured(content)]
+    lines = [
+        "# Before and after `replace()`",
+        "",
+        f"{of['cpu']} ({of['isa']}), {of['threads']} threads, {of['clock']}, load {of['load']:.1f} at the start; "
+        f"commit {content['commit']}; {versions}. Images {content['image']}, tokens {content['text']}. Peak memory is "
+        "that of the whole measurement, with copies of the model, one of them in float64.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(content: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    return [({k: v for k, v in row.items() if k != "peak_memory"}, row["peak_memory"]) for row in content["rows"]]
+
+
+def one(name: str, seconds: float, clock: Clock) -> None:
+    """Measure in this process, and print the row."""
+    (subject,) = (subject for subject in subjects() if subject.name == name)
+    row = asdict(measure(subject, seconds, clock))
+    row["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(row))
 
 
 def main() -> None:
@@ -139,19 +175,30 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
     parser.add_argument("--threads", type=int, help="torch's threads; default: as it finds best")
     parser.add_argument("--cpu-time", action="store_true", help="count the processor's time; needs one thread")
+    parser.add_argument("--here", action="store_true", help="the one subject of exactly that name, in this process")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.cpu_time and torch.get_num_threads() != 1:
         parser.error(f"--cpu-time: got {torch.get_num_threads()} threads, expected --threads 1")
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    rows, load = [], os.getloadavg()[0]
-    for subject in subjects():
-        if arguments.only in subject.name:
-            rows.append(measure(subject, arguments.seconds, clock))
-            write(arguments.file, rows, clock, load)
-            print("  ".join(table_row(rows[-1])), flush=True)
-    print_table("Before and after replace()", HEADER, [table_row(row) for row in rows])
+    if arguments.here:
+        one(arguments.only, arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)
+        return
+    clock = "CPU time of one thread" if arguments.cpu_time else "wall"
+    content: dict[str, Any] = {
+        "machine": about(clock, os.getloadavg()[0]), "commit": commit_id(), "image": IMAGE, "text": TEXT, "rows": [],
+    }  # fmt: skip
+    options = ["--seconds", str(arguments.seconds), "--threads", str(torch.get_num_threads())]
+    options += ["--cpu-time"] if arguments.cpu_time else []
+    names = [subject.name for subject in subjects() if arguments.only in subject.name]
+    for name in names:
+        command = [sys.executable, __file__, str(arguments.file), "--here", "--only", name, *options]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        content["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+        write_atomically(arguments.file, json.dumps(content, indent=1) + "\n")
+        write_atomically(arguments.file.with_suffix(".md"), markdown(content))
+        print("  ".join(table_row(Measured(**_measured(content)[-1][0]))), flush=True)
+    print_table("Before and after replace()", HEADER, [table_row(Measured(**row)) for row, _ in _measured(content)])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor  # whose tensors are among the results that are loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("jobs_context_parallel", "jobs_data_parallel", "jobs_dtensor", "jobs_synchronized")

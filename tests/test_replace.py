@@ -393,6 +393,24 @@ def test_fused_blocks_compile() -> None:
         assert graphs.pop().count("torch.ops.ptkernels.conv_bn_relu") == 7
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("op", ["attention", "conv_bn_relu"])
+def test_an_exchanged_forward_compiles_exports_and_traces(op: str) -> None:
+    """That of the whole model, which is more than that of a part: export looks at where it is written."""
+    torch.manual_seed(0)
+    model, x = (Block(), torch.randn(2, 5, 8)) if op == "attention" else (Residual(3), torch.randn(2, 3, 6, 5))
+    expected = model.eval()(x)
+    ptk.replace(model, op)
+    program = torch.export.export(model, (x,))
+    traced = torch.jit.trace(model, x)
+    torch._dynamo.reset()
+    for other in (program.module(), traced, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(other(x), expected)
+    assert any(str(node.target) == f"ptkernels.{op}.default" for node in program.graph.nodes)
+    assert f"ptkernels::{op}" in str(traced.inlined_graph)
+    assert F.scaled_dot_product_attention is not ptk.attention
+
+
 def test_quantization_only_when_asked_for() -> None:
     torch.manual_seed(0)
     model, words = Tagger(), torch.randint(0, 20, (3, 7))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptkernels.nn as ptk_nn
-from ptkernels._replace.change import Change, swap
+from ptkernels._replace.change import Change, Forward, swap
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels._sdpa import patch_sdpa
 
@@ -29,20 +28,12 @@ _EFFECTS: dict[type[nn.Module], str] = {
 }
 
 
-class _Patched:
-    """A module's forward, with torch's SDPA replaced while it runs. A class, so that the module pickles and copies."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+class _Patched(Forward):
+    """With torch's SDPA replaced while it runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with patch_sdpa():
             return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The original's: torch.export names inputs after it."""
-        return inspect.signature(type(self.module).forward.__get__(self.module))
 
 
 @functools.cache

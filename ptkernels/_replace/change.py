@@ -6,8 +6,10 @@ references from elsewhere stay valid.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,6 +17,24 @@ from torch import nn
 from ptkernels._replace.report import Kept, Replaced
 
 _MISSING = object()
+
+
+class Forward:
+    """Stands in for a module's forward. A class, so that the module pickles and copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The original's: torch.export names inputs after it."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """The original's: torch.export tells where the model is written."""
+        code: CodeType = type(self.module).forward.__code__
+        return code
 
 
 @dataclass

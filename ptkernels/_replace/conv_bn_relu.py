@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptkernels._replace.change import SUBCLASS, Change
+from ptkernels._replace.change import SUBCLASS, Change, Forward
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels.nn.conv import ACTIVATIONS, fused
 
@@ -245,11 +245,11 @@ class _Traced:
     """Those that it does not call."""
 
 
-class _Fused:
-    """Stands in for a module's forward. A class, so that the module pickles and copies."""
+class _Fused(Forward):
+    """The traced forward, of today's mode and attributes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         self._traced: dict[Any, _Traced | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -262,11 +262,6 @@ class _Fused:
         if any(_is_hooked(module.get_submodule(name)) for name in traced.children):
             return type(module).forward(module, *args, **kwargs)
         return traced.function(module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The original's: torch.export names inputs after it."""
-        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def _current(self) -> _Traced | None:
         attributes = [item for item in self.module.__dict__.items() if isinstance(item[1], _CONSTANTS)]

@@ -54,25 +54,17 @@ def _packed_rnn(*args: Any) -> Explanation:
     return routing.explain_layer("packed_rnn", args[:9])
 
 
-def _quantized_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    code_format: str,
-    group_size: int,
-    quantize_input: bool,
-    *_: Any,
-) -> Explanation:
+def _quantized_linear(*args: Any) -> Explanation:
     from ptkernels.ops.quantized_matmul.formats import SCHEMES
+    from ptkernels.ops.quantized_matmul.library import LinearArguments
     from ptkernels.ops.quantized_matmul.weight import QuantizedWeight
 
+    given = LinearArguments(*args)
+    x, codes, scales, zeros = given[:4]
     found = ((spec.code.name, spec.quantizes_input, spec.is_static) for spec in SCHEMES.values())
-    scheme = dict(zip(found, SCHEMES, strict=True))[code_format, quantize_input, False]
-    weight = QuantizedWeight(codes, scales, zeros, None, scheme, group_size, x.size(-1))
-    return get("quantized_matmul").explain(x, weight, bias)
+    scheme = dict(zip(found, SCHEMES, strict=True))[given.code_format, given.quantize_input, False]
+    weight = QuantizedWeight(codes, scales, zeros, None, scheme, given.group_size, x.size(-1))
+    return get("quantized_matmul").explain(x, weight, given.bias)
 
 
 _EXPLAIN: dict[str, Callable[..., Explanation]] = {

@@ -33,7 +33,7 @@ from ptkernels.ops.packed_rnn import reference as rnn_reference
 from ptkernels.ops.packed_rnn.library import rnn_op
 from ptkernels.ops.quantized_matmul import reference as quantized_reference
 from ptkernels.ops.quantized_matmul.formats import dequantize
-from ptkernels.ops.quantized_matmul.library import embedding_op, linear_op
+from ptkernels.ops.quantized_matmul.library import LinearArguments, embedding_op, linear_op
 from ptkernels.ops.rotary_embedding.library import rotary_op
 from ptkernels.ops.rotary_embedding.register import complete, compose
 
@@ -71,9 +71,11 @@ def export(
         batch; those with projections, which ONNX has not, are unrolled for the length of the example.
 
     Example:
-        >>> import torch, ptkernels as ptk  # doctest: +SKIP
+        >>> import torch, ptkernels as ptk
         >>> from ptkernels.integrations import onnx
-        >>> onnx.export(ptk.nn.LSTM(8, 16).eval(), (torch.randn(5, 3, 8),), "lstm.onnx")
+        >>> program = onnx.export(ptk.nn.LSTM(8, 16).eval(), (torch.randn(5, 3, 8),), verbose=False)
+        >>> "LSTM" in {node.op_type for node in program.model.graph}
+        True
     """
     if isinstance(model, torch.export.ExportedProgram):
         program = model
@@ -127,27 +129,11 @@ def _conv_bn_relu(*args: Any) -> tuple[Tensor, ...]:
     return out, nothing, *((mean, var) if args[8] and mean is not None and var is not None else (nothing, nothing))
 
 
-def _quantized_linear(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    code_format: str = "s8",
-    group_size: int = -1,
-    quantize_input: bool = False,
-    input_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-    counts: Tensor | None = None,
-) -> Tensor:
-    if counts is not None:
+def _quantized_linear(*args: Any) -> Tensor:
+    given = LinearArguments(*args)
+    if given.counts is not None:
         raise NotImplementedError("onnx.export: a quantized layer of experts has no ONNX operators")
-    tensors = (input, codes, scales, zeros, bias, residual)
-    return quantized_reference.product(
-        *tensors, code_format, group_size, quantize_input, input_scale, activation, out_dtype, None
-    )
+    return quantized_reference.product(*given)
 
 
 def _float8(codes: Tensor, dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptkernels import _backend
+from ptkernels.nn import torchscript
 from ptkernels.ops.attention import attention
 from ptkernels.ops.attention.weights import attention_weights
 
@@ -154,6 +155,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             value = torch.cat([value, *(v for _, v in extra)], dim=2)
         attn_mask, padding = (None if mask is None else F.pad(mask, (0, len(extra))) for mask in masks)
         return key, value, attn_mask, padding
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.MultiheadAttention(self)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from ptkernels.nn import torchscript
 from ptkernels.ops.packed_rnn.inputs import sequences_of
 from ptkernels.ops.packed_rnn.reference import order_of
 
@@ -79,6 +80,9 @@ class _Cell(nn.Module):
             hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * self.num_states
         state = self.step(self.input_product(input), tuple(hx) if isinstance(hx, (tuple, list)) else (hx,))
         return state if self.num_states > 1 else state[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.refuse(self)
 
 
 class LayerNormLSTMCell(_Cell):
@@ -241,6 +245,9 @@ class ZoneoutCell(nn.Module):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         return _Cell.forward(self, input, hx)  # type: ignore[arg-type]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.refuse(self)
+
 
 class CellLayer(nn.Module):
     """One recurrent layer of any cell of this module, over ragged sequences in every form.
@@ -324,3 +331,6 @@ class CellLayer(nn.Module):
         final = [s.squeeze(1) for s in final] if sequences.unbatched else final
         restored = sequences.restore(output.unflatten(0, data.shape[:-1]))
         return restored, tuple(final) if len(final) > 1 else final[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.refuse(self)

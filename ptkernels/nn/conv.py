@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptkernels.nn import synchronized
+from ptkernels.nn import synchronized, torchscript
 from ptkernels.ops.conv_bn_relu import conv_bn_relu, reference
 
 __all__ = ["ConvBNReLU1d", "ConvBNReLU2d", "ConvBNReLU3d"]
@@ -95,6 +95,9 @@ class _ConvBNReLU(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``."""
         return fused(self.conv, self.bn, self.act, x, residual, recompute=self.recompute)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.ConvBNReLU(self)
 
 
 def fused(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ptkernels.nn import torchscript
 from ptkernels.ops.quantized_matmul import quantized_embedding, quantized_linear
 from ptkernels.ops.quantized_matmul.formats import FORMAT_VERSION, SCHEMES, group_count
 from ptkernels.ops.quantized_matmul.quantize import quantize_weight
@@ -159,6 +160,9 @@ class QuantizedLinear(nn.Module):
         text += f", group_size={self.group_size}, bias={self.bias is not None}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.QuantizedLinear(self)
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained product of two thin matrices (Hu et al., LoRA, 2021).
@@ -211,6 +215,9 @@ class LoRALinear(nn.Module):
         if isinstance(self.base, QuantizedLinear):
             return self.base(x, update)  # type: ignore[no-any-return]
         return self.base(x) + update  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.LoRALinear(self)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -266,6 +273,9 @@ class QuantizedEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}, group_size={self.group_size}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.QuantizedEmbedding(self)
 
 
 Module = TypeVar("Module", bound=nn.Module)

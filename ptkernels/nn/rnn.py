@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ptkernels.nn import torchscript
 from ptkernels.ops.packed_rnn.inputs import sequences_of
 from ptkernels.ops.packed_rnn.layer import run_layer
 from ptkernels.ops.packed_rnn.stack import _states, run_with_resets
@@ -158,6 +159,9 @@ class LSTM(_Stack):
         output, h_n, c_n = self._run("lstm", "lstm", input, hx, lengths, cu_seqlens, resets)
         return output, (h_n, c_n)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.LSTM(self)
+
 
 class GRU(_Stack):
     """``torch.nn.GRU`` on :func:`ptkernels.gru`: same constructor, parameters, initialisation and ``state_dict``.
@@ -213,6 +217,9 @@ class GRU(_Stack):
         resets: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         return self._run("gru", "gru", input, hx, lengths, cu_seqlens, resets)[:2]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.RNN(self)
 
 
 class RNN(_Stack):
@@ -275,6 +282,9 @@ class RNN(_Stack):
     ) -> tuple[Any, Tensor]:
         return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens, resets)[:2]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.RNN(self)
+
 
 def _cell(op: str, mode: str, module: nn.RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
     """One step of the operator: the cell's batch is its only step."""
@@ -311,6 +321,9 @@ class LSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return _cell("LSTMCell", "lstm", self, input, hx)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.LSTMCell(self)
+
 
 class GRUCell(nn.GRUCell):
     """``torch.nn.GRUCell`` on the fused kernels: same constructor, parameters and results.
@@ -324,6 +337,9 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return _cell("GRUCell", "gru", self, input, hx)[0]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.RNNCell(self)
+
 
 class RNNCell(nn.RNNCell):
     """``torch.nn.RNNCell`` on the fused kernels: same constructor, parameters and results.
@@ -336,3 +352,6 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return _cell("RNNCell", self.nonlinearity, self, input, hx)[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.RNNCell(self)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ptkernels.nn import torchscript
 from ptkernels.ops.conv_bn_relu import replays_forward
 from ptkernels.ops.conv_bn_relu.reference import compute_dtype, per_channel, update_statistics, values_per_channel
 
@@ -91,6 +92,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         for name, child in list(module.named_children()):
             setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
         return module
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return torchscript.BatchNorm(self)
 
 
 def is_synchronized(bn: nn.Module | None) -> TypeGuard[SyncBatchNorm]:

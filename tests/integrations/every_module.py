@@ -21,6 +21,17 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Decoder(nn.Module):
+    """TransformerDecoderLayer on one input, which is its memory too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = ptk.nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(1), tgt_is_causal=True)
+
+
 class Images(nn.Module):
     """A block over images or volumes, the rows of the input being their last dimensions."""
 
@@ -76,6 +87,7 @@ CELLS += ("LayerNormLSTMCell", "LayerNormGRUCell", "PeepholeLSTMCell", "ResetBef
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "MultiheadAttention": SelfAttention,
     "TransformerEncoderLayer": lambda: ptk.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    "TransformerDecoderLayer": Decoder,
     "ConvBNReLU1d": lambda: ptk.nn.ConvBNReLU1d(5, 4, 3, padding=1),
     "ConvBNReLU2d": lambda: Images(ptk.nn.ConvBNReLU2d(5, 4, 3, padding=1, activation="silu"), (4, 2)),
     "ConvBNReLU3d": lambda: Images(ptk.nn.ConvBNReLU3d(5, 4, 2, bias=True, activation="gelu"), (2, 2, 2)),

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from every_module import MAKERS, TRAINED, called, example, gradients, made, trained_parameters
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -82,6 +83,24 @@ def device_move(module: nn.Module) -> None:
     module.to("meta").to_empty(device="cpu").load_state_dict(state)
 
 
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that results depend on: running statistics; codes and scales."""
+    return {n: t for n, t in module.named_buffers() if n.split(".")[-1] not in ("num_batches_tracked", "format")}
+
+
+def buffers_write(module: nn.Module) -> None:
+    for tensor in buffers(module).values():
+        if tensor.is_floating_point():
+            tensor.data.mul_(1.7)
+        else:
+            tensor.data.bitwise_xor_(1)
+
+
+def buffers_exchange(module: nn.Module) -> None:
+    for tensor in buffers(module).values():
+        tensor.data = tensor.data * 1.7 if tensor.is_floating_point() else tensor.data ^ 1
+
+
 def attribute(module: nn.Module) -> None:
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
@@ -95,6 +114,8 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
     ".data in place": data_write,
     ".data exchanged": data_exchange,
     "through numpy": numpy_write,
+    "buffers in place": buffers_write,
+    "buffers exchanged": buffers_exchange,
     "load_state_dict": state_dict_load,
     "load_state_dict(assign)": lambda module: state_dict_load(module, assign=True),
     "exponential moving average": ema_update,
@@ -102,16 +123,20 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
     "to bfloat16 and back": lambda module: module.bfloat16().float() and None,
     "to another device and back": device_move,
 }
+BUFFERS = ("buffers in place", "buffers exchanged")
 # What changes weights that are not trained.
-LOADS = ("load_state_dict", "load_state_dict(assign)", "to another device and back")
+UNTRAINED = ("load_state_dict", "load_state_dict(assign)", "to another device and back", *BUFFERS)
 
 
 @each
 @pytest.mark.parametrize("write", WRITES)
 def test_the_next_call_uses_the_new_weights(name: str, write: str) -> None:
-    if name not in TRAINED and write not in LOADS:
+    if name not in TRAINED and write not in UNTRAINED:
         pytest.skip("its weights are not trained")
-    for training in (False, True):
+    if write in BUFFERS and not buffers(made(name)):
+        pytest.skip("it has no buffers")
+    # Statistics of the batch depend on no buffers.
+    for training in (False,) if write in BUFFERS else (False, True):
         module, x = made(name, training), example(name)
         with torch.no_grad():
             before = called(module, x)
@@ -144,6 +169,22 @@ def test_functional_call(name: str) -> None:
 
 
 @each_trained
+def test_per_sample_gradients(name: str) -> None:
+    """One gradient per example (differential privacy), by vmap over grad, as by a loop."""
+    module, x = made(name, training=False).double(), example(name).double()
+    parameters = trained_parameters(module)
+
+    def loss(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(module, values, (one[None],)).sin().sum()
+
+    mapped = vmap(grad(loss), (None, 0))({n: p.detach() for n, p in parameters.items()}, x)
+    for index, one in enumerate(x):
+        alone = torch.autograd.grad(loss(parameters, one), list(parameters.values()))
+        for key, expected in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(mapped[key][index], expected)
+
+
+@each_trained
 def test_forward_mode(name: str) -> None:
     module, x = made(name, training=False).double(), example(name).double()
     direction = torch.randn_like(x)
@@ -172,7 +213,24 @@ def test_activation_checkpointing(name: str, use_reentrant: bool) -> None:
     assert all(map(torch.equal, *results))
 
 
-# Export, other processes, the profiler.
+# Compilation, export, other processes, the profiler.
+
+
+@each
+def test_compiled_in_one_graph_for_any_batch(name: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = made(name)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for size in (11, 13):  # no size of anything else
+        x = example(name, size)
+        torch.testing.assert_close(called(compiled, x), called(module, x))
+        if name in TRAINED:
+            for found, expected in zip(gradients(compiled, x), gradients(module, x), strict=True):
+                torch.testing.assert_close(found, expected)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
 
 
 @each
@@ -186,9 +244,9 @@ def test_export_with_dynamic_batch(name: str) -> None:
 
 
 class Rows(Dataset[Tensor]):
-    """Samples that are computed by a module, as a loader's process would."""
+    """Samples that are computed by modules, as a loader's process would."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.ModuleDict) -> None:
         self.module = module
 
     def __len__(self) -> int:
@@ -196,14 +254,14 @@ class Rows(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         with torch.no_grad():
-            return self.module(example("LSTM") + index)
+            results = {name: part(example(name)) for name, part in self.module.items()}
+            return torch.cat([(index + 1) * result.flatten() for result in results.values()])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_data_loader_processes(context: str) -> None:
     """One process for all modules: starting it is what takes time."""
-    rows = Rows(nn.Sequential(*(made(name, training=False) for name in ("MultiheadAttention", "replaced Sequential"))))
-    rows.module.append(made("LSTM", training=False))
+    rows = Rows(nn.ModuleDict({name: made(name, training=False) for name in MAKERS}))
     expected = torch.stack([rows[index] for index in range(4)])
     loader = DataLoader(rows, batch_size=2, num_workers=2, multiprocessing_context=context)
     torch.testing.assert_close(torch.cat(list(loader)), expected)

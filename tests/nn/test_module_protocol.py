@@ -57,6 +57,32 @@ def test_partial_load(family: str) -> None:
 
 
 @per_family
+def test_state_dict_hooks(family: str) -> None:
+    """Names and values may be changed on the way out and on the way in; missing keys are told after."""
+    model, (x, _) = network(family).eval(), batch()
+    layer, seen = model.layer, []
+
+    def rename(state: dict[str, Any], prefix: str, old: str, new: str) -> None:
+        for name in [name for name in state if name.startswith(prefix + old)]:
+            state[prefix + new + name[len(prefix + old) :]] = state.pop(name)
+
+    layer.register_state_dict_pre_hook(lambda module, prefix, keep_vars: seen.append("saving"))
+    layer.register_state_dict_post_hook(lambda module, state, prefix, _: rename(state, prefix, "", "old."))
+    layer.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: rename(state, prefix, "old.", ""))
+    layer.register_load_state_dict_post_hook(lambda module, keys: seen.append(tuple(keys.missing_keys)))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any(name.startswith("layer.old.") for name in state)
+    expected = model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not torch.equal(model(x), expected)
+    model.load_state_dict(state, strict=True)
+    assert torch.equal(model(x), expected)
+    assert seen == ["saving", ()]
+
+
+@per_family
 def test_copies_are_independent(family: str) -> None:
     model, (x, _) = network(family).eval(), batch()
     expected = model(x)

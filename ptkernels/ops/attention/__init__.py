@@ -22,6 +22,7 @@ _op = attention_op._op
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _in_transform = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -182,11 +183,15 @@ def attention(
             if len(shape) == 4 and (enable_gqa or shape[1] == key.shape[1]):
                 if _in_transform() or forward_ad._current_level >= 0:
                     result = _op(query, key, value, attn_mask, is_causal, scale)
-                elif _is_grad_enabled() and (
-                    query.requires_grad
-                    or key.requires_grad
-                    or value.requires_grad
-                    or (attn_mask is not None and attn_mask.requires_grad)
+                elif (
+                    _is_grad_enabled()
+                    and (
+                        query.requires_grad
+                        or key.requires_grad
+                        or value.requires_grad
+                        or (attn_mask is not None and attn_mask.requires_grad)
+                    )
+                    and _tracing_state() is None  # torch.jit.trace writes down operators, and does not differentiate
                 ):
                     result = register.record(query, key, value, attn_mask, is_causal, scale)
                 else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels._sizes import holds
 from ptkernels.ops.attention.options import KEEP_ALL, Options, compute_dtype, is_triangle
 from ptkernels.ops.attention.shapes import lead_shape, split_lead
 
@@ -21,15 +22,6 @@ _Sizes = Sequence[int]
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _holds(condition: Any) -> bool:
-    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
-
-    return expect_true(condition)
 
 
 def _is_one(size: int | torch.SymInt) -> bool:
@@ -117,26 +109,26 @@ def _check_ranks(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 def _check_lengths_and_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("value", value)):
         head_dim = tensor.size(-1)
-        if not (_holds(head_dim >= 1) and _holds(head_dim <= MAX_HEAD_DIM)):
+        if not (holds(head_dim >= 1) and holds(head_dim <= MAX_HEAD_DIM)):
             raise ValueError(f"{OP}: {name}: got head dim {head_dim}, expected 1 to {MAX_HEAD_DIM}")
-    if not _holds(key.size(-1) == query.size(-1)):
+    if not holds(key.size(-1) == query.size(-1)):
         raise ValueError(f"{OP}: key: got head dim {key.size(-1)}, expected {query.size(-1)} like query")
-    if not _holds(value.size(-2) == key.size(-2)):
+    if not holds(value.size(-2) == key.size(-2)):
         raise ValueError(f"{OP}: value: got length {value.size(-2)}, expected {key.size(-2)} like key")
 
 
 def _check_grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     heads, kv_heads = query.size(-3), key.size(-3)
-    if not _holds(value.size(-3) == kv_heads):
+    if not holds(value.size(-3) == kv_heads):
         raise ValueError(f"{OP}: value: got {value.size(-3)} heads, expected {kv_heads} like key")
     no_heads = isinstance(kv_heads, int) and kv_heads == 0
-    if not _holds(heads == 0 if no_heads else heads % kv_heads == 0):
+    if not holds(heads == 0 if no_heads else heads % kv_heads == 0):
         raise ValueError(f"{OP}: key: got {kv_heads} heads, expected a divisor of query's {heads}")
 
 
 def _check_broadcast(name: str, sizes: _Sizes, like: str, others: _Sizes, heads_last: bool) -> None:
     for back, (size, other) in enumerate(zip(reversed(sizes), reversed(others), strict=False), start=1):
-        if _is_one(size) or _is_one(other) or _holds(size == other):
+        if _is_one(size) or _is_one(other) or holds(size == other):
             continue
         if heads_last and back == 1:
             raise ValueError(
@@ -167,8 +159,7 @@ def _check_mask(query: Tensor, mask: Any, scores: _Sizes) -> None:
         raise TypeError(f"{OP}: attn_mask: got dtype {_dtype_name(mask.dtype)}, expected one of {expected}{hint}")
     _check_like_query("attn_mask", mask, query)
     broadcasts = mask.dim() <= len(scores) and all(
-        _is_one(size) or _holds(size == full)
-        for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
+        _is_one(size) or holds(size == full) for size, full in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not broadcasts:
         raise ValueError(
@@ -189,7 +180,7 @@ def _check_triangle(mask: Any, is_causal: bool, scores: _Sizes) -> None:
     if is_causal:
         raise ValueError(f"{OP}: is_causal: got True, expected False beside an attn_mask that is a causal triangle")
     sizes = (mask.seq_len_q, mask.seq_len_kv)
-    if not all(_holds(size == full) for size, full in zip(sizes, scores[-2:], strict=True)):
+    if not all(holds(size == full) for size, full in zip(sizes, scores[-2:], strict=True)):
         raise ValueError(f"{OP}: attn_mask: got a triangle of {list(sizes)}, expected {list(scores[-2:])}")
 
 
@@ -201,9 +192,9 @@ def _check_head_values(name: str, tensor: Any, query: Tensor, batch: _Sizes, hea
         raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
     _check_like_query(name, tensor, query)
     sizes, full = tensor.shape, (*batch, heads)
-    fits = 1 <= tensor.dim() <= len(full) and _holds(sizes[-1] == heads)
+    fits = 1 <= tensor.dim() <= len(full) and holds(sizes[-1] == heads)
     fits = fits and all(
-        _is_one(size) or _holds(size == other)
+        _is_one(size) or holds(size == other)
         for size, other in zip(reversed(sizes[:-1]), reversed(batch), strict=False)
     )
     if not fits:
@@ -221,9 +212,9 @@ def _check_relative_bias(tensor: Any, query: Tensor, batch: _Sizes, heads: int, 
     if isinstance(distances, int):
         distances = max(distances, 0)
     sizes = tensor.shape
-    fits = 2 <= tensor.dim() <= len(batch) + 2 and _holds(sizes[-2] == heads) and _holds(sizes[-1] == distances)
+    fits = 2 <= tensor.dim() <= len(batch) + 2 and holds(sizes[-2] == heads) and holds(sizes[-1] == distances)
     fits = fits and all(
-        _is_one(size) or _holds(size == other)
+        _is_one(size) or holds(size == other)
         for size, other in zip(reversed(sizes[:-2]), reversed(batch), strict=False)
     )
     if not fits:
@@ -294,7 +285,7 @@ def check_op_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{OP}: {name}: got {tensor.dim()} dimensions, expected 4: [batch, heads, length, dim]")
-        if not _holds(tensor.size(0) == query.size(0)):
+        if not holds(tensor.size(0) == query.size(0)):
             raise ValueError(f"{OP}: {name}: got batch size {tensor.size(0)}, expected {query.size(0)} like query")
     check_inputs(
         query,
@@ -319,7 +310,7 @@ def check_seed(options: Options, batch: int) -> None:
     if options.keep_below == KEEP_ALL:
         return
     seed = options.dropout_seed
-    if seed is None or seed.dtype != torch.int64 or seed.dim() > 1 or not _holds(batch % max(seed.numel(), 1) == 0):
+    if seed is None or seed.dtype != torch.int64 or seed.dim() > 1 or not holds(batch % max(seed.numel(), 1) == 0):
         raise ValueError(f"{OP}: dropout_seed: expected an int64 tensor of shape [] or [a divisor of the batch size]")
 
 
@@ -351,5 +342,5 @@ def check_backward_inputs(
         if tensor.dtype != dtype:
             raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(tensor.dtype)}, expected {_dtype_name(dtype)}")
         sizes = zip(tensor.shape, shape, strict=False)
-        if tensor.dim() != len(shape) or not all(_holds(size == wanted) for size, wanted in sizes):
+        if tensor.dim() != len(shape) or not all(holds(size == wanted) for size, wanted in sizes):
             raise ValueError(f"{OP}: {name}: got shape {list(tensor.shape)}, expected {list(shape)}")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptkernels.ops.attention.checks import DTYPES, MAX_HEAD_DIM, _dtype_name, _holds
+from ptkernels._sizes import holds
+from ptkernels.ops.attention.checks import DTYPES, MAX_HEAD_DIM, _dtype_name
 
 OP = "attention_with_kv_cache"
 CACHE_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -33,7 +34,7 @@ def _check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 
 def _check_shape(name: str, tensor: Tensor, *expected: int) -> None:
     if tensor.dim() != len(expected) or not all(
-        _holds(size == wanted) for size, wanted in zip(tensor.shape, expected, strict=True)
+        holds(size == wanted) for size, wanted in zip(tensor.shape, expected, strict=True)
     ):
         raise ValueError(f"{OP}: {name}: got shape {list(tensor.shape)}, expected {list(expected)}")
 
@@ -56,13 +57,13 @@ def _check_operands(query: Any, k_cache: Any, v_cache: Any) -> None:
     _check_shape("k_cache", k_cache, rows, kv_heads, capacity, query.size(3))
     _check_shape("v_cache", v_cache, rows, kv_heads, capacity, v_cache.size(3))
     no_heads = isinstance(kv_heads, int) and kv_heads == 0
-    if not _holds(query.size(1) == 0 if no_heads else query.size(1) % kv_heads == 0):
+    if not holds(query.size(1) == 0 if no_heads else query.size(1) % kv_heads == 0):
         raise ValueError(f"{OP}: k_cache: got {kv_heads} heads, expected a divisor of query's {query.size(1)}")
     for name, dim in (("query", query.size(3)), ("v_cache", v_cache.size(3))):
-        if not (_holds(dim >= 1) and _holds(dim <= MAX_HEAD_DIM)):
+        if not (holds(dim >= 1) and holds(dim <= MAX_HEAD_DIM)):
             raise ValueError(f"{OP}: {name}: got head dim {dim}, expected 1 to {MAX_HEAD_DIM}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not (_holds(cache.size(3) == 1) or _holds(cache.stride(3) == 1)):
+        if not (holds(cache.size(3) == 1) or holds(cache.stride(3) == 1)):
             raise ValueError(f"{OP}: {name}: got stride {cache.stride(3)} in its last dimension, expected 1")
 
 
@@ -127,9 +128,9 @@ def _check_placement(
         _check_rank("block_table", block_table, 2, "[batch, blocks of a sequence]")
         _check_shape("block_table", block_table, batch, block_table.size(1))
         page = k_cache.size(2)
-        if not (_holds(page >= 1) and _holds(page <= MAX_PAGE)):
+        if not (holds(page >= 1) and holds(page <= MAX_PAGE)):
             raise ValueError(f"{OP}: k_cache: got page size {page}, expected 1 to {MAX_PAGE}")
-    elif cache_batch_idx is None and not _holds(k_cache.size(0) == batch):
+    elif cache_batch_idx is None and not holds(k_cache.size(0) == batch):
         raise ValueError(
             f"{OP}: k_cache: got batch size {k_cache.size(0)}, expected {batch} like query; cache_batch_idx chooses "
             "rows of a larger cache"
@@ -146,7 +147,7 @@ def _check_rotary(query: Tensor, k: Tensor | None, cos: Any, sin: Any, interleav
         return
     if k is None:
         raise ValueError(f"{OP}: rotary_cos: got a tensor, expected None without new keys")
-    if not _holds(k.size(2) == query.size(2)):
+    if not holds(k.size(2) == query.size(2)):
         raise ValueError(f"{OP}: k: got length {k.size(2)}, expected query's {query.size(2)} where both are rotated")
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         _check_tensor(name, table, query)
@@ -154,7 +155,7 @@ def _check_rotary(query: Tensor, k: Tensor | None, cos: Any, sin: Any, interleav
     _check_dtype("rotary_cos", cos, torch.float32, query.dtype)
     _check_dtype("rotary_sin", sin, cos.dtype)
     _check_shape("rotary_sin", sin, *cos.shape)
-    if not _holds(2 * cos.size(1) <= query.size(3)):
+    if not holds(2 * cos.size(1) <= query.size(3)):
         raise ValueError(f"{OP}: rotary_cos: got {cos.size(1)} angles, expected at most half of {query.size(3)}")
 
 

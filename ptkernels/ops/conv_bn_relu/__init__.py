@@ -155,9 +155,11 @@ def _is_plain(training: Any, momentum: Any, eps: Any, *numbers: Any) -> bool:
 
 
 def _records(args: tuple[Any, ...]) -> bool:
-    """Whether autograd has to know of the call."""
-    return torch.is_grad_enabled() and any(
-        args[index] is not None and args[index].requires_grad for index in (0, 1, 2, 3, 4, 7)
+    """Whether autograd has to know of the call; torch.jit.trace writes down operators, and does not differentiate."""
+    return (
+        torch.is_grad_enabled()
+        and any(args[index] is not None and args[index].requires_grad for index in (0, 1, 2, 3, 4, 7))
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels._sizes import holds
 from ptkernels.ops.conv_bn_relu.reference import ACTIVATIONS, compute_dtype
 
 OP = "conv_bn_relu"
@@ -17,15 +18,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _holds(condition: Any) -> bool:
-    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
-
-    return expect_true(condition)
 
 
 def _check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
@@ -59,7 +51,7 @@ def _check_operands(input: Any, weight: Any) -> None:
         raise ValueError(f"{OP}: weight: got {weight.dim()} dimensions, expected {input.dim()} like input")
     if isinstance(input.size(1), int) and input.size(1) == 0:
         raise ValueError(f"{OP}: input: got shape {list(input.shape)}, expected at least one channel")
-    if not all(_holds(size >= 1) for size in weight.shape[2:]):
+    if not all(holds(size >= 1) for size in weight.shape[2:]):
         raise ValueError(f"{OP}: weight: got shape {list(weight.shape)}, expected a kernel of at least 1")
 
 
@@ -77,7 +69,7 @@ def spatial(name: str, value: Any, count: int, least: int) -> list[int]:
         value = tuple(value) * count
     if len(value) != count:
         raise ValueError(f"{OP}: {name}: got {len(value)} numbers, expected 1 or {count}")
-    if not all(_holds(number >= least) for number in value):
+    if not all(holds(number >= least) for number in value):
         raise ValueError(f"{OP}: {name}: got {list(value)}, expected numbers of at least {least}")
     return list(value)
 
@@ -87,14 +79,14 @@ def _check_groups(input: Tensor, weight: Tensor, groups: Any) -> None:
         raise TypeError(f"{OP}: groups: got {groups!r}, expected an int")
     if groups < 1:
         raise ValueError(f"{OP}: groups: got {groups}, expected at least 1")
-    if not _holds(input.size(1) % groups == 0):
+    if not holds(input.size(1) % groups == 0):
         raise ValueError(f"{OP}: groups: got {groups}, expected a divisor of input's {input.size(1)} channels")
-    if not _holds(weight.size(1) == input.size(1) // groups):
+    if not holds(weight.size(1) == input.size(1) // groups):
         raise ValueError(
             f"{OP}: weight: got {weight.size(1)} input channels per group, "
             f"expected {input.size(1) // groups}, input's {input.size(1)} in {groups} groups"
         )
-    if not _holds(weight.size(0) % groups == 0):
+    if not holds(weight.size(0) % groups == 0):
         raise ValueError(f"{OP}: groups: got {groups}, expected a divisor of weight's {weight.size(0)} channels")
 
 
@@ -105,7 +97,7 @@ def out_shape(
     space = []
     for size, kernel, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
         room = size + 2 * p - d * (kernel - 1) - 1
-        if not _holds(room >= 0):
+        if not holds(room >= 0):
             raise ValueError(
                 f"{OP}: input: got shape {list(input.shape)}, which with padding {list(padding)} is smaller than the "
                 f"dilated kernel of weight {list(weight.shape)}"
@@ -122,7 +114,7 @@ def _check_channels(name: str, vector: Any, input: Tensor, weight: Tensor) -> No
     if vector.dtype not in allowed:
         expected = " or ".join(map(_dtype_name, allowed))
         raise TypeError(f"{OP}: {name}: got dtype {_dtype_name(vector.dtype)}, expected {expected}")
-    if vector.dim() != 1 or not _holds(vector.size(0) == weight.size(0)):
+    if vector.dim() != 1 or not holds(vector.size(0) == weight.size(0)):
         raise ValueError(f"{OP}: {name}: got shape {list(vector.shape)}, expected [{weight.size(0)}], one per channel")
 
 
@@ -131,7 +123,7 @@ def _check_result(name: str, tensor: Any, input: Tensor, shape: Sequence[int]) -
     if tensor.dtype != input.dtype:
         got, expected = _dtype_name(tensor.dtype), _dtype_name(input.dtype)
         raise TypeError(f"{OP}: {name}: got dtype {got}, expected {expected} like input")
-    same = tensor.dim() == len(shape) and all(_holds(a == b) for a, b in zip(tensor.shape, shape, strict=True))
+    same = tensor.dim() == len(shape) and all(holds(a == b) for a, b in zip(tensor.shape, shape, strict=True))
     if not same:
         raise ValueError(f"{OP}: {name}: got shape {list(tensor.shape)}, expected {list(shape)} like the result")
 
@@ -212,7 +204,7 @@ def check_op_inputs(
         raise TypeError(f"{OP}: negative_slope: got {type(negative_slope).__name__}, expected float")
     if training and shape[1] != 0:
         count = shape[0] * math.prod(shape[2:])
-        if not _holds(count > 1):
+        if not holds(count > 1):
             raise ValueError(
                 f"{OP}: input: got shape {list(input.shape)}, expected more than one value per channel when training"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels._sizes import holds
 from ptkernels.ops.packed_rnn.reference import GATES, compute_dtype
 
 OP = "packed_rnn"
@@ -24,15 +25,6 @@ MEANING = {
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def holds(condition: Any) -> bool:
-    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
-
-    return expect_true(condition)
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from ptkernels import _backend
 from ptkernels._distributed import is_distributed
-from ptkernels.ops.packed_rnn import reference, routing
+from ptkernels.ops.packed_rnn import reference, routing, torchscript
 from ptkernels.ops.packed_rnn.checks import OP, check_layer, check_values
 from ptkernels.ops.packed_rnn.library import rnn_op
 from ptkernels.ops.packed_rnn.register import autocast
@@ -51,6 +51,11 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
         ValueError: a shape, a device or a length is wrong.
     """
     input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional = args
+    if torch._C._get_tracing_state() is not None and layout in ("time_first", "batch_first"):
+        traced: tuple[Tensor, Tensor, Tensor] = torchscript.padded_layer(
+            input, sizes, list(state), list(params), layout, mode, bidirectional
+        )
+        return traced
     if _is_plain(input, (*state, *params)):
         # The operator checks everything itself; what it refuses is looked at again for the error that names it best.
         try:
@@ -69,16 +74,31 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         input, *others = autocast(device_type, (input, *state, *params))
         state, params = others[: len(state)], others[len(state) :]
+    if not state and torch.compiler.is_exporting():
+        state = _zero_state(input, params, batch_size, mode, bidirectional)
     args = (input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     check_layer(op, *args)
-    traced = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
-    if not traced and not torch._C._are_functorch_transforms_active():
+    symbolic = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
+    if not symbolic and not torch._C._are_functorch_transforms_active():
         check_values(op, input, sizes, sorted_indices, batch_size, layout)
     if routing.runs_on_reference(op, input, state, params):
         with torch.autocast(device_type, enabled=False):
             return reference.layer(*args)
     output, h_n, c_n, _, _ = rnn_op(*args, False, recompute)
     return output, h_n, c_n
+
+
+def _zero_state(
+    input: Tensor, params: Sequence[Tensor], batch_size: int, mode: str, bidirectional: bool
+) -> list[Tensor]:
+    """The states that no states stand for: what AOTInductor compiles takes no empty list of tensors."""
+    directions = 2 if bidirectional else 1
+    each = len(params) // directions
+    gates = 1 if mode in ("tanh", "relu") else reference.GATES[mode]
+    projection = params[each - 1] if each % 2 else None
+    hidden = params[1].size(0) // gates
+    sizes = [hidden if projection is None else projection.size(0), *([hidden] if mode == "lstm" else [])]
+    return [input.new_zeros(directions, batch_size, size) for size in sizes]
 
 
 def as_op_arguments(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._distributed import is_distributed
+from ptkernels._sizes import holds
 from ptkernels.ops.quantized_matmul import checks, reference, register, routing
 from ptkernels.ops.quantized_matmul.library import DEVICES, embedding_op, linear_op
 from ptkernels.ops.quantized_matmul.quantize import quantize_weight
@@ -109,7 +110,7 @@ def _quantized_linear(
     spec, shape = qweight.spec, x.shape
     # What the operator would not notice; check_inputs words it.
     if (
-        not checks.holds(shape[-1] == qweight.in_features)
+        not holds(shape[-1] == qweight.in_features)
         or spec.is_static != (qweight.input_scale is not None)
         or any(tensor is not None and tensor.device != x.device for tensor in (qweight.codes, bias, residual))
         or (counts is None) != (qweight.experts is None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels._sizes import holds
 from ptkernels.ops.quantized_matmul.formats import CODE_FORMATS
 from ptkernels.ops.quantized_matmul.weight import OP, QuantizedWeight, check_weight
 
@@ -23,15 +24,6 @@ ACTIVATIONS = {
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def holds(condition: Any) -> bool:
-    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
-
-    return expect_true(condition)
 
 
 def _check_float(name: str, value: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ptkernels import _loader
 
@@ -17,3 +20,21 @@ DEVICES = tuple(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if torch._C._dispatch_has_kernel_for_dispatch_key("ptkernels::quantized_linear", key)
 )
+
+
+class LinearArguments(NamedTuple):
+    """What ``ptkernels::quantized_linear`` is called with; at the end, what is at its default may be missing."""
+
+    input: Tensor
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    code_format: str = "s8"
+    group_size: int = -1
+    quantize_input: bool = False
+    input_scale: Tensor | None = None
+    activation: str = "none"
+    out_dtype: torch.dtype | None = None
+    counts: Tensor | None = None

@@ -18,31 +18,19 @@ from ptkernels._triton import dispatch
 from ptkernels.ops.quantized_matmul import reference
 from ptkernels.ops.quantized_matmul.checks import check_op_inputs
 from ptkernels.ops.quantized_matmul.formats import dequantize
-from ptkernels.ops.quantized_matmul.library import backward_op, linear_op
+from ptkernels.ops.quantized_matmul.library import LinearArguments, backward_op, linear_op
 from ptkernels.ops.quantized_matmul.weight import OP
 
 FORWARD_MODE = "forward-mode differentiation has no kernel"
 
 
-def _fake_linear(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    code_format: str = "s8",
-    group_size: int = -1,
-    quantize_input: bool = False,
-    input_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-    counts: Tensor | None = None,
-) -> Tensor:
-    check_op_inputs("input", input, codes, scales, code_format, group_size, input.size(1))
+def _fake_linear(*args: Any, **kwargs: Any) -> Tensor:
+    given = LinearArguments(*args, **kwargs)
+    x, codes, counts = given.input, given.codes, given.counts
+    check_op_inputs("input", x, codes, given.scales, given.code_format, given.group_size, x.size(1))
     rows = codes.size(0) if counts is None else codes.size(0) // counts.size(0)
-    columns = rows // 2 if activation == "swiglu" else rows
-    return input.new_empty(input.size(0), columns, dtype=input.dtype if out_dtype is None else out_dtype)
+    columns = rows // 2 if given.activation == "swiglu" else rows
+    return x.new_empty(x.size(0), columns, dtype=given.out_dtype or x.dtype)
 
 
 def _fake_backward(

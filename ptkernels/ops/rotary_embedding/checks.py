@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptkernels._sizes import holds
+
 OP = "rotary_embedding"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,17 +18,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _holds(condition: Any) -> bool:
-    """Truth of a comparison of sizes; an undecidable symbolic one becomes an assumption of the trace."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import expect_true  # imports sympy: only when tracing has already
-
-    return expect_true(condition)
-
-
 def _same(sizes: Any, expected: Any) -> bool:
-    return len(sizes) == len(expected) and all(_holds(a == b) for a, b in zip(sizes, expected, strict=True))
+    return len(sizes) == len(expected) and all(holds(a == b) for a, b in zip(sizes, expected, strict=True))
 
 
 def _check_tensor(name: str, value: Any, like: Tensor | None, dtype: torch.dtype | None) -> None:
@@ -51,7 +44,7 @@ def _check_tables(cos: Any, sin: Any, query: Tensor) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{OP}: {name}: got a tensor that requires grad, expected {name}.detach()")
-    if cos.dim() != 2 or not _holds(2 * cos.size(1) <= query.size(3)):
+    if cos.dim() != 2 or not holds(2 * cos.size(1) <= query.size(3)):
         raise ValueError(f"{OP}: cos: got shape {list(cos.shape)}, expected [positions, up to {query.size(3) // 2}]")
     if not _same(sin.shape, cos.shape):
         raise ValueError(f"{OP}: sin: got shape {list(sin.shape)}, expected {list(cos.shape)} like cos")
@@ -60,7 +53,7 @@ def _check_tables(cos: Any, sin: Any, query: Tensor) -> None:
 def _check_positions(positions: Any, cos: Tensor, query: Tensor) -> None:
     batch, _, length, _ = query.shape
     if positions is None:
-        if not _holds(length <= cos.size(0)):
+        if not holds(length <= cos.size(0)):
             raise ValueError(f"{OP}: cos: got {cos.size(0)} positions, expected at least {length}, the length of query")
         return
     _check_tensor("positions", positions, query, torch.int64)
@@ -96,7 +89,7 @@ def check_inputs(
             raise ValueError(
                 f"{OP}: {name}: got {tensor.dim()} dimensions, expected 4: [batch, heads, length, head_dim]"
             )
-    if not all(_holds(key.size(dim) == query.size(dim)) for dim in (0, 2, 3)):
+    if not all(holds(key.size(dim) == query.size(dim)) for dim in (0, 2, 3)):
         batch, _, length, dim = query.shape
         raise ValueError(
             f"{OP}: key: got shape {list(key.shape)}, expected [{batch}, heads, {length}, {dim}] like query"
