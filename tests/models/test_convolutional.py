@@ -149,7 +149,7 @@ def test_early_stopping_restores_the_best() -> None:
     model = ConvNet()
     optimizer, scheduler = recipe(model)
     for group in optimizer.param_groups:
-        group["lr"] = 0.3  # far too much: it gets worse
+        group["lr"] = 30.0  # far too much: after a few epochs it only gets worse
     best, kept, waited, epochs = float("inf"), {}, 0, 0
     while waited < 10:
         train(model.train(), optimizer, scheduler, [(images[:32], classes[:32])])

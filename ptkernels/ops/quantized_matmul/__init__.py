@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ptkernels import _backend
+from ptkernels._autograd import in_transform
 from ptkernels._distributed import is_distributed
 from ptkernels._sizes import holds
 from ptkernels.ops.quantized_matmul import checks, reference, register, routing
@@ -129,22 +130,23 @@ def _quantized_linear(
                 raise ValueError("residual does not fit x")
             residual = _as_matrix(residual)
         x = _as_matrix(x)
-    out: Tensor = linear_op(
-        x,
-        qweight.codes,
-        qweight.scales,
-        qweight.zeros,
-        bias,
-        residual,
-        spec.code.name,
-        qweight.group_size,
-        spec.quantizes_input,
-        qweight.input_scale,
-        name,
-        out_dtype,
-        counts,
-    )
+    args = (
+        x, qweight.codes, qweight.scales, qweight.zeros, bias, residual, spec.code.name, qweight.group_size,
+        spec.quantizes_input, qweight.input_scale, name, out_dtype, counts,
+    )  # fmt: skip
+    out: Tensor
+    if torch.compiler.is_compiling() or in_transform() or _records(x, bias, residual):
+        out = linear_op(*args)
+    else:
+        # Nothing to record: the autograd kernel, which is Python, would double the latency.
+        with torch._C._AutoDispatchBelowAutograd():
+            out = linear_op(*args)
     return out if len(shape) == 2 else out.view(*shape[:-1], out.size(-1))
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of the call."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
