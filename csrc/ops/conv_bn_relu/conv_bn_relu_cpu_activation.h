@@ -137,6 +137,10 @@ template <class A>
 PTK_INLINE Vec<A> activation_gradient(Activation kind, Vec<A> u, Vec<A> grad, A slope) {
   if (kind == Activation::relu) return u > Vec<A>{} ? grad : Vec<A>{};
   if (kind == Activation::none) return grad;
+  if (kind == Activation::relu6) {
+    const Vec<A> zero{};
+    return u > zero ? (u < A(6) ? grad : zero) : zero;
+  }
   return grad * derivative_any<A>(kind, u, slope);
 }
 
