@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
 }
+_NAMES: dict[type[Any], str] = {kind: name for name, kind in ACTIVATIONS.items()}
 
 
 class _ConvBNReLU(nn.Module):
@@ -109,37 +110,35 @@ def fused(
     **options: Any,
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` with the parameters, buffers and options of torch's modules, as they are now."""
-    x = _pre_hooks(conv, x)
-    named = (name for name, kind in ACTIVATIONS.items() if isinstance(act, kind))
-    activation = act if isinstance(act, str) else next(named, "none")
+    if conv._forward_pre_hooks:
+        x = _pre_hooks(conv, x)
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
-    options.update(
-        residual=residual,
-        stride=conv.stride,
-        padding=padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        activation=activation,
-    )
-    if isinstance(act, nn.LeakyReLU):
-        options["negative_slope"] = act.negative_slope
+    options.update(stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups)
+    activation = act if isinstance(act, str) else _activation_name(act)
+    if activation == "leaky_relu" and not isinstance(act, str):
+        options["negative_slope"] = getattr(act, "negative_slope", 0.01)
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        return conv_bn_relu(x, conv.weight, conv.bias, **options)
+        return conv_bn_relu(x, conv.weight, conv.bias, residual=residual, activation=activation, **options)
     training = bn.training or bn.running_mean is None
     momentum = synchronized.momentum_of(bn)
     if synchronized.is_synchronized(bn):
-        activation = options.pop("activation")
-        residual = options.pop("residual")
         z = conv_bn_relu(x, conv.weight, conv.bias, activation="none", **options)
         u = synchronized.normalize(bn, z, momentum)
         u = u if residual is None else u + residual
         return reference.ACTIVATIONS[activation](u, options.get("negative_slope", 0.01)).to(z.dtype)
     running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
-    options.update(training=training, momentum=momentum, eps=bn.eps)
-    return conv_bn_relu(x, conv.weight, conv.bias, bn.weight, bn.bias, *running, **options)
+    return conv_bn_relu(
+        x, conv.weight, conv.bias, bn.weight, bn.bias, *running,
+        residual=residual, training=training, momentum=momentum, eps=bn.eps, activation=activation, **options,
+    )  # fmt: skip
+
+
+def _activation_name(act: nn.Module | None) -> str:
+    name = _NAMES.get(type(act))
+    return name or next((name for name, kind in ACTIVATIONS.items() if isinstance(act, kind)), "none")
 
 
 def _pre_hooks(conv: Any, x: Tensor) -> Tensor:

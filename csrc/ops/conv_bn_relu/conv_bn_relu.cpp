@@ -21,6 +21,7 @@ void check_memory(bool ok) {
 void convolve(const ConvArguments& call, ConvParams& params) {
   const ConvProblem& p = call.problem;
   const PackedConvLayout layout = kernels().packed_layout(p);
+  if (layout.bytes == 0) return check_memory(kernels().convolve(params));
   const size_t weight_bytes = call.weight.numel() * element_size(p.dtype);
   const PackedWeights packed({'c', static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, p.groups, p.kernel[0],
                               p.kernel[1], p.kernel[2], layout.kind, layout.bytes},

@@ -1,10 +1,12 @@
 // Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem.
 // Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
-#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise_planes.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad_direct.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_winograd.h"
 
+extern "C" char* getenv(const char*) noexcept;
 namespace ptk::PTK_ISA {
 namespace {
 
@@ -67,10 +69,27 @@ int64_t input_bytes(const ConvProblem& p) {
                                            : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
 }
 
+// Whether the kernel takes channels-first tensors as they are.
+template <class T>
+bool reads_planes(const ConvProblem& p, Layout out) {
+  if (p.layout != Layout::channels_first || out != Layout::channels_first || volume(p.out) == 1) return false;
+  static const int mode = [] { const char* e = getenv("PLANES"); return e ? e[0] - '0' : 1; }();
+  if (mode == 0) return false;
+  if (mode == 2) return !is_depthwise(p) || DepthwisePlanes<float>::fits(p);
+  if (is_depthwise(p)) return DepthwisePlanes<T>::fits(p) && DepthwisePlanes<T>::pays(p);
+  if constexpr (std::is_same_v<T, float>)
+    if (WinogradConv::fits(p, forward_gather(p))) return false;
+  return PlanesConv<T>::pays(p);
+}
+
 // Calls use(kernel) with the kernel that answers a problem.
 template <class T, class Use>
 auto with_kernel(const ConvProblem& p, const Gather& gather, const T* source, const T* weight,
                  const ConvResult<T>& result, const Use& use) {
+  if (reads_planes<T>(p, result.layout)) {
+    if (is_depthwise(p)) return use(DepthwisePlanes<T>(p, gather, source, weight, result));
+    return use(PlanesConv<T>(p, gather, source, weight, result));
+  }
   if (is_depthwise(p)) return use(DepthwiseConv<T>(gather, source, weight, result));
   if constexpr (std::is_same_v<T, float>)
     if (WinogradConv::fits(p, gather)) return use(WinogradConv(p, gather, source, weight, result));
@@ -88,7 +107,8 @@ bool pack_and_run(const Kernel& kernel, void* packed, bool is_packed) {
 
 template <class T>
 PackedConvLayout packed_layout_as(const ConvProblem& p) {
-  const ConvResult<T> result;
+  ConvResult<T> result;
+  result.layout = p.layout;
   return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, [](const auto& kernel) {
     return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()};
   });
@@ -98,7 +118,8 @@ template <class T>
 bool convolve_as(const ConvParams& params) {
   using A = Acc<T>;
   const ConvProblem& p = params.problem;
-  const SharedBuffer buffer(input_bytes<T>(p));
+  const bool planes = reads_planes<T>(p, params.out_layout);
+  const SharedBuffer buffer(planes ? 0 : input_bytes<T>(p));
   if (!buffer) return false;
   ConvResult<T> result;
   result.out = static_cast<T*>(params.out);
@@ -110,7 +131,7 @@ bool convolve_as(const ConvParams& params) {
   result.shift = static_cast<const A*>(params.shift);
   result.activation = p.activation;
   result.slope = static_cast<A>(p.slope);
-  const T* input = channels_last_input<T>(p, params.input, buffer);
+  const T* input = planes ? static_cast<const T*>(params.input) : channels_last_input<T>(p, params.input, buffer);
   const auto run = [&](const auto& kernel) {
     if (!params.batch_mean) return pack_and_run(kernel, params.packed, params.is_packed);
     const Blocks blocks = kernel.blocks();

@@ -9,30 +9,42 @@
 
 namespace ptk::PTK_ISA {
 
-// dst[c * ld_dst + r] = src[r * ld_src + c]
+// The bits of 16-bit elements in lanes of twice their size, on their way through a transposition.
+template <class Lane, class T>
+PTK_INLINE Vec<Lane> load_lanes(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return bit_cast<Vec<Lane>>(__builtin_convertvector(*reinterpret_cast<const HalfBitsUnaligned*>(p), Vec<uint32_t>));
+  } else {
+    return load(p);
+  }
+}
+template <class Lane, class T>
+PTK_INLINE void store_lanes(T* p, Vec<Lane> v) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(bit_cast<Vec<uint32_t>>(v), HalfBits);
+  } else {
+    store(p, v);
+  }
+}
+
+// dst[c * ld_dst + r] = src[r * ld_src + c] in squares of kLanes<float>, in registers; what is left one by one.
 template <class T>
 static void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
-  if constexpr (sizeof(T) >= 4) {
-    constexpr int lanes = kLanes<T>;
-    const int64_t full_rows = rows / lanes * lanes, full_columns = columns / lanes * lanes;
-    for (int64_t r = 0; r < full_rows; r += lanes) {
-      for (int64_t c = 0; c < full_columns; c += lanes) {
-        Vec<T> block[lanes];
-        for (int i = 0; i < lanes; ++i) block[i] = load(src + (r + i) * ld_src + c);
-        transpose<T>(block);
-        for (int i = 0; i < lanes; ++i) store(dst + (c + i) * ld_dst + r, block[i]);
-      }
-      for (int64_t c = full_columns; c < columns; ++c)
-        for (int i = 0; i < lanes; ++i) dst[c * ld_dst + r + i] = src[(r + i) * ld_src + c];
+  using Lane = std::conditional_t<sizeof(T) == 8, double, float>;
+  constexpr int lanes = kLanes<Lane>;
+  const int64_t full_rows = rows / lanes * lanes, full_columns = columns / lanes * lanes;
+  for (int64_t r = 0; r < full_rows; r += lanes) {
+    for (int64_t c = 0; c < full_columns; c += lanes) {
+      Vec<Lane> block[lanes];
+      for (int i = 0; i < lanes; ++i) block[i] = load_lanes<Lane>(src + (r + i) * ld_src + c);
+      transpose<Lane>(block);
+      for (int i = 0; i < lanes; ++i) store_lanes<Lane>(dst + (c + i) * ld_dst + r, block[i]);
     }
-    for (int64_t r = full_rows; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
-  } else {
-    // Sixteen rows are as many cache lines at a time.
-    for (int64_t r0 = 0; r0 < rows; r0 += 16)
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = r0; r < least(rows, r0 + 16); ++r) dst[c * ld_dst + r] = src[r * ld_src + c];
+    for (int64_t c = full_columns; c < columns; ++c)
+      for (int i = 0; i < lanes; ++i) dst[c * ld_dst + r + i] = src[(r + i) * ld_src + c];
   }
+  for (int64_t r = full_rows; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
 }
 
 // Calls body(image, first pixel in the image, first pixel of the run, pixels) for the images that pixels [begin, end)

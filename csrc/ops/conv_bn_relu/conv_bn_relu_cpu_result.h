@@ -39,6 +39,14 @@ struct ConvResult {
     return v;
   }
 
+  // The same of one channel, for many positions of it.
+  inline __attribute__((always_inline)) Vectors of(int64_t c) const {
+    Vectors v{};
+    if (bias) v.bias = broadcast(bias[c]);
+    if (mean) v.mean = broadcast(mean[c]), v.scale = broadcast(scale[c]), v.shift = broadcast(shift[c]);
+    return v;
+  }
+
   // Stores `valid` channels of one position at the address of `out_at`, as Normalize does in a pass of its own.
   inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at, T* out_at,
                                                     int64_t valid) const {

@@ -9,6 +9,9 @@ namespace ptk::PTK_ISA {
 // Channels of a part: a multiple of the engine's kKStep and of a cache line.
 inline constexpr int64_t kPackedChannels = 32;
 
+// How far weights are fetched before they are read, in elements.
+inline constexpr int64_t kAhead = 128;
+
 // loose[channel][tap][column] of `channels` source channels from `first` and of the panel whose first result channel is
 // n0, zeros behind its `columns`. Taps are counted as in the weight tensor, which begins at `weight`.
 template <class T>
@@ -25,13 +28,22 @@ static void load_weights(const Gather& g, const T* weight, int64_t n0, int64_t c
     for (; n + lanes <= columns; n += lanes)
       for (int64_t k = 0; k < done; k += lanes) {
         Vec<A> rows[lanes];
-        for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(weight + (n + i) * g.weight_result + k);
+        for (int64_t i = 0; i < lanes; ++i) {
+          const T* from = weight + (n + i) * g.weight_result + k;
+          // A row is too short for the processor to see where it leads.
+          __builtin_prefetch(from + kAhead);
+          rows[i] = load_as(from);
+        }
         transpose<A>(rows);
         for (int64_t i = 0; i < lanes; ++i) store(loose + (k + i) * nr + n, rows[i]);
       }
   }
   const int64_t full = n;
-  if (g.weight_result == taps && taps <= lanes) {
+  if (g.weight_result == 1 && taps == 1) {
+    // Columns are neighbours.
+    for (; n + lanes <= columns; n += lanes)
+      for (int64_t c = 0; c < channels; ++c) store(loose + c * nr + n, load_as(weight + c * g.weight_source + n));
+  } else if (g.weight_result == taps && taps <= lanes) {
     // Columns and taps of a channel are neighbours: of `lanes` columns, as many taps as there are, and what is read
     // beyond them is not used. The last columns are left out, where that might lie behind the tensor.
     for (; n + 2 * lanes <= columns || (n + lanes <= columns && taps == lanes); n += lanes)

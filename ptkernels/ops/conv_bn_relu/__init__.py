@@ -112,11 +112,12 @@ def conv_bn_relu(
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
     results = None
-    if _is_plain(training, momentum, eps, stride, padding, dilation, groups, negative_slope):
-        space = input.dim() - 2 if isinstance(input, Tensor) else 0
+    space = input.dim() - 2 if isinstance(input, Tensor) else 0
+    lists = [_plain_list(value, space) for value in (stride, padding, dilation)]
+    if None not in lists and _is_plain(training, momentum, eps, groups, negative_slope):
         args = (
             input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, eps,
-            [stride] * space, [padding] * space, [dilation] * space, groups, activation, negative_slope,
+            *lists, groups, activation, negative_slope,
         )  # fmt: skip
         with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             if _records(args):
@@ -140,14 +141,22 @@ def conv_bn_relu(
     return out
 
 
-def _is_plain(training: Any, momentum: Any, eps: Any, *numbers: Any) -> bool:
+def _plain_list(value: Any, space: int) -> list[int] | None:
+    """One int, or one per dimension of space, as the operator takes them; None for anything else."""
+    if type(value) is int:
+        return [value] * space
+    if type(value) is tuple and list(map(type, value)) == [int] * space:
+        return list(value)
+    return None
+
+
+def _is_plain(training: Any, momentum: Any, eps: Any, groups: Any, slope: Any) -> bool:
     """Whether the operator can be called with these arguments as they are, as far as it would not notice itself."""
-    *integers, slope = numbers
     return (
         type(training) is bool
         and type(momentum) is type(eps) is type(slope) is float
         and 0.0 <= momentum < math.inf
-        and all(type(number) is int for number in integers)
+        and type(groups) is int
         and _backend.state.backend is None
         and not torch.compiler.is_compiling()
         and not in_transform()

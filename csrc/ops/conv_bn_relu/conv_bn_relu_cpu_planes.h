@@ -1,0 +1,276 @@
+// Convolution of channels-first tensors as they lie: no transposition on the way in or out.
+//
+//   equation  out[o, p] = sum over k of weight[o, k] * source[channel of k, p moved by the tap of k]
+//             rows are result channels, columns positions, depth source channels, then taps: a row of the weight tensor
+//
+//   layout    A is the weight, copied a block at a time on its way to L2: nothing is kept from call to call. B is packed
+//             a step of depth at a time: row k of a panel is kNr positions of one plane, moved by one tap, put together
+//             of the runs of positions that lie side by side in the plane. Results leave for their planes from the
+//             registers.
+//
+//   tiling    up to kColumns positions x kRows channels per item; B of one step of depth and a block of A lie in L2;
+//             sums of all but the last step wait there too.
+//
+//   threads   items are dealt out by a counter. The order of a sum depends on neither their size nor the threads.
+#pragma once
+
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_lines.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_result.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_runs.h"
+
+namespace ptk::PTK_ISA {
+
+// Rows of a matrix product are channels, columns positions.
+template <class T>
+struct PlanesEpilogue {
+  using A = Acc<T>;
+  static constexpr bool kLarge = true, kStrip = true;
+  const A* partial;
+  int64_t ld_partial;
+  const ConvResult<T>& result;
+  int64_t channel;         // of row 0
+  int64_t space;           // elements of a plane
+  const int64_t* offsets;  // of every position in channel 0
+
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t valid) const {
+    store_one(result, result.of(channel + row), row, column, sums, valid);
+  }
+
+  // Sums of rows [row, row + rows), two vectors to a row. The common activations have a copy each.
+  void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
+    switch (result.activation) {
+    case Activation::none:
+      return store_rows(Activation::none, rows, row, column, columns, sums);
+    case Activation::relu:
+      return store_rows(Activation::relu, rows, row, column, columns, sums);
+    case Activation::relu6:
+      return store_rows(Activation::relu6, rows, row, column, columns, sums);
+    default:
+      return store_rows(result.activation, rows, row, column, columns, sums);
+    }
+  }
+
+private:
+  static constexpr int64_t kLane = kLanes<A>;
+  using Vectors = typename ConvResult<T>::Vectors;
+
+  bool is_side_by_side(int64_t column, int64_t count) const {
+    return offsets[column + count - 1] - offsets[column] == count - 1;
+  }
+
+  inline __attribute__((always_inline)) void store_rows(Activation activation, int rows, int64_t row, int64_t column,
+                                                        int64_t columns, const A* sums) const {
+    // Of its own, so that no store can be thought to change it.
+    ConvResult<T> r = result;
+    r.activation = activation;
+    if (columns >= 2 * kLane && is_side_by_side(column, 2 * kLane)) {
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < rows; ++i, sums += 2 * kLane) {
+        const Vectors v = r.of(channel + row + i);
+        const int64_t at = (channel + row + i) * space + offsets[column];
+        store_side_by_side(r, v, at, row + i, column, load(sums), kLane);
+        store_side_by_side(r, v, at + kLane, row + i, column + kLane, load(sums + kLane), kLane);
+      }
+      return;
+    }
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < rows; ++i, sums += 2 * kLane) {
+      const Vectors v = r.of(channel + row + i);
+      store_one(r, v, row + i, column, load(sums), least(columns, kLane));
+      if (columns > kLane) store_one(r, v, row + i, column + kLane, load(sums + kLane), least(columns - kLane, kLane));
+    }
+  }
+
+  inline __attribute__((always_inline)) void store_side_by_side(const ConvResult<T>& r, const Vectors& v, int64_t at,
+                                                                int64_t row, int64_t column, Vec<A> sums,
+                                                                int64_t valid) const {
+    if (partial) sums += load(partial + row * ld_partial + column);
+    r.finish(sums, v, r.residual ? r.residual + at : nullptr, r.out + at, valid);
+  }
+
+  inline __attribute__((always_inline)) void store_one(const ConvResult<T>& r, const Vectors& v, int64_t row,
+                                                       int64_t column, Vec<A> sums, int64_t valid) const {
+    const int64_t plane = (channel + row) * space;
+    if (is_side_by_side(column, valid))
+      return store_side_by_side(r, v, plane + offsets[column], row, column, sums, valid);
+    // Positions of several images.
+    T out[kLane], residual[kLane] = {};
+    if (partial) sums += load(partial + row * ld_partial + column);
+    if (r.residual)
+      for (int64_t i = 0; i < valid; ++i) residual[i] = r.residual[plane + offsets[column + i]];
+    r.finish(sums, v, r.residual ? residual : nullptr, out, kLane);
+    for (int64_t i = 0; i < valid; ++i) r.out[plane + offsets[column + i]] = out[i];
+  }
+};
+
+template <class T>
+class PlanesConv {
+  using E = Element<T>;
+  using A = Acc<T>;
+  using Traits = GemmTraits<T>;
+  static constexpr int64_t kDepth = 384, kColumns = 4 * Traits::kNr, kRows = 512;
+  static constexpr int64_t kBlockRows = round_up(112, Traits::kMr);
+
+public:
+  PlanesConv(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
+             const ConvResult<T>& result)
+      : p_(problem), g_(gather), source_(source), weight_(weight), r_(result), taps_(gather.taps()),
+        space_(volume(problem.out)) {
+    const int64_t even = Traits::kKStep;
+    step_channels_ = least(g_.group_source(), most(even, kDepth / most(1, taps_) / even * even));
+    // A convolution whose window no tap reaches still has a result.
+    steps_ = most(1, (g_.group_source() + most(1, step_channels_) - 1) / most(1, step_channels_));
+    const int64_t wanted = 2 * num_threads();
+    columns_ = least(kColumns, round_up(g_.positions(), Traits::kNr));
+    rows_ = least(kRows, round_up(g_.group_result(), Traits::kMr));
+    while (columns_ > Traits::kNr && items() < wanted) columns_ -= Traits::kNr;
+    while (rows_ > kBlockRows && items() < wanted) rows_ = round_up(rows_ / 2, Traits::kMr);
+  }
+
+  // With taps, every position is copied once for each of them. That costs less than a transposition and the padding of
+  // channels to vectors where there are few.
+  static bool pays(const ConvProblem& p) {
+    const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
+    return volume(p.kernel) == 1 || 2 * round_up(out, Traits::kNr) >= 3 * out || (sizeof(T) == 2 && in < 16);
+  }
+
+  static int64_t packed_kind() { return 0; }
+  static int64_t packed_bytes() { return 0; }
+  static bool pack(void*) { return true; }
+
+  bool run(const void*) const {
+    bool ok = true;
+    const int64_t columns = column_blocks(), rows = row_blocks();
+    parallel_items(items(), [&](int64_t i) {
+      if (!item(i / (columns * rows), i / columns % rows * rows_, i % columns * columns_))
+        __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    });
+    return ok;
+  }
+
+  Blocks blocks() const { return {columns_, most(1, g_.positions()), g_.positions()}; }
+
+private:
+  int64_t column_blocks() const { return (g_.positions() + columns_ - 1) / columns_; }
+  int64_t row_blocks() const { return (g_.group_result() + rows_ - 1) / rows_; }
+  int64_t items() const { return g_.groups * column_blocks() * row_blocks(); }
+  int64_t step_depth() const { return step_channels_ * taps_; }
+  int64_t panel_stride() const { return padded_k<T>(step_depth()) * Traits::kNr; }
+  // Not a power of two, or rows would meet in one set of the cache.
+  int64_t lda() const { return padded_k<T>(step_depth()) + 64 / static_cast<int64_t>(sizeof(E)); }
+
+  struct Scratch {
+    E *a, *b;
+    A* partial;
+    T* loose;
+    Position* positions;
+    int64_t* offsets;
+    Run* runs;
+    TapRuns* taps;
+  };
+  Scratch carve(Carver& carver) const {
+    Scratch s;
+    s.a = carver.take<E>(round_up(kBlockRows, 32) * lda());
+    s.b = carver.take<E>(columns_ / Traits::kNr * panel_stride());
+    s.partial = carver.take<A>(steps_ > 1 ? rows_ * columns_ : 0);
+    s.loose = carver.take<T>(kCopiesRows ? step_depth() * Traits::kNr : 0);
+    s.positions = carver.take<Position>(columns_);
+    s.offsets = carver.take<int64_t>(columns_);
+    s.runs = carver.take<Run>(taps_ * Traits::kNr);
+    s.taps = carver.take<TapRuns>(taps_);
+    return s;
+  }
+
+  bool item(int64_t group, int64_t row, int64_t column) const {
+    Carver count;
+    carve(count);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    const Scratch s = carve(carver);
+    TileScope tiles;
+    const int64_t columns = least(columns_, g_.positions() - column), rows = least(rows_, g_.group_result() - row);
+    locate(g_, column, columns, s.positions);
+    // `out` counts pixels of the batch.
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t image = s.positions[i].image;
+      s.offsets[i] = s.positions[i].out + image * (g_.result_channels - 1) * space_;
+    }
+    for (int64_t i = 0; i < steps_; ++i) {
+      const int64_t channel = i * step_channels_, channels = least(step_channels_, g_.group_source() - channel);
+      pack_columns(s, group * g_.group_source() + channel, channels, columns);
+      for (int64_t r = 0; r < rows; r += kBlockRows)
+        multiply(s, group, row + r, least(kBlockRows, rows - r), columns, i, s.partial + r * columns_);
+    }
+    release_large_scratch();
+    return true;
+  }
+
+  void multiply(const Scratch& s, int64_t group, int64_t row, int64_t rows, int64_t columns, int64_t step,
+                A* partial) const {
+    const int64_t channel = step * step_channels_, channels = least(step_channels_, g_.group_source() - channel);
+    const int64_t k = channels * taps_;
+    const T* weight = weight_ + weight_offset(p_, group) + row * g_.weight_result + channel * g_.weight_source;
+    pack_a<T>(weight, g_.weight_result, 1, rows, k, s.a, lda());
+    const auto run = [&](const auto& epilogue) {
+      gemm<T>(rows, columns, k, s.a, lda(), s.b, panel_stride(), epilogue);
+    };
+    if (step + 1 == steps_) {
+      run(PlanesEpilogue<T>{step ? partial : nullptr, columns_, r_, group * g_.group_result() + row, space_,
+                            s.offsets});
+    } else if (step == 0) {
+      run(StoreSums<A>{partial, columns_});
+    } else {
+      run(AddSums<A>{partial, columns_});
+    }
+  }
+
+  // Rows that the engine takes as they lie need no second copy.
+  static constexpr bool kCopiesRows = !std::is_same_v<E, T> || Traits::kPack > 1;
+
+  // Depth of one step, for `columns` positions.
+  void pack_columns(const Scratch& s, int64_t channel, int64_t channels, int64_t columns) const {
+    constexpr int64_t nr = Traits::kNr;
+    const int64_t plane = volume(p_.in), k = channels * taps_;
+    const T* planes = source_ + channel * plane;
+    int64_t n = 0;
+    if (g_.is_pointwise()) {
+      for (; n + nr <= columns && s.offsets[n + nr - 1] - s.offsets[0] == n + nr - 1; n += nr) {}
+      const int64_t image = s.positions[0].image;
+      const T* from = planes + image * (g_.source_channels - 1) * plane + s.positions[0].out;
+      pack_side_by_side(from, plane, k, n, s.b);
+    }
+    for (; n < columns; n += nr) {
+      E* panel = s.b + n / nr * panel_stride();
+      find_runs<nr>(g_, s.positions + n, least(nr, columns - n), s.runs, s.taps);
+      if constexpr (kCopiesRows) {
+        copy_runs(planes, plane, channels, taps_, g_.axis[2].step, s.runs, s.taps, s.loose, nr);
+        pack_b_panel<T>(s.loose, nr, 1, k, nr, panel, padded_k<T>(k));
+      } else {
+        copy_runs(planes, plane, channels, taps_, g_.axis[2].step, s.runs, s.taps, panel, nr);
+      }
+    }
+  }
+
+  // Whole panels of positions that follow each other in every plane: a few channels at a time, so that a plane is read
+  // once, and those that come next are on their way.
+  void pack_side_by_side(const T* from, int64_t plane, int64_t k, int64_t columns, E* to) const {
+    constexpr int64_t nr = Traits::kNr, few = most(8, Traits::kKStep), line = 64 / sizeof(T);
+    for (int64_t i = 0; i < k; i += few) {
+      const int64_t depth = least(few, k - i);
+      for (int64_t next = i + few; next < least(k, i + 2 * few); ++next)
+        for (int64_t n = 0; n < columns; n += line) __builtin_prefetch(from + next * plane + n);
+      for (int64_t n = 0; n < columns; n += nr)
+        pack_b_panel<T>(from + i * plane + n, plane, 1, depth, nr, to + n / nr * panel_stride() + i * nr,
+                        padded_k<T>(depth));
+    }
+  }
+
+  const ConvProblem& p_;
+  const Gather g_;
+  const T *source_, *weight_;
+  const ConvResult<T>& r_;
+  const int64_t taps_, space_;
+  int64_t step_channels_ = 0, steps_ = 1, columns_ = 0, rows_ = 0;
+};
+
+}  // namespace ptk::PTK_ISA
