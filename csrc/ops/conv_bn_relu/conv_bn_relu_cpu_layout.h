@@ -95,17 +95,17 @@ static void to_channels_first(const T* rows, T* planes, int64_t batch, int64_t c
   });
 }
 
-// Memory of one call, shared by its threads; freed at the end of the scope.
+// Memory of one call, shared by its threads.
 class SharedBuffer {
 public:
-  explicit SharedBuffer(int64_t bytes) : memory_(__builtin_malloc(bytes + 64)) {}
-  ~SharedBuffer() { __builtin_free(memory_); }
+  explicit SharedBuffer(int64_t bytes) : memory_(borrow_block(bytes)) {}
+  ~SharedBuffer() { return_block(memory_); }
   SharedBuffer(const SharedBuffer&) = delete;
   SharedBuffer& operator=(const SharedBuffer&) = delete;
   explicit operator bool() const { return memory_ != nullptr; }
   template <class U>
   U* as() const {
-    return reinterpret_cast<U*>(round_up(reinterpret_cast<intptr_t>(memory_), 64));
+    return static_cast<U*>(memory_);
   }
 
 private:

@@ -18,14 +18,15 @@ template <class T>
 static void load_weights(const Gather& g, const T* weight, int64_t n0, int64_t columns, int64_t first, int64_t channels,
                          Acc<T>* loose) {
   using A = Acc<T>;
-  constexpr int64_t nr = GemmTraits<T>::kNr, lanes = kLanes<A>;
-  const int64_t taps = volume(g.kernel), depth = channels * taps;
+  constexpr int64_t nr = GemmTraits<T>::kNr, lanes = kLanes<A>, line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t taps = volume(g.kernel), depth = channels * taps, whole = columns / lanes * lanes;
   weight += n0 * g.weight_result + first * g.weight_source;
-  int64_t n = 0, done = 0;
+  // Elements of depth below `done` have their first `whole` columns.
+  int64_t done = 0;
   if (g.weight_source == taps) {
     // Channels and taps of a column are neighbours.
     done = depth / lanes * lanes;
-    for (; n + lanes <= columns; n += lanes)
+    for (int64_t n = 0; n < whole; n += lanes)
       for (int64_t k = 0; k < done; k += lanes) {
         Vec<A> rows[lanes];
         for (int64_t i = 0; i < lanes; ++i) {
@@ -37,30 +38,32 @@ static void load_weights(const Gather& g, const T* weight, int64_t n0, int64_t c
         transpose<A>(rows);
         for (int64_t i = 0; i < lanes; ++i) store(loose + (k + i) * nr + n, rows[i]);
       }
-  }
-  const int64_t full = n;
-  if (g.weight_result == 1 && taps == 1) {
-    // Columns are neighbours.
-    for (; n + lanes <= columns; n += lanes)
-      for (int64_t c = 0; c < channels; ++c) store(loose + c * nr + n, load_as(weight + c * g.weight_source + n));
   } else if (g.weight_result == taps && taps <= lanes) {
     // Columns and taps of a channel are neighbours: of `lanes` columns, as many taps as there are, and what is read
-    // beyond them is not used. The last columns are left out, where that might lie behind the tensor.
-    for (; n + 2 * lanes <= columns || (n + lanes <= columns && taps == lanes); n += lanes)
-      for (int64_t c = 0; c < channels; ++c) {
+    // beyond them is not used. The tensor's last channel is left out, where that might lie behind it.
+    const int64_t ends = taps == 1 || first + channels < g.group_source() ? channels : channels - 1;
+    done = ends * taps;
+    for (int64_t c = 0; c < ends; ++c) {
+      const T* from = weight + c * g.weight_source;
+      for (int64_t i = 0; i < columns * taps; i += line) __builtin_prefetch(from + 2 * g.weight_source + i);
+      A* to = loose + c * taps * nr;
+      for (int64_t n = 0; n < whole; n += lanes) {
+        if (taps == 1) {
+          store(to + n, load_as(from + n));
+          continue;
+        }
         Vec<A> rows[lanes];
-        for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(weight + c * g.weight_source + (n + i) * taps);
+        for (int64_t i = 0; i < lanes; ++i) rows[i] = load_as(from + (n + i) * taps);
         transpose<A>(rows);
-        for (int64_t tap = 0; tap < taps; ++tap) store(loose + (c * taps + tap) * nr + n, rows[tap]);
+        for (int64_t tap = 0; tap < taps; ++tap) store(to + tap * nr + n, rows[tap]);
       }
+    }
   }
-  const int64_t begun = n;
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t tap = 0; tap < taps; ++tap) {
+  for (int64_t c = 0, k = 0; c < channels; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap, ++k) {
       const T* from = weight + c * g.weight_source + tap;
-      A* to = loose + (c * taps + tap) * nr;
-      for (int64_t i = c * taps + tap < done ? full : begun > full ? begun : 0; i < columns; ++i)
-        to[i] = load_scalar(from + i * g.weight_result);
+      A* to = loose + k * nr;
+      for (int64_t i = k < done ? whole : 0; i < columns; ++i) to[i] = load_scalar(from + i * g.weight_result);
       for (int64_t i = columns; i < nr; ++i) to[i] = A(0);
     }
 }

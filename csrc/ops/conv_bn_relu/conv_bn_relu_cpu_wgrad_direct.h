@@ -12,6 +12,7 @@
 //
 //   tiling   an item is a part of the columns (input channels) and a segment of the lines, long ones cut into pieces.
 //            Its sums, [tap][output channel][column], stay in L2; a chunk of lines passes by all of them at a time.
+//            Where one chunk is all there is, sums of a strip and two vectors go to the weights at once, from L1.
 //
 //   threads  the segments are a function of the problem alone, and are added up in order.
 #pragma once
@@ -44,13 +45,17 @@ public:
     const int64_t segments = least(chunks, (kItems + parts_ * g_.groups - 1) / (parts_ * g_.groups));
     segment_ = (chunks + segments - 1) / segments * chunk_;
     segments_ = (lines_ + segment_ - 1) / segment_;
+    is_single_ = lines_ <= chunk_ && !merges_;
+    ld_sums_ = is_single_ ? kNr : part_;
+    tile_stride_ = is_single_ ? kMr * kNr : outputs() * part_;
   }
 
   // False when memory ran out.
   bool run() const {
     if (tiles_ * columns_ == 0) return true;
     const int64_t items = parts_ * g_.groups;
-    const SharedBuffer sums(items * segments_ * sums_size() * static_cast<int64_t>(sizeof(T)));
+    const int64_t sums_count = is_single_ ? 0 : items * segments_ * sums_size();
+    const SharedBuffer sums(sums_count * static_cast<int64_t>(sizeof(T)));
     const SharedBuffer padded(merges_ ? (padded_size() + kNr) * static_cast<int64_t>(sizeof(T)) : 0);
     if (!sums || !padded) return false;
     if (merges_) pad(padded.as<T>());
@@ -60,14 +65,14 @@ public:
       if (!item(source, i / segments_, i % segments_, sums.as<T>() + i * sums_size()))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
-    if (!ok) return false;
+    if (!ok || is_single_) return ok;
     parallel_items(g_.result_channels, [&](int64_t o) { finish(o, sums.as<T>()); });
     return true;
   }
 
 private:
   // Enough items for many cores, few enough that their sums stay small.
-  static constexpr int64_t kItems = 16, kMaxLines = 16, kPositions = 112;
+  static constexpr int64_t kItems = 16, kMaxLines = 16, kPositions = 128;
   static constexpr int64_t kSumsBytes = PTK_ISA_LEVEL >= 2 ? 768 * 1024 : 256 * 1024;
 
   int64_t outputs() const { return g_.group_result(); }
@@ -138,15 +143,18 @@ private:
       for (int64_t c = 0; c < columns; c += kNr) {
         const int64_t channel = group * g_.group_source() + first + c, valid = least(kNr, columns - c);
         if (brings_source()) bring_source(s.runs[0], channel, valid, s.source);
-        for (int64_t o = 0; o < outputs(); o += kMr)
+        for (int64_t o = 0; o < outputs(); o += kMr) {
+          const int64_t rows = least(kMr, outputs() - o);
+          T* to = is_single_ ? s.sums : sums + o * part_ + c;
           for (int64_t tile = 0; tile < tiles_; ++tile) {
-            T* to = sums + (tile * outputs() + o) * part_ + c;
-            const int64_t rows = least(kMr, outputs() - o);
+            T* tile_sums = to + tile * tile_stride_;
             if (begin == start)
-              for (int64_t m = 0; m < rows; ++m) std::memset(to + m * part_, 0, kNr * sizeof(T));
+              for (int64_t m = 0; m < rows; ++m) std::memset(tile_sums + m * ld_sums_, 0, kNr * sizeof(T));
             add_rows(s.runs[tile], s.grad + o / kMr * kPositions * kLd, rows, brings_source() ? s.source : nullptr,
-                     channel, valid, to);
+                     channel, valid, tile_sums);
           }
+          if (is_single_) write_rows(to, rows, valid, group * outputs() + o, first + c);
+        }
       }
     }
     release_large_scratch();
@@ -159,13 +167,14 @@ private:
 
   struct Scratch {
     Runs* runs;
-    T *grad, *source;
+    T *grad, *source, *sums;
   };
   Scratch carve(Carver& carver) const {
     Scratch s;
     s.runs = carver.take<Runs>(tiles_);
     s.grad = carver.take<T>((outputs() + kMr - 1) / kMr * kPositions * kLd + kLd);
     s.source = carver.take<T>(brings_source() ? kPositions * kNr : 0);
+    s.sums = carver.take<T>(is_single_ ? tiles_ * tile_stride_ : 0);
     return s;
   }
 
@@ -204,7 +213,7 @@ private:
     const auto step = [&]<int M>() {
       if (rows < M) return;
       add_columns<M>(runs, grad, source, c, columns, sums);
-      grad += M, rows -= M, sums += M * part_;
+      grad += M, rows -= M, sums += M * ld_sums_;
     };
     if constexpr (kMr > 8) step.template operator()<8>();
     step.template operator()<4>();
@@ -232,7 +241,7 @@ private:
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[m][n] = load(sums + m * part_ + n * kLane);
+      for (int n = 0; n < N; ++n) sum[m][n] = load(sums + m * ld_sums_ + n * kLane);
     const T* source = brought;
     for (int64_t r = 0; r < runs.count; ++r) {
       const T* rows = grad + runs.list[r].row * kLd;
@@ -250,7 +259,7 @@ private:
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) store(sums + m * part_ + n * kLane, sum[m][n]);
+      for (int n = 0; n < N; ++n) store(sums + m * ld_sums_ + n * kLane, sum[m][n]);
   }
 
   template <int M, int N>
@@ -278,7 +287,7 @@ private:
         if (merges_) {
           for (int64_t tile = 0; tile < tiles_; ++tile) {
             T lanes[kLane];
-            store(lanes, total(from + tile * outputs() * part_ + c));
+            store(lanes, total(from + tile * tile_stride_ + c));
             for (int64_t i = 0; i < valid; ++i) {
               const int64_t column = first + c + i;
               weight[column % channels() * taps + tile * g_.axis[2].taps + column / channels()] = lanes[i];
@@ -289,6 +298,14 @@ private:
         }
       }
     }
+  }
+
+  // Sums of a strip of output channels, complete, to the weights of input channels from `column`.
+  void write_rows(const T* sums, int64_t rows, int64_t columns, int64_t channel, int64_t column) const {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t c = 0; c < columns; c += kLane)
+        write_taps(sums + m * kNr + c, least(kLane, columns - c),
+                   grad_weight_ + ((channel + m) * g_.group_source() + column + c) * tiles_);
   }
 
   V total(const T* sums) const {
@@ -304,7 +321,7 @@ private:
     for (int64_t first = 0; first < taps; first += kLane) {
       const int64_t count = least(kLane, taps - first);
       V rows[kLane];
-      for (int64_t i = 0; i < kLane; ++i) rows[i] = i < count ? total(sums + (first + i) * outputs() * part_) : V{};
+      for (int64_t i = 0; i < kLane; ++i) rows[i] = i < count ? total(sums + (first + i) * tile_stride_) : V{};
       transpose<T>(rows);
       for (int64_t i = 0; i < valid; ++i) store_partial(weight + i * taps + first, rows[i], count);
     }
@@ -314,7 +331,9 @@ private:
   const T *source_, *grad_;
   T* grad_weight_;
   const bool merges_;
+  bool is_single_;  // one chunk of lines is all there is
   int64_t padded_width_, pieces_, columns_, tiles_, part_, parts_, lines_, chunk_, segment_, segments_;
+  int64_t ld_sums_, tile_stride_;
 };
 
 }  // namespace ptk::PTK_ISA
