@@ -45,7 +45,7 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   const Channels bias_channels = call.channels("bias", bias);
   Tensor out = call.empty_result(p.layout);
   const bool keeps_conv = training || save_conv;
-  Tensor conv = keeps_conv ? call.empty_result(Layout::channels_last) : call.empty_vector(0);
+  Tensor conv = keeps_conv ? call.empty_result(conv_layout(p)) : call.empty_vector(0);
   Tensor mean = call.empty_vector(training ? p.out_channels : 0);
   Tensor var = call.empty_vector(training ? p.out_channels : 0);
   const Tensor nothing = call.empty_vector(0);
@@ -76,7 +76,7 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   params.problem.activation = Activation::none;
   params.bias = bias_channels.data();
   params.out = conv.mutable_data_ptr();
-  params.out_layout = Layout::channels_last;
+  params.out_layout = conv_layout(p);
   if (training) {
     PTK_CHECK(p.batch * volume(p.out) > 1,
               "conv_bn_relu: input: got one value per channel, expected more when training");
@@ -113,7 +113,7 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
   }
   if (conv) {
     call.check_result("conv", *conv);
-    conv = call.in_layout(*conv, Layout::channels_last);
+    conv = call.in_layout(*conv, conv_layout(p));
   }
   grad_out = call.in_layout(grad_out, p.layout);
 
@@ -134,7 +134,7 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
     return gradients;
   }
   if (!conv) {
-    conv = call.empty_result(Layout::channels_last);
+    conv = call.empty_result(conv_layout(p));
     ConvParams params;
     params.problem = p;
     params.problem.activation = Activation::none;
@@ -142,14 +142,14 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
     params.weight = call.weight.const_data_ptr();
     params.bias = bias_channels.data();
     params.out = conv->mutable_data_ptr();
-    params.out_layout = Layout::channels_last;
+    params.out_layout = conv_layout(p);
     check_memory(kernels().convolve(params));
   }
 
   const bool needs_grad_conv = grad_input || grad_weight;
   std::optional<Tensor> grad_conv;
   if (needs_grad_conv) {
-    grad_conv = call.empty_result(Layout::channels_last);
+    grad_conv = call.empty_result(conv_layout(p));
   }
   Channels sum_du(p.dtype, p.out_channels), sum_du_xhat(p.dtype, p.out_channels);
   NormalizeBackwardParams params;

@@ -35,6 +35,34 @@ inline int64_t volume(const int64_t (&size)[3]) {
   return size[0] * size[1] * size[2];
 }
 
+inline bool is_depthwise(const ConvProblem& p) {
+  return p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels;
+}
+
+inline bool has_unit_stride(const ConvProblem& p) {
+  return p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
+}
+
+// Depthwise in a plane, large enough that copies of its lines cost less than a transposition.
+inline bool is_depthwise_in_planes(const ConvProblem& p) {
+  return is_depthwise(p) && p.in[0] == 1 && p.kernel[0] == 1 && p.padding[0] == 0 && has_unit_stride(p) &&
+         volume(p.out) >= 196;
+}
+
+// A product of a matrix for each image.
+inline bool is_pointwise_in_planes(const ConvProblem& p) {
+  return p.groups == 1 && volume(p.kernel) == 1 && has_unit_stride(p) && volume(p.in) == volume(p.out);
+}
+
+// How the convolution's result lies where it is kept for a normalisation of the batch or for the backward pass. The
+// kernels of channels-first tensors know few shapes there; all others meet rows of channels.
+// ptkernels/ops/conv_bn_relu/register.py knows the same rule.
+inline Layout conv_layout(const ConvProblem& p) {
+  const bool planes = p.layout == Layout::channels_first && volume(p.out) > 1 &&
+                      (is_pointwise_in_planes(p) || is_depthwise_in_planes(p));
+  return planes ? Layout::channels_first : Layout::channels_last;
+}
+
 // Tensors are dense. `weight` is [out_channels, in_channels / groups, kernel...] in that order. Vectors per channel are
 // float32, float64 for float64, and end in kChannelPadding elements that may be read. Results are uninitialised.
 inline constexpr int64_t kChannelPadding = 16;
@@ -54,7 +82,7 @@ struct ConvParams {
   void *batch_mean = nullptr, *batch_variance = nullptr;
 };
 
-// out = act((conv - mean) * scale + shift + residual), `conv` channels last.
+// out = act((conv - mean) * scale + shift + residual), `conv` in conv_layout(problem).
 struct NormalizeParams {
   ConvProblem problem;
   const void *conv = nullptr, *residual = nullptr;
@@ -73,11 +101,11 @@ struct NormalizeBackwardParams {
   const void* grad_out = nullptr;
   bool batch_statistics = false;
   void *sum_du = nullptr, *sum_du_xhat = nullptr;
-  void* grad_conv = nullptr;      // channels last; null where not asked for
+  void* grad_conv = nullptr;      // laid out like conv; null where not asked for
   void* grad_residual = nullptr;  // null where not asked for
 };
 
-// grad_conv is channels last.
+// grad_conv is in conv_layout(problem).
 struct ConvBackwardParams {
   ConvProblem problem;
   const void *grad_conv = nullptr, *input = nullptr, *weight = nullptr;

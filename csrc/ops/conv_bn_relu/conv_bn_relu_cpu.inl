@@ -1,12 +1,13 @@
 // Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem.
 // Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise_planes.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_normalize_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad_direct.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_wgrad_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_winograd.h"
 
-extern "C" char* getenv(const char*) noexcept;
 namespace ptk::PTK_ISA {
 namespace {
 
@@ -69,27 +70,34 @@ int64_t input_bytes(const ConvProblem& p) {
                                            : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
 }
 
-// Whether the kernel takes channels-first tensors as they are.
+// Whether the kernels take and leave channels-first tensors as they are.
 template <class T>
 bool reads_planes(const ConvProblem& p, Layout out) {
   if (p.layout != Layout::channels_first || out != Layout::channels_first || volume(p.out) == 1) return false;
-  static const int mode = [] { const char* e = getenv("PLANES"); return e ? e[0] - '0' : 1; }();
-  if (mode == 0) return false;
-  if (mode == 2) return !is_depthwise(p) || DepthwisePlanes<float>::fits(p);
-  if (is_depthwise(p)) return DepthwisePlanes<T>::fits(p) && DepthwisePlanes<T>::pays(p);
+  if (conv_layout(p) == Layout::channels_first) return true;
   if constexpr (std::is_same_v<T, float>)
     if (WinogradConv::fits(p, forward_gather(p))) return false;
-  return PlanesConv<T>::pays(p);
+  return !is_depthwise(p) && PlanesConv<T>::pays(p);
 }
 
-// Calls use(kernel) with the kernel that answers a problem.
+// The same for what reads the convolution's result, or its gradient.
+bool keeps_planes(const ConvProblem& p) {
+  return conv_layout(p) == Layout::channels_first;
+}
+
+// Calls use(kernel) with the kernel that answers a problem between channels-first tensors.
+template <class T, class Use>
+auto with_planes_kernel(const ConvProblem& p, const Gather& gather, const T* source, const T* weight,
+                        const ConvResult<T>& result, const Use& use) {
+  if (is_depthwise(p)) return use(DepthwisePlanes<T>(gather, source, weight, result));
+  return use(PlanesConv<T>(p, gather, source, weight, result));
+}
+
+// Calls use(kernel) with the kernel that answers a problem between channels-last tensors, or with a channels-first
+// result.
 template <class T, class Use>
 auto with_kernel(const ConvProblem& p, const Gather& gather, const T* source, const T* weight,
                  const ConvResult<T>& result, const Use& use) {
-  if (reads_planes<T>(p, result.layout)) {
-    if (is_depthwise(p)) return use(DepthwisePlanes<T>(p, gather, source, weight, result));
-    return use(PlanesConv<T>(p, gather, source, weight, result));
-  }
   if (is_depthwise(p)) return use(DepthwiseConv<T>(gather, source, weight, result));
   if constexpr (std::is_same_v<T, float>)
     if (WinogradConv::fits(p, gather)) return use(WinogradConv(p, gather, source, weight, result));
@@ -107,20 +115,16 @@ bool pack_and_run(const Kernel& kernel, void* packed, bool is_packed) {
 
 template <class T>
 PackedConvLayout packed_layout_as(const ConvProblem& p) {
-  ConvResult<T> result;
-  result.layout = p.layout;
-  return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, [](const auto& kernel) {
-    return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()};
-  });
+  const ConvResult<T> result;
+  const auto layout = [](const auto& kernel) { return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()}; };
+  if (reads_planes<T>(p, p.layout)) return with_planes_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, layout);
+  return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, layout);
 }
 
 template <class T>
 bool convolve_as(const ConvParams& params) {
   using A = Acc<T>;
   const ConvProblem& p = params.problem;
-  const bool planes = reads_planes<T>(p, params.out_layout);
-  const SharedBuffer buffer(planes ? 0 : input_bytes<T>(p));
-  if (!buffer) return false;
   ConvResult<T> result;
   result.out = static_cast<T*>(params.out);
   result.layout = params.out_layout;
@@ -131,7 +135,19 @@ bool convolve_as(const ConvParams& params) {
   result.shift = static_cast<const A*>(params.shift);
   result.activation = p.activation;
   result.slope = static_cast<A>(p.slope);
-  const T* input = planes ? static_cast<const T*>(params.input) : channels_last_input<T>(p, params.input, buffer);
+  const T* weight = static_cast<const T*>(params.weight);
+  if (reads_planes<T>(p, params.out_layout)) {
+    const auto run = [&](const auto& kernel) { return pack_and_run(kernel, params.packed, params.is_packed); };
+    if (!with_planes_kernel<T>(p, forward_gather(p), static_cast<const T*>(params.input), weight, result, run))
+      return false;
+    if (params.batch_mean)
+      statistics_of_planes(result.out, p.batch, p.out_channels, volume(p.out), static_cast<A*>(params.batch_mean),
+                           static_cast<A*>(params.batch_variance));
+    return true;
+  }
+  const SharedBuffer buffer(input_bytes<T>(p));
+  if (!buffer) return false;
+  const T* input = channels_last_input<T>(p, params.input, buffer);
   const auto run = [&](const auto& kernel) {
     if (!params.batch_mean) return pack_and_run(kernel, params.packed, params.is_packed);
     const Blocks blocks = kernel.blocks();
@@ -143,12 +159,20 @@ bool convolve_as(const ConvParams& params) {
                      static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
     return true;
   };
-  return with_kernel<T>(p, forward_gather(p), input, static_cast<const T*>(params.weight), result, run);
+  return with_kernel<T>(p, forward_gather(p), input, weight, result, run);
 }
 
 template <class T>
 bool input_gradient(const ConvBackwardParams& params) {
   const ConvProblem& p = params.problem;
+  const auto run = [](const auto& kernel) { return pack_and_run(kernel, nullptr, false); };
+  if (keeps_planes(p)) {
+    ConvResult<T> result;
+    result.layout = Layout::channels_first;
+    result.out = static_cast<T*>(params.grad_input);
+    return with_planes_kernel<T>(p, input_gradient_gather(p, {0, 0, 0}), static_cast<const T*>(params.grad_conv),
+                                 static_cast<const T*>(params.weight), result, run);
+  }
   const bool transposed = p.layout == Layout::channels_first && p.in_channels > 1 && volume(p.in) > 1;
   const SharedBuffer buffer(transposed ? input_bytes<T>(p) : 0);
   if (!buffer) return false;
@@ -158,10 +182,8 @@ bool input_gradient(const ConvBackwardParams& params) {
   int64_t phase[3];
   for (phase[0] = 0; phase[0] < least(p.stride[0], p.in[0]); ++phase[0])
     for (phase[1] = 0; phase[1] < least(p.stride[1], p.in[1]); ++phase[1])
-      for (phase[2] = 0; phase[2] < least(p.stride[2], p.in[2]); ++phase[2]) {
-        const auto run = [](const auto& kernel) { return pack_and_run(kernel, nullptr, false); };
+      for (phase[2] = 0; phase[2] < least(p.stride[2], p.in[2]); ++phase[2])
         if (!with_kernel<T>(p, input_gradient_gather(p, phase), grad, weight, result, run)) return false;
-      }
   if (transposed)
     to_channels_first(result.out, static_cast<T*>(params.grad_input), p.batch, p.in_channels, volume(p.in));
   return true;
@@ -170,12 +192,17 @@ bool input_gradient(const ConvBackwardParams& params) {
 template <class T>
 bool weight_gradient(const ConvBackwardParams& params) {
   const ConvProblem& p = params.problem;
-  const SharedBuffer buffer(input_bytes<T>(p));
-  if (!buffer) return false;
-  const T* input = channels_last_input<T>(p, params.input, buffer);
   const T* grad = static_cast<const T*>(params.grad_conv);
   T* grad_weight = static_cast<T*>(params.grad_weight);
   const Gather gather = forward_gather(p);
+  if (keeps_planes(p)) {
+    const T* input = static_cast<const T*>(params.input);
+    if (is_depthwise(p)) return DepthwisePlanesWeightGradient<T>(gather, input, grad, grad_weight).run();
+    return PlanesWeightGradient<T>(p, input, grad, grad_weight).run();
+  }
+  const SharedBuffer buffer(input_bytes<T>(p));
+  if (!buffer) return false;
+  const T* input = channels_last_input<T>(p, params.input, buffer);
   if (is_depthwise(p)) return DepthwiseWeightGradient<T>(gather, input, grad, grad_weight).run();
   if constexpr (std::is_same_v<Element<T>, T> && sizeof(T) >= 4) {
     return DirectWeightGradient<T>(flattened(gather), input, grad, grad_weight).run();
@@ -209,12 +236,18 @@ bool convolve_backward(const ConvBackwardParams& params) {
 
 bool normalize(const NormalizeParams& params) {
   if (is_inherited(params.problem.dtype)) return inherited().normalize(params);
-  return by_dtype(params.problem.dtype, [&](auto t) { return Normalize<decltype(t)>(params).run(); });
+  return by_dtype(params.problem.dtype, [&](auto t) {
+    using T = decltype(t);
+    return keeps_planes(params.problem) ? NormalizePlanes<T>(params).run() : Normalize<T>(params).run();
+  });
 }
 bool normalize_backward(const NormalizeBackwardParams& params) {
   if (is_inherited(params.forward.problem.dtype)) return inherited().normalize_backward(params);
-  return by_dtype(params.forward.problem.dtype,
-                  [&](auto t) { return Normalize<decltype(t)>(params.forward).run_backward(params); });
+  return by_dtype(params.forward.problem.dtype, [&](auto t) {
+    using T = decltype(t);
+    return keeps_planes(params.forward.problem) ? NormalizePlanes<T>(params.forward).run_backward(params)
+                                                : Normalize<T>(params.forward).run_backward(params);
+  });
 }
 
 #define PTK_TEXT(x) #x

@@ -17,10 +17,6 @@
 
 namespace ptk::PTK_ISA {
 
-static inline bool is_depthwise(const ConvProblem& p) {
-  return p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels;
-}
-
 template <class T>
 class DepthwiseConv {
   using A = Acc<T>;

@@ -1,15 +1,17 @@
 // Depthwise convolution of channels-first tensors as they lie: one plane after the other, in one or two dimensions.
 //
 //   layout    a vector holds neighbouring positions. Lines of a plane are copied, widened to the type of the sums, into
-//             a window with zeros at its borders, which is divided by the residues of line and column modulo the
-//             stride: there, a tap of neighbouring positions is one load, whatever the stride.
+//             a window with zeros at its borders: there, a tap of neighbouring positions is one load.
 //
 //   tiling    an item is a band of lines of some channels; a band's window stays in L1. Four lines of positions at a
 //             time share what they load. Where the lines of a window are further apart, or its height is not one of
 //             the usual, the band is computed as one long line instead, eight vectors at a time, and what lies at the
 //             borders is then left out.
 //
-//   threads   items are dealt out by a counter. Each position sums its taps in order.
+//   weight gradient: an item is some channels of all images; a tap's sum runs over the positions of a band as one long
+//             line, in which the gradient is zero at the borders.
+//
+//   threads   items are dealt out by a counter. Each position sums its taps in order, each weight its bands.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise.h"
@@ -17,44 +19,84 @@
 
 namespace ptk::PTK_ISA {
 
+// The part of a plane that a band of lines of positions meets: line l of the window, `width` elements long, is line
+// begin + l + base of the plane, with zeros where there is none.
+template <class T>
+class PlaneWindow {
+  using A = Acc<T>;
+  static constexpr int64_t kElements = 4096;
+
+public:
+  static constexpr int kLane = kLanes<A>, kLines = 4;
+
+  explicit PlaneWindow(const Gather& gather) : g_(gather) {
+    width_ = w_.count + (w_.taps - 1) * w_.delta;
+    const int64_t fitting = most(1, kElements / width_ - reach()), bands = (h_.count + fitting - 1) / fitting;
+    band_ = (h_.count + bands - 1) / bands;
+    bands_ = (h_.count + band_ - 1) / band_;
+  }
+
+  int64_t width() const { return width_; }
+  int64_t band() const { return band_; }
+  int64_t bands() const { return bands_; }
+  int64_t taps() const { return h_.taps * w_.taps; }
+  // With room for vectors, and for lines of positions, that begin inside.
+  int64_t elements() const { return (band_ + reach() + kLines - 1) * width_ + 9 * kLane; }
+  // What a tap reads, counted from the window's element of the same line and column.
+  int64_t tap(int64_t i) const { return i / w_.taps * h_.delta * width_ + i % w_.taps * w_.delta; }
+
+  // The borders are the same for all channels.
+  void clear(A* window) const { std::memset(window, 0, (band_ + reach()) * width_ * sizeof(A)); }
+
+  void copy(const T* plane, int64_t begin, int64_t lines, A* window) const {
+    const int64_t top = begin + h_.base, low = most(0, -top), high = least(lines + reach(), h_.source - top);
+    const int64_t left = most(0, w_.base), at = most(0, -w_.base);
+    const int64_t length = most(0, least(width_ - at, w_.source - left));
+    for (int64_t row = low; row < high; ++row) {
+      const T* from = plane + (top + row) * w_.source + left;
+      // The next channel's plane is on its way.
+      __builtin_prefetch(from + h_.source * w_.source);
+      if constexpr (std::is_same_v<A, T>) {
+        copy_elements(from, length, window + row * width_ + at);
+      } else {
+        pack_row(from, 1, length, length, window + row * width_ + at);
+      }
+    }
+  }
+
+  const Gather& g_;
+  const Axis &h_ = g_.axis[1], &w_ = g_.axis[2];
+
+private:
+  int64_t reach() const { return (h_.taps - 1) * h_.delta; }
+
+  int64_t width_, band_, bands_;
+};
+
 template <class T>
 class DepthwisePlanes {
   using A = Acc<T>;
-  static constexpr int64_t kWindow = 4096;  // elements
-  static constexpr int kLane = kLanes<A>, kVectors = 8, kLines = 4;
+  static constexpr int kLane = kLanes<A>, kVectors = 8, kLines = PlaneWindow<T>::kLines;
 
 public:
-  DepthwisePlanes(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
-                  const ConvResult<T>& result)
-      : p_(problem), g_(gather), source_(source), weight_(weight), r_(result) {
-    width_ = w_.count + (w_.taps - 1) * w_.delta / w_.step;
-    if (h_.step == 1 && h_.delta == 1 && (h_.taps == 3 || h_.taps == 5 || h_.taps == 7)) shared_taps_ = h_.taps;
-    ld_sums_ = shared_taps_ ? round_up(w_.count, 2 * kLane) : width_;
-    const int64_t phases = h_.step * w_.step;
-    const int64_t fitting = kWindow / (phases * width_) - reach();
-    const int64_t bands = (h_.count + most(1, fitting) - 1) / most(1, fitting);
-    band_ = (h_.count + bands - 1) / bands;
-    bands_ = (h_.count + band_ - 1) / band_;
-    const int64_t planes = g_.batch * bands_, wanted = 8 * num_threads();
+  DepthwisePlanes(const Gather& gather, const T* source, const T* weight, const ConvResult<T>& result)
+      : g_(gather), source_(source), weight_(weight), r_(result) {
+    if (h_.delta == 1 && (h_.taps == 3 || h_.taps == 5 || h_.taps == 7)) shared_taps_ = h_.taps;
+    ld_sums_ = shared_taps_ ? round_up(w_.count, 2 * kLane) : window_.width();
+    const int64_t planes = g_.batch * window_.bands(), wanted = 8 * num_threads();
     channels_ = most(1, least(kChannels, planes * g_.result_channels / wanted));
   }
-
-  static bool fits(const ConvProblem& p) { return p.in[0] == 1 && p.kernel[0] == 1 && p.padding[0] == 0; }
-
-  // Copies of short lines, or of every other element, take longer than a transposition.
-  static bool pays(const ConvProblem& p) { return p.stride[1] == 1 && p.stride[2] == 1 && volume(p.out) >= 196; }
 
   static int64_t packed_kind() { return 0; }
   static int64_t packed_bytes() { return 0; }
   static bool pack(void*) { return true; }
-  Blocks blocks() const { return {h_.count * w_.count, most(1, g_.positions()), g_.positions()}; }
 
   // False when memory ran out.
   bool run(const void*) const {
-    const int64_t chunks = (g_.result_channels + channels_ - 1) / channels_;
+    const int64_t chunks = (g_.result_channels + channels_ - 1) / channels_, bands = window_.bands();
     bool ok = true;
-    parallel_items(g_.batch * bands_ * chunks, [&](int64_t i) {
-      if (!item(i / chunks / bands_, i / chunks % bands_ * band_, i % chunks * channels_))
+    parallel_items(g_.batch * bands * chunks, [&](int64_t i) {
+      if (!item(i / chunks / bands, i / chunks % bands * window_.band(), i % chunks * channels_))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
@@ -63,39 +105,16 @@ public:
 private:
   static constexpr int64_t kChannels = 16;
 
-  // Lines of one residue that a band needs beyond its own.
-  int64_t reach() const { return (h_.taps - 1) * h_.delta / h_.step; }
-  int64_t phase_size() const { return (band_ + reach()) * width_; }
-  // What a position's taps read, counted from the window's element of the same line and column.
-  int64_t tap_in_window(int64_t y, int64_t x) const {
-    y *= h_.delta, x *= w_.delta;
-    return (y % h_.step * w_.step + x % w_.step) * phase_size() + y / h_.step * width_ + x / w_.step;
-  }
-
-  // Elements of a line that belong to one residue of the column: `count` of them from `source`, to column `at`.
-  struct Columns {
-    int64_t source, at, count;
-  };
-  Columns columns_of(int64_t phase) const {
-    const int64_t offset = phase + w_.base;
-    const int64_t at = offset >= 0 ? 0 : (-offset + w_.step - 1) / w_.step;
-    const int64_t end = least(width_, (w_.source - offset + w_.step - 1) / w_.step);
-    return {at * w_.step + offset, at, most(0, end - at)};
-  }
-
   struct Scratch {
-    A *window, *sums, *line;
+    A *window, *sums, *weight;
     int64_t* taps;
-    Columns* columns;
   };
   Scratch carve(Carver& carver) const {
-    const int64_t slack = (kVectors + 1) * kLane + (kLines - 1) * width_;
     Scratch s;
-    s.window = carver.take<A>(h_.step * w_.step * phase_size() + slack);
-    s.sums = carver.take<A>(round_up(band_, kLines) * ld_sums_ + slack);
-    s.line = carver.take<A>(std::is_same_v<A, T> ? 0 : w_.source);
-    s.taps = carver.take<int64_t>(h_.taps * w_.taps);
-    s.columns = carver.take<Columns>(w_.step);
+    s.window = carver.take<A>(window_.elements());
+    s.sums = carver.take<A>(round_up(window_.band(), kLines) * ld_sums_ + (kVectors + 1) * kLane);
+    s.weight = carver.take<A>(window_.taps());
+    s.taps = carver.take<int64_t>(window_.taps());
     return s;
   }
 
@@ -105,85 +124,58 @@ private:
     Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
     if (!carver.next) return false;
     const Scratch s = carve(carver);
-    const int64_t lines = least(band_, h_.count - begin), taps = h_.taps * w_.taps;
-    for (int64_t i = 0; i < taps; ++i) s.taps[i] = tap_in_window(i / w_.taps, i % w_.taps);
-    for (int64_t i = 0; i < w_.step; ++i) s.columns[i] = columns_of(i);
-    // The borders are the same in all channels.
-    std::memset(s.window, 0, (h_.step * w_.step * phase_size()) * sizeof(A));
+    const int64_t lines = least(window_.band(), h_.count - begin), volume = g_.kernel[0] * g_.kernel[1] * g_.kernel[2];
+    for (int64_t i = 0; i < window_.taps(); ++i) s.taps[i] = window_.tap(i);
+    window_.clear(s.window);
     for (int64_t c = first; c < least(first + channels_, g_.result_channels); ++c) {
       const int64_t plane = image * g_.result_channels + c;
-      copy_lines(source_ + plane * h_.source * w_.source, begin, lines, s);
-      sum(s, weight_ + c * taps, lines);
+      for (int64_t i = 0; i < window_.taps(); ++i)
+        s.weight[i] = load_scalar(weight_ + c * volume + tap_offset(g_, 0, i / w_.taps, i % w_.taps));
+      window_.copy(source_ + plane * h_.source * w_.source, begin, lines, s.window);
+      sum(s, lines);
       finish(s.sums, c, (plane * h_.count + begin) * w_.count, lines);
     }
     release_large_scratch();
     return true;
   }
 
-  // The lines of a plane that a band of the result needs, into the window.
-  void copy_lines(const T* plane, int64_t begin, int64_t lines, const Scratch& s) const {
-    const int64_t top = begin * h_.step + h_.base, span = (lines - 1) * h_.step + (h_.taps - 1) * h_.delta + 1;
-    const int64_t low = most(0, -top), high = least(span, h_.source - top);
-    for (int64_t phase = 0; phase < h_.step; ++phase) {
-      int64_t skipped = low > phase ? (low - phase + h_.step - 1) / h_.step : 0;
-      A* to = s.window + phase * w_.step * phase_size() + skipped * width_;
-      for (int64_t row = phase + skipped * h_.step; row < high; row += h_.step, to += width_) {
-        // The next channel's plane is on its way.
-        __builtin_prefetch(plane + (h_.source + top + row) * w_.source);
-        const A* line = widened(plane + (top + row) * w_.source, s.line);
-        for (int64_t i = 0; i < w_.step; ++i) {
-          const Columns& columns = s.columns[i];
-          copy_spaced(line + columns.source, w_.step, columns.count, to + i * phase_size() + columns.at);
-        }
-      }
-    }
-  }
-
-  const A* widened(const T* line, A* buffer) const {
-    if constexpr (std::is_same_v<A, T>) {
-      return line;
-    } else {
-      pack_row(line, 1, w_.source, w_.source, buffer);
-      return buffer;
-    }
-  }
-
-  void sum(const Scratch& s, const T* weight, int64_t lines) const {
+  void sum(const Scratch& s, int64_t lines) const {
     switch (shared_taps_) {
     case 3:
-      return sum_lines<3>(s, weight, lines);
+      return sum_lines<3>(s, lines);
     case 5:
-      return sum_lines<5>(s, weight, lines);
+      return sum_lines<5>(s, lines);
     case 7:
-      return sum_lines<7>(s, weight, lines);
+      return sum_lines<7>(s, lines);
     default:
-      const int64_t count = (lines - 1) * width_ + w_.count, taps = h_.taps * w_.taps;
+      const int64_t count = (lines - 1) * window_.width() + w_.count;
       int64_t i = 0;
-      for (; i + kVectors / 2 * kLane < count; i += kVectors * kLane) sum_vectors<kVectors>(s, weight, taps, i);
-      for (; i < count; i += 2 * kLane) sum_vectors<2>(s, weight, taps, i);
+      for (; i + kVectors / 2 * kLane < count; i += kVectors * kLane) sum_vectors<kVectors>(s, i);
+      for (; i < count; i += 2 * kLane) sum_vectors<2>(s, i);
     }
   }
 
   // Windows of H lines, each next to the one before it.
   template <int H>
-  void sum_lines(const Scratch& s, const T* weight, int64_t lines) const {
+  void sum_lines(const Scratch& s, int64_t lines) const {
     for (int64_t y = 0; y < lines; y += kLines) {
       int64_t x = 0;
-      for (; x + kLane < w_.count; x += 2 * kLane) sum_square<H, 2>(s, weight, y, x);
-      if (x < w_.count) sum_square<H, 1>(s, weight, y, x);
+      for (; x + kLane < w_.count; x += 2 * kLane) sum_square<H, 2>(s, y, x);
+      if (x < w_.count) sum_square<H, 1>(s, y, x);
     }
   }
 
   // kLines lines of V vectors. Line l of the window is line l - i of the taps of the i-th line of positions.
   template <int H, int V>
-  PTK_INLINE void sum_square_of(const A* window, int64_t ld, const int64_t* taps, int64_t width, const T* weight, A* sums,
-                                int64_t ld_sums) {
+  void sum_square(const Scratch& s, int64_t y, int64_t x) const {
+    const int64_t ld = window_.width(), width = w_.taps;
+    const A* window = s.window + y * ld + x;
     Vec<A> sum[kLines][V] = {};
     for (int64_t t = 0; t < width; ++t) {
       Vec<A> factor[H];
 #pragma GCC unroll 8
-      for (int h = 0; h < H; ++h) factor[h] = broadcast(load_scalar(weight + h * width + t));
-      const A* from = window + taps[t];
+      for (int h = 0; h < H; ++h) factor[h] = broadcast(s.weight[h * width + t]);
+      const A* from = window + s.taps[t];
 #pragma GCC unroll 16
       for (int line = 0; line < kLines + H - 1; ++line, from += ld) {
 #pragma GCC unroll 2
@@ -196,23 +188,19 @@ private:
         }
       }
     }
+    A* sums = s.sums + y * ld_sums_ + x;
 #pragma GCC unroll 4
     for (int i = 0; i < kLines; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store(sums + i * ld_sums + v * kLane, sum[i][v]);
-  }
-  template <int H, int V>
-  void sum_square(const Scratch& s, const T* weight, int64_t y, int64_t x) const {
-    sum_square_of<H, V>(s.window + y * width_ + x, width_, s.taps, w_.taps, weight, s.sums + y * ld_sums_ + x, ld_sums_);
+      for (int v = 0; v < V; ++v) store(sums + i * ld_sums_ + v * kLane, sum[i][v]);
   }
 
   template <int V>
-  PTK_INLINE void sum_vectors(const Scratch& s, const T* weight, int64_t taps, int64_t at) {
+  void sum_vectors(const Scratch& s, int64_t at) const {
     Vec<A> sum[V] = {};
-    const A* window = s.window + at;
-    for (int64_t i = 0; i < taps; ++i) {
-      const Vec<A> factor = broadcast(load_scalar(weight + i));
-      const A* from = window + s.taps[i];
+    for (int64_t i = 0; i < window_.taps(); ++i) {
+      const Vec<A> factor = broadcast(s.weight[i]);
+      const A* from = s.window + at + s.taps[i];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[v] += load(from + v * kLane) * factor;
     }
@@ -230,13 +218,89 @@ private:
         r.finish(load(sums + x), v, r.residual ? r.residual + at + x : nullptr, r.out + at + x, end - at - x);
   }
 
-  const ConvProblem& p_;
   const Gather& g_;
   const Axis &h_ = g_.axis[1], &w_ = g_.axis[2];
+  const PlaneWindow<T> window_{g_};
   const T *source_, *weight_;
   const ConvResult<T>& r_;
-  int64_t width_, band_, bands_, channels_, ld_sums_;
+  int64_t channels_, ld_sums_;
   int64_t shared_taps_ = 0;  // lines of taps that neighbouring lines of positions share; 0: not used
+};
+
+template <class T>
+class DepthwisePlanesWeightGradient {
+  using A = Acc<T>;
+  static constexpr int kLane = kLanes<A>;
+
+public:
+  DepthwisePlanesWeightGradient(const Gather& gather, const T* source, const T* grad, T* grad_weight)
+      : g_(gather), source_(source), grad_(grad), grad_weight_(grad_weight) {}
+
+  // False when memory ran out.
+  bool run() const {
+    const int64_t all = g_.result_channels, part = most(1, least(16, all / (4 * num_threads())));
+    bool ok = true;
+    parallel_items((all + part - 1) / part, [&](int64_t i) {
+      if (!item(i * part, least(all, (i + 1) * part))) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    });
+    return ok;
+  }
+
+private:
+  struct Scratch {
+    A *window, *grad;
+    double* sums;
+  };
+  Scratch carve(Carver& carver) const {
+    Scratch s;
+    s.window = carver.take<A>(window_.elements());
+    s.grad = carver.take<A>(window_.elements());
+    s.sums = carver.take<double>(window_.taps());
+    return s;
+  }
+
+  bool item(int64_t first, int64_t end) const {
+    Carver count;
+    carve(count);
+    Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
+    if (!carver.next) return false;
+    const Scratch s = carve(carver);
+    const int64_t taps = window_.taps();
+    // What vectors read behind a band is multiplied by a gradient of zero, and must be a number.
+    for (A* zeros : {s.window, s.grad}) std::memset(zeros, 0, window_.elements() * sizeof(A));
+    for (int64_t c = first; c < end; ++c) {
+      for (int64_t i = 0; i < taps; ++i) s.sums[i] = 0;
+      for (int64_t image = 0; image < g_.batch; ++image)
+        for (int64_t begin = 0; begin < h_.count; begin += window_.band())
+          add_band(image * g_.result_channels + c, begin, least(window_.band(), h_.count - begin), s);
+      for (int64_t i = 0; i < taps; ++i) grad_weight_[c * taps + i] = round_to<T>(static_cast<A>(s.sums[i]));
+    }
+    release_large_scratch();
+    return true;
+  }
+
+  void add_band(int64_t plane, int64_t begin, int64_t lines, const Scratch& s) const {
+    const int64_t ld = window_.width(), count = (lines - 1) * ld + w_.count;
+    if (window_.bands() > 1) window_.clear(s.window);
+    window_.copy(source_ + plane * h_.source * w_.source, begin, lines, s.window);
+    const T* grad = grad_ + (plane * h_.count + begin) * w_.count;
+    for (int64_t y = 0; y < lines; ++y) pack_row(grad + y * w_.count, 1, w_.count, w_.count, s.grad + y * ld);
+    for (int64_t i = count; i < round_up(count, 4 * kLane); ++i) s.grad[i] = A(0);
+    for (int64_t tap = 0; tap < window_.taps(); ++tap) {
+      const A* from = s.window + window_.tap(tap);
+      Vec<A> sum[4] = {};
+      for (int64_t i = 0; i < count; i += 4 * kLane)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) sum[v] += load(from + i + v * kLane) * load(s.grad + i + v * kLane);
+      s.sums[tap] += static_cast<double>(reduce_add<A>((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    }
+  }
+
+  const Gather& g_;
+  const Axis &h_ = g_.axis[1], &w_ = g_.axis[2];
+  const PlaneWindow<T> window_{g_};
+  const T *source_, *grad_;
+  T* grad_weight_;
 };
 
 }  // namespace ptk::PTK_ISA

@@ -55,6 +55,30 @@ static void merge_statistics(const A* blocks, int64_t channels, int64_t rows, in
   });
 }
 
+// u of the centred result of the convolution, exactly as forward and backward must agree on it.
+template <class T>
+PTK_INLINE Vec<Acc<T>> before_activation(Vec<Acc<T>> centred, Vec<Acc<T>> scale, Vec<Acc<T>> shift, const T* residual,
+                                         int64_t valid) {
+  Vec<Acc<T>> u = centred * scale + shift;
+  if (residual) u += load_as_partial(residual, valid);
+  return u;
+}
+
+// Calls body(activation), the common ones as constants: no branch is then left in a loop.
+template <class Body>
+static void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+  case Activation::none:
+    return body(std::integral_constant<Activation, Activation::none>());
+  case Activation::relu:
+    return body(std::integral_constant<Activation, Activation::relu>());
+  case Activation::relu6:
+    return body(std::integral_constant<Activation, Activation::relu6>());
+  default:
+    return body(activation);
+  }
+}
+
 template <class T>
 class Normalize {
   using A = Acc<T>;
@@ -114,34 +138,12 @@ private:
     return vector ? load(static_cast<const A*>(vector) + c) : broadcast(static_cast<A>(otherwise));
   }
 
-  // u of the centred result of the convolution, exactly as forward and backward must agree on it.
-  PTK_INLINE Vec<A> before_activation(Vec<A> centred, Vec<A> scale, Vec<A> shift, const T* residual, int64_t valid) {
-    Vec<A> u = centred * scale + shift;
-    if (residual) u += load_as_partial(residual, valid);
-    return u;
-  }
-
-  // Calls body(activation), the common ones as constants: no branch is then left in a loop.
-  template <class Body>
-  void with_activation(const Body& body) const {
-    switch (p_.activation) {
-    case Activation::none:
-      return body(std::integral_constant<Activation, Activation::none>());
-    case Activation::relu:
-      return body(std::integral_constant<Activation, Activation::relu>());
-    case Activation::relu6:
-      return body(std::integral_constant<Activation, Activation::relu6>());
-    default:
-      return body(p_.activation);
-    }
-  }
-
   void forward_block(int64_t block, T* scratch) const {
     const int64_t begin = block * kRows, end = least(pixels_, begin + kRows);
     const T* z = static_cast<const T*>(f_.conv) + begin * channels_;
     const T* residual = rows_of(f_.residual, begin, end, scratch);
     T* out = is_planes() ? scratch + kRows * channels_ : static_cast<T*>(f_.out) + begin * channels_;
-    with_activation([&](auto activation) { forward_rows(activation, z, residual, out, end - begin); });
+    with_activation(p_.activation, [&](auto activation) { forward_rows(activation, z, residual, out, end - begin); });
     if (is_planes())
       planes_from_rows(out, channels_, static_cast<T*>(f_.out), channels_, space_, begin, end, 0, channels_);
   }
@@ -182,7 +184,7 @@ private:
                             b.grad_conv ? static_cast<T*>(b.grad_conv) + begin * channels_ : nullptr,
                             grad_residual,
                             end - begin};
-    with_activation([&](auto activation) {
+    with_activation(p_.activation, [&](auto activation) {
       // As many channels as have what belongs to them in registers.
       constexpr int wide = GemmTraits<A>::kMr > 8 ? 4 : 2;
       int64_t c = 0;

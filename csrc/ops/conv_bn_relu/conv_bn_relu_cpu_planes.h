@@ -14,7 +14,6 @@
 //   threads   items are dealt out by a counter. The order of a sum depends on neither their size nor the threads.
 #pragma once
 
-#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_lines.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_result.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_runs.h"
 
@@ -115,7 +114,8 @@ public:
   PlanesConv(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
              const ConvResult<T>& result)
       : p_(problem), g_(gather), source_(source), weight_(weight), r_(result), taps_(gather.taps()),
-        space_(volume(problem.out)) {
+        plane_(gather.axis[0].source * gather.axis[1].source * gather.axis[2].source),
+        space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
     const int64_t even = Traits::kKStep;
     step_channels_ = least(g_.group_source(), most(even, kDepth / most(1, taps_) / even * even));
     // A convolution whose window no tap reaches still has a result.
@@ -147,8 +147,6 @@ public:
     });
     return ok;
   }
-
-  Blocks blocks() const { return {columns_, most(1, g_.positions()), g_.positions()}; }
 
 private:
   int64_t column_blocks() const { return (g_.positions() + columns_ - 1) / columns_; }
@@ -210,7 +208,8 @@ private:
     const int64_t channel = step * step_channels_, channels = least(step_channels_, g_.group_source() - channel);
     const int64_t k = channels * taps_;
     const T* weight = weight_ + weight_offset(p_, group) + row * g_.weight_result + channel * g_.weight_source;
-    pack_a<T>(weight, g_.weight_result, 1, rows, k, s.a, lda());
+    // Of one tap, also the transpose of the weight: input gradients.
+    pack_a<T>(weight, g_.weight_result, taps_ == 1 ? g_.weight_source : 1, rows, k, s.a, lda());
     const auto run = [&](const auto& epilogue) {
       gemm<T>(rows, columns, k, s.a, lda(), s.b, panel_stride(), epilogue);
     };
@@ -230,37 +229,37 @@ private:
   // Depth of one step, for `columns` positions.
   void pack_columns(const Scratch& s, int64_t channel, int64_t channels, int64_t columns) const {
     constexpr int64_t nr = Traits::kNr;
-    const int64_t plane = volume(p_.in), k = channels * taps_;
-    const T* planes = source_ + channel * plane;
+    const int64_t k = channels * taps_;
+    const T* planes = source_ + channel * plane_;
     int64_t n = 0;
     if (g_.is_pointwise()) {
-      for (; n + nr <= columns && s.offsets[n + nr - 1] - s.offsets[0] == n + nr - 1; n += nr) {}
       const int64_t image = s.positions[0].image;
-      const T* from = planes + image * (g_.source_channels - 1) * plane + s.positions[0].out;
-      pack_side_by_side(from, plane, k, n, s.b);
+      while (n + nr <= columns && s.positions[n + nr - 1].image == image) n += nr;
+      const T* from = planes + image * (g_.source_channels - 1) * plane_ + s.positions[0].out;
+      pack_side_by_side(from, k, n, s.b);
     }
     for (; n < columns; n += nr) {
       E* panel = s.b + n / nr * panel_stride();
       find_runs<nr>(g_, s.positions + n, least(nr, columns - n), s.runs, s.taps);
       if constexpr (kCopiesRows) {
-        copy_runs(planes, plane, channels, taps_, g_.axis[2].step, s.runs, s.taps, s.loose, nr);
+        copy_runs(planes, plane_, channels, taps_, g_.axis[2].step, s.runs, s.taps, s.loose, nr);
         pack_b_panel<T>(s.loose, nr, 1, k, nr, panel, padded_k<T>(k));
       } else {
-        copy_runs(planes, plane, channels, taps_, g_.axis[2].step, s.runs, s.taps, panel, nr);
+        copy_runs(planes, plane_, channels, taps_, g_.axis[2].step, s.runs, s.taps, panel, nr);
       }
     }
   }
 
   // Whole panels of positions that follow each other in every plane: a few channels at a time, so that a plane is read
   // once, and those that come next are on their way.
-  void pack_side_by_side(const T* from, int64_t plane, int64_t k, int64_t columns, E* to) const {
+  void pack_side_by_side(const T* from, int64_t k, int64_t columns, E* to) const {
     constexpr int64_t nr = Traits::kNr, few = most(8, Traits::kKStep), line = 64 / sizeof(T);
     for (int64_t i = 0; i < k; i += few) {
       const int64_t depth = least(few, k - i);
       for (int64_t next = i + few; next < least(k, i + 2 * few); ++next)
-        for (int64_t n = 0; n < columns; n += line) __builtin_prefetch(from + next * plane + n);
+        for (int64_t n = 0; n < columns; n += line) __builtin_prefetch(from + next * plane_ + n);
       for (int64_t n = 0; n < columns; n += nr)
-        pack_b_panel<T>(from + i * plane + n, plane, 1, depth, nr, to + n / nr * panel_stride() + i * nr,
+        pack_b_panel<T>(from + i * plane_ + n, plane_, 1, depth, nr, to + n / nr * panel_stride() + i * nr,
                         padded_k<T>(depth));
     }
   }
@@ -269,7 +268,7 @@ private:
   const Gather g_;
   const T *source_, *weight_;
   const ConvResult<T>& r_;
-  const int64_t taps_, space_;
+  const int64_t taps_, plane_, space_;
   int64_t step_channels_ = 0, steps_ = 1, columns_ = 0, rows_ = 0;
 };
 

@@ -5,7 +5,8 @@ The operator is pure: running statistics are updated by the public function, fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,27 @@ def _fake_conv(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _empty(input, shape, _is_channels_last(input))
     wide = reference.compute_dtype(input.dtype)
     vector = [input.new_empty(shape[1] if training else 0, dtype=wide) for _ in range(2)]
-    conv = _empty(input, shape, True) if save_conv else input.new_empty(0, dtype=wide)
+    rows = not _keeps_planes(input, args[1], shape, args[10], args[11], args[13])
+    conv = _empty(input, shape, rows) if save_conv else input.new_empty(0, dtype=wide)
     return out, conv, vector[0], vector[1]
+
+
+def _keeps_planes(
+    input: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether the convolution's result is channels-first: the rule of ``conv_layout()`` in ``conv_bn_relu.h``."""
+    if input.device.type != "cpu" or _is_channels_last(input) or any(number != 1 for number in stride):
+        return False
+    size, taps = math.prod(shape[2:]), math.prod(weight.shape[2:])
+    if groups == 1:
+        return taps == 1 and size > 1 and size == math.prod(input.shape[2:])
+    is_flat = len(shape) < 5 or (input.size(2) == 1 and weight.size(2) == 1 and padding[0] == 0)
+    return groups == input.size(1) == shape[1] and is_flat and size >= 196
 
 
 def _fake_backward(
