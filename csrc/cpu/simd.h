@@ -133,6 +133,24 @@ PTK_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// a * b + c, rounded once wherever the level has the instruction: for results that two kernels must agree on, where the
+// compiler would be free to fuse one and not the other.
+template <class T>
+PTK_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if PTK_X86_AVX512
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif PTK_ISA_LEVEL == 1
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif PTK_ISA_LEVEL >= 2
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = sizeof(T) == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
+  return v;
+#endif
+  return a * b + c;
+}
+
 // 64-bit products of the lower halves.
 PTK_INLINE Vec<uint64_t> multiply_even(Vec<uint64_t> a, Vec<uint64_t> b) {
 #if PTK_X86_AVX512

@@ -83,8 +83,9 @@ using Space = std::array<int64_t, 3>;
 
 std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64_t, int64_t> channels, int64_t groups,
                         const Space& size, const Space& kernel, const Space& stride, const Space& padding,
-                        const Space& dilation) {
+                        const Space& dilation, bool channels_last) {
   ptk::ConvProblem p;
+  p.layout = channels_last ? ptk::Layout::channels_last : ptk::Layout::channels_first;
   p.dtype = parse_dtype(dtype);
   p.batch = batch;
   p.in_channels = channels.first;
@@ -110,10 +111,16 @@ std::map<std::string, std::map<std::string, std::string>> kernel_table() {
     const char* name = ptk::dtype_name(dtype);
     table["attention"][name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
     table["quantized_matmul"][name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
-    table["conv_bn_relu"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, one, border, one);
-    table["conv_bn_relu strided"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, two, border, one);
-    table["conv_bn_relu pointwise"][name] = conv_kernel(name, 8, {64, 64}, 1, image, one, one, zero, one);
-    table["conv_bn_relu depthwise"][name] = conv_kernel(name, 8, {64, 64}, 64, image, three, one, border, one);
+    const auto convolution = [&](int64_t groups, const Space& kernel, const Space& stride, bool channels_last) {
+      return conv_kernel(name, 8, {64, 64}, groups, image, kernel, stride, kernel == one ? zero : border, one,
+                         channels_last);
+    };
+    table["conv_bn_relu"][name] = convolution(1, three, one, true);
+    table["conv_bn_relu strided"][name] = convolution(1, three, two, true);
+    table["conv_bn_relu pointwise"][name] = convolution(1, one, one, true);
+    table["conv_bn_relu pointwise planes"][name] = convolution(1, one, one, false);
+    table["conv_bn_relu depthwise"][name] = convolution(64, three, one, true);
+    table["conv_bn_relu depthwise planes"][name] = convolution(64, three, one, false);
     ptk::RnnProblem recurrent;
     recurrent.dtype = dtype;
     table["packed_rnn"][name] = ptk::packed_rnn_kernel_name(recurrent);
@@ -168,6 +175,6 @@ PYBIND11_MODULE(_introspect, module) {
              "Name of the CPU kernel that quantized_linear would run.");
   module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
              py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-             py::arg("dilation"),
+             py::arg("dilation"), py::arg("channels_last") = false,
              "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }

@@ -1,5 +1,6 @@
 // Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem.
-// Channels-first inputs are brought to channels last once; results return to the caller's layout block by block.
+// Channels-first tensors stay as they are where a kernel reads planes; else they are brought to channels last once, and
+// results return to the caller's layout block by block.
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_normalize_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_planes.h"
@@ -70,17 +71,18 @@ int64_t input_bytes(const ConvProblem& p) {
                                            : p.batch * p.in_channels * volume(p.in) * static_cast<int64_t>(sizeof(T));
 }
 
-// Whether the kernels take and leave channels-first tensors as they are.
+// Whether the forward kernel takes channels-first tensors as they are, whatever its result is for: calls with and
+// without gradients have the same bits.
 template <class T>
-bool reads_planes(const ConvProblem& p, Layout out) {
-  if (p.layout != Layout::channels_first || out != Layout::channels_first || volume(p.out) == 1) return false;
+bool reads_planes(const ConvProblem& p) {
   if (conv_layout(p) == Layout::channels_first) return true;
+  if (p.layout != Layout::channels_first || volume(p.out) == 1 || is_depthwise(p)) return false;
   if constexpr (std::is_same_v<T, float>)
     if (WinogradConv::fits(p, forward_gather(p))) return false;
-  return !is_depthwise(p) && PlanesConv<T>::pays(p);
+  return PlanesConv<T>::pays(p);
 }
 
-// The same for what reads the convolution's result, or its gradient.
+// The same of what reads the convolution's result, or its gradient.
 bool keeps_planes(const ConvProblem& p) {
   return conv_layout(p) == Layout::channels_first;
 }
@@ -117,8 +119,28 @@ template <class T>
 PackedConvLayout packed_layout_as(const ConvProblem& p) {
   const ConvResult<T> result;
   const auto layout = [](const auto& kernel) { return PackedConvLayout{kernel.packed_bytes(), kernel.packed_kind()}; };
-  if (reads_planes<T>(p, p.layout)) return with_planes_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, layout);
+  if (reads_planes<T>(p)) return with_planes_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, layout);
   return with_kernel<T>(p, forward_gather(p), nullptr, nullptr, result, layout);
+}
+
+// A result that is to be rows of channels is brought there.
+template <class T>
+bool convolve_planes(const ConvParams& params, ConvResult<T> result) {
+  const ConvProblem& p = params.problem;
+  const bool to_rows = params.out_layout == Layout::channels_last;
+  const int64_t space = volume(p.out), size = p.batch * p.out_channels * space;
+  const SharedBuffer planes(to_rows ? size * static_cast<int64_t>(sizeof(T)) : 0);
+  if (!planes) return false;
+  if (to_rows) result.out = planes.as<T>();
+  const auto run = [&](const auto& kernel) { return pack_and_run(kernel, params.packed, params.is_packed); };
+  if (!with_planes_kernel<T>(p, forward_gather(p), static_cast<const T*>(params.input),
+                             static_cast<const T*>(params.weight), result, run))
+    return false;
+  if (params.batch_mean)
+    statistics_of_planes(result.out, p.batch, p.out_channels, space, static_cast<Acc<T>*>(params.batch_mean),
+                         static_cast<Acc<T>*>(params.batch_variance));
+  if (to_rows) to_channels_last(result.out, static_cast<T*>(params.out), p.batch, p.out_channels, space);
+  return true;
 }
 
 template <class T>
@@ -135,16 +157,7 @@ bool convolve_as(const ConvParams& params) {
   result.shift = static_cast<const A*>(params.shift);
   result.activation = p.activation;
   result.slope = static_cast<A>(p.slope);
-  const T* weight = static_cast<const T*>(params.weight);
-  if (reads_planes<T>(p, params.out_layout)) {
-    const auto run = [&](const auto& kernel) { return pack_and_run(kernel, params.packed, params.is_packed); };
-    if (!with_planes_kernel<T>(p, forward_gather(p), static_cast<const T*>(params.input), weight, result, run))
-      return false;
-    if (params.batch_mean)
-      statistics_of_planes(result.out, p.batch, p.out_channels, volume(p.out), static_cast<A*>(params.batch_mean),
-                           static_cast<A*>(params.batch_variance));
-    return true;
-  }
+  if (reads_planes<T>(p)) return convolve_planes<T>(params, result);
   const SharedBuffer buffer(input_bytes<T>(p));
   if (!buffer) return false;
   const T* input = channels_last_input<T>(p, params.input, buffer);
@@ -159,7 +172,7 @@ bool convolve_as(const ConvParams& params) {
                      static_cast<A*>(params.batch_mean), static_cast<A*>(params.batch_variance));
     return true;
   };
-  return with_kernel<T>(p, forward_gather(p), input, weight, result, run);
+  return with_kernel<T>(p, forward_gather(p), input, static_cast<const T*>(params.weight), result, run);
 }
 
 template <class T>
@@ -255,6 +268,9 @@ bool normalize_backward(const NormalizeBackwardParams& params) {
 
 const char* describe(const ConvProblem& p) {
   if (is_inherited(p)) return inherited().describe(p);
+  bool planes = false;
+  by_dtype(p.dtype, [&](auto t) { return planes = reads_planes<decltype(t)>(p); });
+  if (planes) return is_depthwise(p) ? PTK_NAME(PTK_ISA, "depthwise_planes") : PTK_NAME(PTK_ISA, "planes");
   if (is_depthwise(p)) return PTK_NAME(PTK_ISA, "depthwise");
   if (WinogradConv::fits(p, forward_gather(p))) return PTK_NAME(PTK_ISA, "winograd_f2x2_3x3");
   return forward_gather(p).is_pointwise() ? PTK_NAME(PTK_ISA, "pointwise") : PTK_NAME(PTK_ISA, "implicit_gemm");

@@ -59,7 +59,7 @@ static void merge_statistics(const A* blocks, int64_t channels, int64_t rows, in
 template <class T>
 PTK_INLINE Vec<Acc<T>> before_activation(Vec<Acc<T>> centred, Vec<Acc<T>> scale, Vec<Acc<T>> shift, const T* residual,
                                          int64_t valid) {
-  Vec<Acc<T>> u = centred * scale + shift;
+  Vec<Acc<T>> u = multiply_add<Acc<T>>(centred, scale, shift);
   if (residual) u += load_as_partial(residual, valid);
   return u;
 }
@@ -96,29 +96,23 @@ public:
     return ok;
   }
 
+  // Gradients that depend on sums over the batch come in a pass of their own.
   bool run_backward(const NormalizeBackwardParams& b) const {
-    bool ok = true;
+    const bool wants_gradients = b.grad_conv || b.grad_residual;
     const SharedBuffer partial(blocks() * 2 * channels_ * static_cast<int64_t>(sizeof(A)));
     if (!partial) return false;
-    parallel_items(blocks(), [&](int64_t block) {
-      T* scratch = nullptr;
-      if (is_planes() && !(scratch = take_scratch())) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-      backward_block(b, block, scratch, partial.as<A>(), Pass::sums);
-    });
-    if (!ok) return false;
+    if (!b.batch_statistics && wants_gradients) {
+      if (!backward_pass<true, true>(b, partial.as<A>())) return false;
+      merge_sums(partial.as<A>(), b);
+      return true;
+    }
+    if (!backward_pass<true, false>(b, partial.as<A>())) return false;
     merge_sums(partial.as<A>(), b);
-    if (!b.grad_conv && !b.grad_residual) return true;
-    parallel_items(blocks(), [&](int64_t block) {
-      T* scratch = nullptr;
-      if (is_planes() && !(scratch = take_scratch())) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-      backward_block(b, block, scratch, nullptr, Pass::gradients);
-    });
-    return ok;
+    return !wants_gradients || backward_pass<false, true>(b, nullptr);
   }
 
 private:
   static constexpr int64_t kRows = 64, kLane = kLanes<A>;
-  enum class Pass { sums, gradients };
 
   bool is_planes() const { return p_.layout == Layout::channels_first && space_ > 1 && channels_ > 1; }
   int64_t blocks() const { return (pixels_ + kRows - 1) / kRows; }
@@ -173,11 +167,23 @@ private:
     int64_t rows;
   };
 
-  void backward_block(const NormalizeBackwardParams& b, int64_t block, T* scratch, A* partial, Pass pass) const {
+  template <bool kSums, bool kGradients>
+  bool backward_pass(const NormalizeBackwardParams& b, A* partial) const {
+    bool ok = true;
+    parallel_items(blocks(), [&](int64_t block) {
+      T* scratch = nullptr;
+      if (is_planes() && !(scratch = take_scratch())) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      backward_block<kSums, kGradients>(b, block, scratch, partial + block * 2 * channels_);
+    });
+    return ok;
+  }
+
+  template <bool kSums, bool kGradients>
+  void backward_block(const NormalizeBackwardParams& b, int64_t block, T* scratch, A* sums) const {
     const int64_t begin = block * kRows, end = least(pixels_, begin + kRows), size = kRows * channels_;
-    T* grad_residual = !b.grad_residual || pass == Pass::sums ? nullptr
-                       : is_planes()                          ? scratch + 2 * size
-                                                              : static_cast<T*>(b.grad_residual) + begin * channels_;
+    T* grad_residual = !b.grad_residual || !kGradients ? nullptr
+                       : is_planes()                   ? scratch + 2 * size
+                                                       : static_cast<T*>(b.grad_residual) + begin * channels_;
     const BackwardRows rows{static_cast<const T*>(f_.conv) + begin * channels_,
                             rows_of(f_.residual, begin, end, scratch),
                             rows_of(b.grad_out, begin, end, scratch + size),
@@ -189,8 +195,7 @@ private:
       constexpr int wide = GemmTraits<A>::kMr > 8 ? 4 : 2;
       int64_t c = 0;
       const auto columns = [&]<int V>(int64_t valid) {
-        pass == Pass::sums ? add_columns<V>(activation, b, rows, c, valid, partial + block * 2 * channels_)
-                           : gradients_of_columns<V>(activation, b, rows, c, valid);
+        backward_columns<V, kSums, kGradients>(activation, b, rows, c, valid, sums);
       };
       for (; c + wide * kLane <= channels_; c += wide * kLane) columns.template operator()<wide>(kLane);
       for (; c + kLane <= channels_; c += kLane) columns.template operator()<1>(kLane);
@@ -233,29 +238,15 @@ private:
     }
   }
 
-  // sums[c] = sum of du, sums[channels + c] = sum of du * xhat.
-  template <int V, class Kind>
-  void add_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
-                   int64_t valid, A* sums) const {
-    Vec<A> sum[V] = {}, sum_centred[V] = {};
-    for_gradients<V>(activation, static_cast<A>(p_.slope), columns_at<V>(f_, c), rows, channels_, c, valid,
-                     [&](int64_t, int v, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
-                       sum[v] += du;
-                       sum_centred[v] += du * centred;
-                     });
-    for (int v = 0; v < V; ++v) {
-      store_partial(sums + c + v * kLane, sum[v], valid);
-      store_partial(sums + channels_ + c + v * kLane, sum_centred[v] * channel(b.invstd, c + v * kLane, 1), valid);
-    }
-  }
-
+  // sums[c] = sum of du, sums[channels + c] = sum of du * xhat;
   // grad_residual = du, grad_conv = scale (du - mean of du - xhat * mean of du * xhat).
-  template <int V, class Kind>
-  void gradients_of_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
-                            int64_t valid) const {
+  template <int V, bool kSums, bool kGradients, class Kind>
+  void backward_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
+                        int64_t valid, [[maybe_unused]] A* sums) const {
+    if constexpr (V > 1) valid = kLane;
     const Columns<V> k = columns_at<V>(f_, c);
-    Vec<A> offset[V] = {}, slope[V] = {};
-    if (b.batch_statistics)
+    Vec<A> offset[V] = {}, slope[V] = {}, sum[V] = {}, sum_centred[V] = {};
+    if (kGradients && b.batch_statistics)
       for (int v = 0; v < V; ++v) {
         const int64_t i = c + v * kLane;
         const Vec<A> factor = k.scale[v] * (A(1) / static_cast<A>(pixels_));
@@ -264,10 +255,22 @@ private:
       }
     for_gradients<V>(activation, static_cast<A>(p_.slope), k, rows, channels_, c, valid,
                      [&](int64_t i, int v, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
-                       if (rows.grad_residual) store_as_partial(rows.grad_residual + i, du, valid);
-                       if (rows.grad_conv)
-                         store_as_partial(rows.grad_conv + i, du * k.scale[v] - offset[v] - centred * slope[v], valid);
+                       if constexpr (kSums) {
+                         sum[v] += du;
+                         sum_centred[v] += du * centred;
+                       }
+                       if constexpr (kGradients) {
+                         if (rows.grad_residual) store_as_partial(rows.grad_residual + i, du, valid);
+                         if (rows.grad_conv)
+                           store_as_partial(rows.grad_conv + i, du * k.scale[v] - offset[v] - centred * slope[v],
+                                            valid);
+                       }
                      });
+    if constexpr (kSums)
+      for (int v = 0; v < V; ++v) {
+        store_partial(sums + c + v * kLane, sum[v], valid);
+        store_partial(sums + channels_ + c + v * kLane, sum_centred[v] * channel(b.invstd, c + v * kLane, 1), valid);
+      }
   }
 
   void merge_sums(const A* partial, const NormalizeBackwardParams& b) const {

@@ -93,8 +93,13 @@ public:
     for_channels(channels_, p_.batch, space_, [&](int64_t first, int64_t end) {
       with_activation(p_.activation, [&](auto activation) {
         for (int64_t c = first; c < end; ++c) {
-          add_channel(activation, b, c);
-          if (b.grad_conv || b.grad_residual) gradients_of_channel(activation, b, c);
+          if (b.batch_statistics) {
+            // Gradients depend on the sums.
+            backward_channel<true, false>(activation, b, c);
+            backward_channel<false, true>(activation, b, c);
+          } else {
+            backward_channel<true, true>(activation, b, c);
+          }
         }
       });
     });
@@ -149,11 +154,19 @@ private:
     if (i < end) step(i, end - i);
   }
 
-  // sum_du and sum_du_xhat. What lies behind a plane counts nothing: its gradient is read as zero.
-  template <class Kind>
-  void add_channel(Kind activation, const NormalizeBackwardParams& b, int64_t c) const {
+  // sum_du and sum_du_xhat, grad_conv and grad_residual. What lies behind a plane counts nothing in the sums: its
+  // gradient is read as zero.
+  template <bool kSums, bool kGradients, class Kind>
+  void backward_channel(Kind activation, const NormalizeBackwardParams& b, int64_t c) const {
     const Channel k = channel(c);
     const A invstd = number(b.invstd, c, 1);
+    Vec<A> offset{}, slope{};
+    if (kGradients && b.batch_statistics) {
+      const A factor = number(f_.scale, c, 1) / static_cast<A>(p_.batch * space_);
+      offset = broadcast(number(b.sum_du, c, 0) * factor);
+      slope = broadcast(number(b.sum_du_xhat, c, 0) * factor * invstd);
+    }
+    T *grad_conv = static_cast<T*>(b.grad_conv), *grad_residual = static_cast<T*>(b.grad_residual);
     double sum_du = 0, sum_du_xhat = 0;
     for (int64_t image = 0; image < p_.batch; ++image) {
       const int64_t plane = (image * channels_ + c) * space_;
@@ -161,36 +174,26 @@ private:
         Vec<A> sum{}, sum_centred{};
         for_gradients(activation, static_cast<A>(p_.slope), k, b, plane + begin,
                       plane + least(space_, begin + kPlaneBlock),
-                      [&](int64_t, int64_t, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
-                        sum += du;
-                        sum_centred += du * centred;
+                      [&](int64_t i, int64_t valid, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
+                        if constexpr (kSums) {
+                          sum += du;
+                          sum_centred += du * centred;
+                        }
+                        if constexpr (kGradients) {
+                          if (grad_residual) store_as_partial(grad_residual + i, du, valid);
+                          if (grad_conv)
+                            store_as_partial(grad_conv + i, du * k.scale - offset - centred * slope, valid);
+                        }
                       });
-        sum_du += static_cast<double>(reduce_add<A>(sum));
-        sum_du_xhat += static_cast<double>(reduce_add<A>(sum_centred) * invstd);
+        if constexpr (kSums) {
+          sum_du += static_cast<double>(reduce_add<A>(sum));
+          sum_du_xhat += static_cast<double>(reduce_add<A>(sum_centred) * invstd);
+        }
       }
     }
-    static_cast<A*>(b.sum_du)[c] = static_cast<A>(sum_du);
-    static_cast<A*>(b.sum_du_xhat)[c] = static_cast<A>(sum_du_xhat);
-  }
-
-  template <class Kind>
-  void gradients_of_channel(Kind activation, const NormalizeBackwardParams& b, int64_t c) const {
-    const Channel k = channel(c);
-    Vec<A> offset{}, slope{};
-    if (b.batch_statistics) {
-      const A factor = number(f_.scale, c, 1) / static_cast<A>(p_.batch * space_);
-      offset = broadcast(number(b.sum_du, c, 0) * factor);
-      slope = broadcast(number(b.sum_du_xhat, c, 0) * factor * number(b.invstd, c, 1));
-    }
-    T *grad_conv = static_cast<T*>(b.grad_conv), *grad_residual = static_cast<T*>(b.grad_residual);
-    for (int64_t image = 0; image < p_.batch; ++image) {
-      const int64_t plane = (image * channels_ + c) * space_;
-      for_gradients(activation, static_cast<A>(p_.slope), k, b, plane, plane + space_,
-                    [&](int64_t i, int64_t valid, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
-                      if (grad_residual) store_as_partial(grad_residual + i, du, valid);
-                      if (grad_conv)
-                        store_as_partial(grad_conv + i, du * k.scale - offset - centred * slope, valid);
-                    });
+    if constexpr (kSums) {
+      static_cast<A*>(b.sum_du)[c] = static_cast<A>(sum_du);
+      static_cast<A*>(b.sum_du_xhat)[c] = static_cast<A>(sum_du_xhat);
     }
   }
 

@@ -52,7 +52,7 @@ struct ConvResult {
                                                     int64_t valid) const {
     if (bias) sums += v.bias;
     sums = rounded<T>(sums);
-    if (mean) sums = (sums - v.mean) * v.scale + v.shift;
+    if (mean) sums = multiply_add<Acc<T>>(sums - v.mean, v.scale, v.shift);
     if (residual_at) sums += load_as_partial(residual_at, valid);
     store_as_partial(out_at, activate(activation, sums, slope), valid);
   }

@@ -58,14 +58,20 @@ def _cpu_kernel(args: tuple[Any, ...]) -> str:
         stride=[1] * missing + spatial("stride", stride, 3 - missing, 1),
         padding=[0] * missing + spatial("padding", padding, 3 - missing, 0),
         dilation=[1] * missing + spatial("dilation", dilation, 3 - missing, 1),
+        channels_last=register._is_channels_last(input),
     )
     return name
 
 
-def _hints(input: Tensor, weight: Tensor) -> list[str]:
+def _hints(input: Tensor, kernel: str) -> list[str]:
     hints = []
-    if input.dim() > 3 and input.size(1) > 1 and not register._is_channels_last(input):
-        hints.append("input: kernels work on channels last; memory_format=torch.channels_last saves a transposition")
+    if (
+        input.dim() > 3
+        and input.size(1) > 1
+        and not register._is_channels_last(input)
+        and not kernel.endswith("planes")
+    ):
+        hints.append("input: the kernel works on channels last; memory_format=torch.channels_last saves a transposition")
     if input.device.type == "cpu":
         hints += _loader.isa_hints(input.dtype)
     return hints
@@ -73,7 +79,7 @@ def _hints(input: Tensor, weight: Tensor) -> list[str]:
 
 def account(args: tuple[Any, ...]) -> Explanation:
     """Account of a checked call with the operator's arguments."""
-    input, weight = args[:2]
+    input = args[0]
     if _backend.state.backend == "reference":
         return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = input.device.type
@@ -84,9 +90,9 @@ def account(args: tuple[Any, ...]) -> Explanation:
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
     if _backend.runs_on_triton(device, library.DEVICES):
-        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, weight))
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, "Triton"))
     kernel = _cpu_kernel(args) if device == "cpu" else "shape propagation"
-    return Explanation(OP, kernel, device, reason, _hints(input, weight))
+    return Explanation(OP, kernel, device, reason, _hints(input, kernel))
 
 
 def kernels() -> list[KernelInfo]:
@@ -96,7 +102,7 @@ def kernels() -> list[KernelInfo]:
     by_name: dict[str, list[str]] = {}
     if introspection is not None:
         table = introspection.kernel_table()
-        for key in ("conv_bn_relu", "conv_bn_relu strided", "conv_bn_relu pointwise", "conv_bn_relu depthwise"):
+        for key in (key for key in table if key.startswith("conv_bn_relu")):
             for dtype, name in table[key].items():
                 by_name.setdefault(name, []).append(dtype)
     cpu = [KernelInfo(name, "cpu", tuple(names), True) for name, names in by_name.items()]
