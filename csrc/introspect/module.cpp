@@ -83,7 +83,7 @@ using Space = std::array<int64_t, 3>;
 
 std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64_t, int64_t> channels, int64_t groups,
                         const Space& size, const Space& kernel, const Space& stride, const Space& padding,
-                        const Space& dilation) {
+                        const Space& dilation, const Space& result, bool transposed) {
   ptk::ConvProblem p;
   p.dtype = parse_dtype(dtype);
   p.batch = batch;
@@ -96,24 +96,29 @@ std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64
     p.stride[d] = stride[d];
     p.padding[d] = padding[d];
     p.dilation[d] = dilation[d];
-    p.out[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+    p.out[d] = result[d];
   }
+  p.transposed = transposed;
   return ptk::conv_kernel_name(p);
 }
 
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
   constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, two = {1, 2, 2}, three = {1, 3, 3},
-                  border = {0, 1, 1};
+                  border = {0, 1, 1}, half = {1, 28, 28};
   std::map<std::string, std::map<std::string, std::string>> table;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
     table["attention"][name] = attention_kernel(name, 1, 16, 16, 1024, 1024, 64, 64, false, "none");
     table["quantized_matmul"][name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
-    table["conv_bn_relu"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, one, border, one);
-    table["conv_bn_relu strided"][name] = conv_kernel(name, 8, {64, 64}, 1, image, three, two, border, one);
-    table["conv_bn_relu pointwise"][name] = conv_kernel(name, 8, {64, 64}, 1, image, one, one, zero, one);
-    table["conv_bn_relu depthwise"][name] = conv_kernel(name, 8, {64, 64}, 64, image, three, one, border, one);
+    const auto convolution = [&](int64_t groups, const Space& kernel, const Space& stride, const Space& padding,
+                                 const Space& result) {
+      return conv_kernel(name, 8, {64, 64}, groups, image, kernel, stride, padding, one, result, false);
+    };
+    table["conv_bn_relu"][name] = convolution(1, three, one, border, image);
+    table["conv_bn_relu strided"][name] = convolution(1, three, two, border, half);
+    table["conv_bn_relu pointwise"][name] = convolution(1, one, one, zero, image);
+    table["conv_bn_relu depthwise"][name] = convolution(64, three, one, border, image);
     ptk::RnnProblem recurrent;
     recurrent.dtype = dtype;
     table["packed_rnn"][name] = ptk::packed_rnn_kernel_name(recurrent);
@@ -168,6 +173,6 @@ PYBIND11_MODULE(_introspect, module) {
              "Name of the CPU kernel that quantized_linear would run.");
   module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
              py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-             py::arg("dilation"),
+             py::arg("dilation"), py::arg("result"), py::arg("transposed") = false,
              "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }
