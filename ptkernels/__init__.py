@@ -21,6 +21,7 @@ from ptkernels.ops.attention.weights import attention_weights
 from ptkernels.ops.attention_kv_cache import attention_with_kv_cache
 from ptkernels.ops.attention_varlen import attention_varlen
 from ptkernels.ops.conv_bn_relu import conv_bn_relu
+from ptkernels.ops.conv_transpose_bn_relu import conv_transpose_bn_relu
 from ptkernels.ops.packed_rnn import gru, lstm, packed_rnn, rnn
 from ptkernels.ops.quantized_matmul import QuantizedWeight, quantize_weight, quantized_embedding, quantized_linear
 from ptkernels.ops.rotary_embedding import rotary_embedding
@@ -35,6 +36,7 @@ __all__ = [
     "attention_with_kv_cache",
     "backend",
     "conv_bn_relu",
+    "conv_transpose_bn_relu",
     "errors",
     "explain",
     "gru",

@@ -10,6 +10,7 @@ from ptkernels.ops.attention.reference import attention
 from ptkernels.ops.attention_kv_cache.reference import attention_with_kv_cache
 from ptkernels.ops.attention_varlen.reference import attention_varlen
 from ptkernels.ops.conv_bn_relu.reference import conv_bn_relu
+from ptkernels.ops.conv_transpose_bn_relu.reference import conv_transpose_bn_relu
 from ptkernels.ops.packed_rnn.oracle import gru, lstm, rnn
 from ptkernels.ops.packed_rnn.reference import packed_rnn
 from ptkernels.ops.quantized_matmul.reference import quantized_linear
@@ -20,6 +21,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "conv_bn_relu",
+    "conv_transpose_bn_relu",
     "gru",
     "lstm",
     "packed_rnn",

@@ -41,13 +41,27 @@ def conv_bn_relu(
     activation: str = "relu",
     negative_slope: float = 0.01,
     recompute: bool = False,
+    norm: str = "batch",
+    num_groups: int = 1,
+    pre_activation: str = "none",
+    transposed: bool = False,
     **convolution: Any,
 ) -> Tensor:
-    out = (F.conv1d, F.conv2d, F.conv3d)[input.dim() - 3](input, weight, bias, **convolution)
-    if training or running_mean is not None:
+    plain, turned = (F.conv1d, F.conv2d, F.conv3d), (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    function: Any = (turned if transposed else plain)[input.dim() - 3]
+    out = function(ACTIVATIONS[pre_activation](input), weight, bias, **convolution)
+    if norm == "group":
+        out = F.group_norm(out, num_groups, bn_weight, bn_bias, eps)
+    elif norm == "instance":
+        out = F.instance_norm(out, None, None, bn_weight, bn_bias, True, momentum, eps)
+    elif training or running_mean is not None:
         out = F.batch_norm(out, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     out = out if residual is None else out + residual
     return F.leaky_relu(out, negative_slope) if activation == "leaky_relu" else ACTIVATIONS[activation](out)
+
+
+def conv_transpose_bn_relu(*args: Any, **options: Any) -> Tensor:
+    return conv_bn_relu(*args, transposed=True, **options)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Tensor:
@@ -66,7 +80,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, 
 @contextlib.contextmanager
 def torch_functions() -> Iterator[None]:
     """Modules and models call torch where they would call our operators."""
-    replaced = {ptk.conv_bn_relu: conv_bn_relu, ptk.attention: attention}
+    replaced = {
+        ptk.conv_bn_relu: conv_bn_relu,
+        ptk.conv_transpose_bn_relu: conv_transpose_bn_relu,
+        ptk.attention: attention,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith(("ptkernels.nn", "ptkernels.models")):

@@ -83,7 +83,8 @@ using Space = std::array<int64_t, 3>;
 
 std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64_t, int64_t> channels, int64_t groups,
                         const Space& size, const Space& kernel, const Space& stride, const Space& padding,
-                        const Space& dilation, bool channels_last) {
+                        const Space& dilation, const Space& result, bool transposed, bool channels_last,
+                        int64_t norm_groups, bool pre_activation) {
   ptk::ConvProblem p;
   p.layout = channels_last ? ptk::Layout::channels_last : ptk::Layout::channels_first;
   p.dtype = parse_dtype(dtype);
@@ -97,15 +98,18 @@ std::string conv_kernel(const std::string& dtype, int64_t batch, std::pair<int64
     p.stride[d] = stride[d];
     p.padding[d] = padding[d];
     p.dilation[d] = dilation[d];
-    p.out[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+    p.out[d] = result[d];
   }
+  p.transposed = transposed;
+  p.norm_groups = norm_groups;
+  p.pre_activation = pre_activation ? ptk::Activation::relu : ptk::Activation::none;
   return ptk::conv_kernel_name(p);
 }
 
 // Kernel per op and dtype, for a problem large enough that the widest kernel pays.
 std::map<std::string, std::map<std::string, std::string>> kernel_table() {
   constexpr Space one = {1, 1, 1}, zero = {0, 0, 0}, image = {1, 56, 56}, two = {1, 2, 2}, three = {1, 3, 3},
-                  border = {0, 1, 1};
+                  border = {0, 1, 1}, half = {1, 28, 28};
   std::map<std::string, std::map<std::string, std::string>> table;
   for (const ptk::DType dtype : kDTypes) {
     const char* name = ptk::dtype_name(dtype);
@@ -113,7 +117,7 @@ std::map<std::string, std::map<std::string, std::string>> kernel_table() {
     table["quantized_matmul"][name] = quantized_matmul_kernel(name, 1024, 1024, 1024, "s8", 1024, true);
     const auto convolution = [&](int64_t groups, const Space& kernel, const Space& stride, bool channels_last) {
       return conv_kernel(name, 8, {64, 64}, groups, image, kernel, stride, kernel == one ? zero : border, one,
-                         channels_last);
+                         stride == one ? image : half, false, channels_last, 0, false);
     };
     table["conv_bn_relu"][name] = convolution(1, three, one, true);
     table["conv_bn_relu strided"][name] = convolution(1, three, two, true);
@@ -175,6 +179,7 @@ PYBIND11_MODULE(_introspect, module) {
              "Name of the CPU kernel that quantized_linear would run.");
   module.def("conv_kernel", &conv_kernel, py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("channels"),
              py::arg("groups"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-             py::arg("dilation"), py::arg("channels_last") = false,
+             py::arg("dilation"), py::arg("result"), py::arg("transposed") = false, py::arg("channels_last") = false,
+             py::arg("norm_groups") = 0, py::arg("pre_activation") = false,
              "Name of the CPU kernel that a convolution would run; sizes are [depth, height, width].");
 }

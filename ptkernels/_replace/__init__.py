@@ -44,7 +44,7 @@ def replace(
         ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention`` (that of ``nn.Transformer`` and its
             decoders too), ``nn.TransformerEncoderLayer``, models of Hugging Face transformers, and modules whose
             ``forward`` calls ``F.scaled_dot_product_attention``, itself or in a helper;
-            ``"conv_bn_relu"`` finds convolutions whose result only a batch norm or an activation reads;
+            ``"conv_bn_relu"`` finds convolutions, transposed ones too, whose result only a norm or an activation reads;
             ``"packed_rnn"`` finds ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells; ``"quantized_matmul"`` quantizes
             every ``nn.Linear`` (int8_dynamic), which changes results and ``state_dict``, and therefore has to be asked
             for. Default: attention and packed_rnn; convolutions have to be asked for as long as they are slower than

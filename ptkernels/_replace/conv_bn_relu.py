@@ -1,4 +1,6 @@
-"""Which convolutions conv_bn_relu can run: with the batch norm, addition and activation that alone read their result.
+"""Which convolutions conv_bn_relu can run: with the norm, addition and activation that alone read their result.
+
+Transposed convolutions are conv_transpose_bn_relu's, and found in the same way.
 
 What a module does with its children is read by tracing its own ``forward`` (torch.fx), children taken whole. The traced
 code, with every such chain as one call, then stands in for that ``forward``; the children stay the modules they are.
@@ -24,10 +26,13 @@ from ptkernels._replace.change import SUBCLASS, Change, Forward
 from ptkernels._replace.report import Kept, Replaced
 from ptkernels.nn.conv import ACTIVATIONS, fused
 
-_NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
+_NORMS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.Conv1d: (nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm),
+    nn.Conv2d: (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm),
+    nn.Conv3d: (nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm),
+    nn.ConvTranspose1d: (nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm),
+    nn.ConvTranspose2d: (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm),
+    nn.ConvTranspose3d: (nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm),
 }
 _FUNCTIONS: dict[Any, str] = {
     function: name
@@ -185,7 +190,9 @@ class _Matcher:
         if _normalises_and_activates(norm):
             known = type(norm.act) is nn.Identity or _activation(norm.act) is not None
             return known and type(norm.drop) is nn.Identity
-        return type(norm) is _NORMS[type(_module(self.root, conv))]  # type: ignore[index]
+        if isinstance(norm, nn.modules.instancenorm._InstanceNorm) and norm.track_running_stats:
+            return False  # they are not kept
+        return type(norm) in _NORMS[type(_module(self.root, conv))]  # type: ignore[index]
 
     def _without_trailing_identities(self, chain: _Chain) -> _Chain:
         while type(_module(self.root, chain.nodes[-1])) is nn.Identity:
@@ -207,8 +214,12 @@ def _run(conv: Any, norm: Any, activation: nn.Module | str | None, x: Tensor, re
 def _fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     if residual.dtype != x.dtype or isinstance(conv.padding, str) or residual.dim() != x.dim():
         return False
-    sizes = zip(x.shape[-len(conv.stride) :], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
-    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]
+    sizes = (x.shape[-len(conv.stride) :], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
+    if isinstance(conv, nn.modules.conv._ConvTransposeNd):
+        every = zip(*sizes, conv.output_padding, strict=True)
+        spatial = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, p, d, k, s, o in every]
+    else:
+        spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(*sizes, strict=True)]
     return list(residual.shape) == [*x.shape[: -len(spatial) - 1], conv.out_channels, *spatial]
 
 

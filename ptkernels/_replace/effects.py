@@ -44,8 +44,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
 
 def _conv_bn_relu(*args: Any) -> Explanation:
     from ptkernels.ops.conv_bn_relu import routing
+    from ptkernels.ops.conv_bn_relu.variant import complete_forward
 
-    return routing.account(args)
+    args = complete_forward(args)
+    return routing.account((*args[:16], *args[17:]))
 
 
 def _packed_rnn(*args: Any) -> Explanation:

@@ -202,26 +202,32 @@ def rotary_embedding(operands: Operands, options: Mapping[str, Any]) -> Any:
     return _run("rotary_embedding", function, operands, cuts, **options)
 
 
-def conv_bn_relu(operands: Operands, options: Mapping[str, Any]) -> Tensor:
-    """:func:`ptkernels.conv_bn_relu`."""
-    from ptkernels.ops.conv_bn_relu import conv_bn_relu as function
+def conv_bn_relu(operands: Operands, options: Mapping[str, Any], transposed: bool = False) -> Tensor:
+    """:func:`ptkernels.conv_bn_relu`, or :func:`ptkernels.conv_transpose_bn_relu`."""
+    import ptkernels
 
-    training = options["training"]
+    function: Callable[..., Tensor] = ptkernels.conv_transpose_bn_relu if transposed else ptkernels.conv_bn_relu
+    # Statistics of images need nothing of other images; of groups, all the channels of one.
+    training = options["training"] and options["norm"] == "batch"
     given = {name: tensor for name, tensor in operands.items() if tensor is not None}
     batch: dict[str, int] = {name: 0 for name in ("input", "residual") if name in given}
     channels: dict[str, int] = {name: 0 for name in given if name not in batch} | (
         {"residual": 1} if "residual" in given else {}
     )
+    if transposed:
+        channels["weight"] = 1
     by_batch = Cut(batch, (Shard(0),), _sizes_of(operands, batch))
     by_channel = Cut(channels, (Shard(1),), _sizes_of(operands, channels) if options["groups"] == 1 else 1)
     if training and isinstance(operands["input"], DTensor) and Shard(0) in operands["input"].placements:
-        return _normalize_whole_batch(operands, options)
+        return _normalize_whole_batch(operands, options, transposed)
     written = [name for name in ("running_mean", "running_var") if training and name in given]
-    plan = Plan.of("conv_bn_relu", operands, [by_channel] if training else [by_batch, by_channel], written)
+    cuts = [] if training else [by_batch]
+    cuts += [] if options["norm"] == "group" else [by_channel]
+    plan = Plan.of(function.__name__, operands, cuts, written)
     return plan.whole(0, function(**{name: plan.local(name, t) for name, t in operands.items()}, **options))
 
 
-def _normalize_whole_batch(operands: Operands, options: Mapping[str, Any]) -> Tensor:
+def _normalize_whole_batch(operands: Operands, options: Mapping[str, Any], transposed: bool) -> Tensor:
     """The convolution cut along the batch; the statistics, and what waits for them, are torch's own on DTensors."""
     from ptkernels.ops.conv_bn_relu import reference, replays_forward
 
@@ -230,7 +236,7 @@ def _normalize_whole_batch(operands: Operands, options: Mapping[str, Any]) -> Te
     names = ("input", "weight", "bias")
     nothing = dict.fromkeys(set(operands) - set(names))
     plain = {**options, "training": False, "activation": "none", "momentum": momentum, "eps": eps}
-    narrow = conv_bn_relu({**{name: operands[name] for name in names}, **nothing}, plain)
+    narrow = conv_bn_relu({**{name: operands[name] for name in names}, **nothing}, plain, transposed)
     z = narrow.to(reference.compute_dtype(narrow.dtype))
     mean, var = reference.batch_statistics(z)
     u = reference.normalize(z, operands["bn_weight"], operands["bn_bias"], mean, var, eps)

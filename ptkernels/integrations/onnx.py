@@ -29,6 +29,7 @@ from ptkernels.ops.attention_kv_cache.library import append_op, attend_op
 from ptkernels.ops.attention_varlen.library import varlen_op
 from ptkernels.ops.conv_bn_relu import reference as conv_reference
 from ptkernels.ops.conv_bn_relu.library import conv_op
+from ptkernels.ops.conv_bn_relu.variant import Variant, complete_forward
 from ptkernels.ops.packed_rnn import reference as rnn_reference
 from ptkernels.ops.packed_rnn.library import rnn_op
 from ptkernels.ops.quantized_matmul import reference as quantized_reference
@@ -123,10 +124,12 @@ def _attention(
 
 
 def _conv_bn_relu(*args: Any) -> tuple[Tensor, ...]:
-    args = (*args[:16], *("relu", 0.01)[len(args) - 14 :])
-    out, z, mean, var = conv_reference.forward(*args)
+    args = complete_forward(args)
+    variant = Variant(*args[17:])
+    out, z, mean, var = conv_reference.forward(*args[:16], *variant)
     nothing = z.new_empty(0)
-    return out, nothing, *((mean, var) if args[8] and mean is not None and var is not None else (nothing, nothing))
+    measures = args[8] or variant.num_groups
+    return out, nothing, *((mean, var) if measures and mean is not None and var is not None else (nothing, nothing))
 
 
 def _quantized_linear(*args: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """A cell of differentiable architecture search (Liu et al., 2018, https://arxiv.org/abs/1806.09055).
 
-Operations are ReLU, then convolution, then normalisation: a ReLU that follows a normalisation joins the operator before
-it.
+Operations are ReLU, then convolution, then normalisation: one operator, unless one ReLU feeds two convolutions.
 """
 
 from __future__ import annotations
@@ -13,28 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptkernels.nn.conv import ConvBNReLU2d
+from ptkernels.nn.conv import ConvBNReLU2d, ReLUConvBN2d
 
 
-class ReLUConvBN(nn.Module):
-    """``bn(conv(relu(x)))``; ``kernel_size`` 1 unless given.
-
-    Example:
-        >>> ReLUConvBN(4, 8)(torch.randn(2, 4, 5, 5)).shape
-        torch.Size([2, 8, 5, 5])
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 1, padding: int = 0, affine: bool = False
-    ) -> None:
-        super().__init__()
-        self.conv = ConvBNReLU2d(
-            in_channels, out_channels, kernel_size, padding=padding, affine=affine, activation="none"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.relu(x))
-        return out
+def _pointwise(in_channels: int, out_channels: int) -> ReLUConvBN2d:
+    return ReLUConvBN2d(in_channels, out_channels, 1, affine=False)
 
 
 class FactorizedReduce(nn.Module):
@@ -79,6 +61,7 @@ class SeparableConv(nn.Module):
                     *(channels, channels, kernel_size, stride if index == 0 else 1, padding, dilation, channels),
                     norm=False,
                     activation="none",
+                    pre_activation="relu" if index == 0 else "none",
                 )
             )
             activation = "relu" if index + 1 < repeats else "none"
@@ -86,7 +69,7 @@ class SeparableConv(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(F.relu(x))
+        out: Tensor = self.layers(x)
         return out
 
 
@@ -147,8 +130,8 @@ class DARTSCell(nn.Module):
         reduction_before: bool = False,
     ) -> None:
         super().__init__()
-        older = FactorizedReduce if reduction_before else ReLUConvBN
-        self.older, self.newer = older(before_previous, channels), ReLUConvBN(previous, channels)
+        older = FactorizedReduce if reduction_before else _pointwise
+        self.older, self.newer = older(before_previous, channels), _pointwise(previous, channels)
         self.nodes, self.num_edges = nodes, sum(2 + node for node in range(nodes))
         self.edges = nn.ModuleList()
         for node in range(nodes):

@@ -8,13 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ptkernels.nn.conv import ConvBNReLU2d
+from ptkernels.nn.conv import ConvBNReLU2d, ConvTransposeBNReLU2d
 
 
 def _leaky(in_channels: int, out_channels: int, stride: int = 2, norm: bool = True) -> ConvBNReLU2d:
     """A 4x4 convolution and LeakyReLU 0.2, as GANs have them; a bias where nothing normalises."""
     options = {"activation": "leaky_relu", "negative_slope": 0.2}
     return ConvBNReLU2d(in_channels, out_channels, 4, stride, 1, bias=not norm, norm=norm, **options)  # type: ignore[arg-type]
+
+
+def _image(in_channels: int, out_channels: int) -> ConvTransposeBNReLU2d:
+    """The last doubling of a generator: a bias, and a tanh in place of a normalisation."""
+    return ConvTransposeBNReLU2d(in_channels, out_channels, 4, 2, 1, bias=True, norm=False, activation="tanh")
 
 
 class Critic(nn.Module):
@@ -67,13 +72,11 @@ class ImageGenerator(nn.Module):
     def __init__(self, noise: int = 100, out_channels: int = 3, width: int = 64, size: int = 32) -> None:
         super().__init__()
         channels = width * (size // 8)
-        blocks: list[nn.Module] = [nn.ConvTranspose2d(noise, channels, 4, bias=False)]
+        blocks: list[nn.Module] = [ConvTransposeBNReLU2d(noise, channels, 4)]
         while channels > width:
-            blocks += [nn.BatchNorm2d(channels), nn.ReLU()]
-            blocks.append(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False))
+            blocks.append(ConvTransposeBNReLU2d(channels, channels // 2, 4, 2, 1))
             channels //= 2
-        blocks += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, out_channels, 4, 2, 1), nn.Tanh()]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*blocks, _image(width, out_channels))
 
     def forward(self, noise: Tensor) -> Tensor:
         images: Tensor = self.blocks(noise[:, :, None, None])
@@ -171,10 +174,10 @@ class Pix2PixGenerator(nn.Module):
         self.up = nn.ModuleList()
         for level in range(depth - 1, 0, -1):
             inner = widths[level] if level == depth - 1 else 2 * widths[level]
-            parts: list[nn.Module] = [nn.ConvTranspose2d(inner, widths[level - 1], 4, 2, 1, bias=False)]
-            parts += [nn.BatchNorm2d(widths[level - 1]), nn.Dropout2d(dropout if level > depth - 4 else 0.0), nn.ReLU()]
-            self.up.append(nn.Sequential(*parts))
-        self.last = nn.ConvTranspose2d(2 * width if depth > 1 else width, out_channels, 4, 2, 1)
+            # Before or behind a ReLU a dropped channel is the same.
+            dropped = nn.Dropout2d(dropout if level > depth - 4 else 0.0)
+            self.up.append(nn.Sequential(ConvTransposeBNReLU2d(inner, widths[level - 1], 4, 2, 1), dropped))
+        self.last = _image(2 * width if depth > 1 else width, out_channels)
 
     def forward(self, source: Tensor) -> Tensor:
         skips = [source]
@@ -183,5 +186,5 @@ class Pix2PixGenerator(nn.Module):
         out = skips.pop()
         for up in self.up:
             out = torch.cat([up(out), skips.pop()], 1)
-        images: Tensor = self.last(out).tanh()
+        images: Tensor = self.last(out)
         return images

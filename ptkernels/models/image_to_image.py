@@ -1,69 +1,28 @@
 """Images to images: style transfer, segmentation, super-resolution.
 
-Convolutions with what follows them are one operator. Transposed convolutions are torch's own.
+Convolutions, transposed ones too, and what follows them are one operator.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptkernels.nn.conv import ConvBNReLU2d
-from ptkernels.ops.conv_bn_relu import conv_bn_relu
+from ptkernels.nn.conv import ConvBNReLU2d, ConvTransposeBNReLU2d
 
-
-class ConvInstanceNormReLU2d(nn.Module):
-    """``act(instance_norm(conv(x)) + residual)``: batch normalisation with every image as channels of one.
-
-    An image is a group of channels of a batch of one, whose statistics are then its own.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding: of the convolution. It has no bias: the
-            normalisation, which has no parameters, would remove it.
-        activation: see :func:`ptkernels.conv_bn_relu`.
-
-    Example:
-        >>> block = ConvInstanceNormReLU2d(3, 8, 3, padding=1)
-        >>> block(torch.randn(2, 3, 16, 16)).mean((2, 3)).shape
-        torch.Size([2, 8])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        activation: str = "relu",
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        batch, conv = x.size(0), self.conv
-        out = conv_bn_relu(
-            x.flatten(0, 1).unsqueeze(0),
-            conv.weight.repeat(batch, 1, 1, 1),
-            residual=None if residual is None else residual.flatten(0, 1).unsqueeze(0),
-            training=True,
-            stride=conv.stride,
-            padding=conv.padding,
-            groups=batch,
-            activation=self.activation,
-        )
-        return out.view(batch, conv.out_channels, *out.shape[2:])
+# Without parameters, as style transfer normalises.
+_INSTANCE: dict[str, Any] = {"norm": "instance", "affine": False}
 
 
 class _StyleResidual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = ConvInstanceNormReLU2d(channels, channels, 3, padding=1)
-        self.second = ConvInstanceNormReLU2d(channels, channels, 3, padding=1, activation="none")
+        self.first = ConvBNReLU2d(channels, channels, 3, padding=1, **_INSTANCE)
+        self.second = ConvBNReLU2d(channels, channels, 3, padding=1, activation="none", **_INSTANCE)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.second(self.first(x), x)
@@ -88,15 +47,15 @@ class StyleTransferNet(nn.Module):
     def __init__(self, width: int = 32, num_residual: int = 5) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            ConvInstanceNormReLU2d(3, width, 9, 1, 4),
-            ConvInstanceNormReLU2d(width, 2 * width, 3, 2, 1),
-            ConvInstanceNormReLU2d(2 * width, 4 * width, 3, 2, 1),
+            ConvBNReLU2d(3, width, 9, 1, 4, **_INSTANCE),
+            ConvBNReLU2d(width, 2 * width, 3, 2, 1, **_INSTANCE),
+            ConvBNReLU2d(2 * width, 4 * width, 3, 2, 1, **_INSTANCE),
         )
         self.residual = nn.Sequential(*(_StyleResidual(4 * width) for _ in range(num_residual)))
-        ups: list[nn.Module] = []
-        for channels in (4 * width, 2 * width):
-            up = nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, 1)
-            ups += [up, nn.InstanceNorm2d(channels // 2), nn.ReLU()]
+        ups = (
+            ConvTransposeBNReLU2d(channels, channels // 2, 3, 2, 1, 1, **_INSTANCE)
+            for channels in (4 * width, 2 * width)
+        )
         self.decoder = nn.Sequential(
             *ups, ConvBNReLU2d(width, 3, 9, padding=4, bias=True, norm=False, activation="tanh")
         )

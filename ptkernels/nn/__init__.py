@@ -11,7 +11,17 @@ from ptkernels.nn.cells import (
     ResetBeforeGRUCell,
     ZoneoutCell,
 )
-from ptkernels.nn.conv import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
+from ptkernels.nn.conv import (
+    ConvBNReLU1d,
+    ConvBNReLU2d,
+    ConvBNReLU3d,
+    ConvTransposeBNReLU1d,
+    ConvTransposeBNReLU2d,
+    ConvTransposeBNReLU3d,
+    ReLUConvBN1d,
+    ReLUConvBN2d,
+    ReLUConvBN3d,
+)
 from ptkernels.nn.quantized import LoRALinear, QuantizedEmbedding, QuantizedLinear, quantize_
 from ptkernels.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from ptkernels.nn.synchronized import SyncBatchNorm
@@ -24,6 +34,9 @@ __all__ = [
     "ConvBNReLU1d",
     "ConvBNReLU2d",
     "ConvBNReLU3d",
+    "ConvTransposeBNReLU1d",
+    "ConvTransposeBNReLU2d",
+    "ConvTransposeBNReLU3d",
     "GRUCell",
     "LSTMCell",
     "LayerNormGRUCell",
@@ -34,6 +47,9 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "RNNCell",
+    "ReLUConvBN1d",
+    "ReLUConvBN2d",
+    "ReLUConvBN3d",
     "ResetBeforeGRUCell",
     "SyncBatchNorm",
     "TransformerDecoderLayer",

@@ -54,19 +54,26 @@ class ConvBNReLU(_Evaluated):
         self.eps: float = getattr(bn, "eps", 0.0)
         self.batch_statistics: bool = isinstance(bn, nn.modules.batchnorm._BatchNorm) and bn.running_mean is None
         self.activation: str = module.activation
-        self.negative_slope: float = getattr(module.act, "negative_slope", 0.01)
+        self.negative_slope: float = getattr(module.act, "negative_slope", module.negative_slope)
+        self.transposed: bool = isinstance(conv, nn.modules.conv._ConvTransposeNd)
+        self.output_padding: list[int] | None = list(conv.output_padding) if self.transposed else None
+        per_channel = -1 if isinstance(bn, nn.modules.instancenorm._InstanceNorm) else 0
+        self.num_groups: int = getattr(bn, "num_groups", per_channel)
+        self.pre_activation: str = module.pre_activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if len(self.around) > 1:
             x = F.pad(x, self.around, self.padding_mode)
         if hasattr(self.bn, "running_mean"):
             norm = (self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var)
+        elif hasattr(self.bn, "weight") and hasattr(self.bn, "bias"):
+            norm = (self.bn.weight, self.bn.bias, None, None)
         else:
             norm = (None, None, None, None)
         return torch.ops.ptkernels.conv_bn_relu(
             x, self.conv.weight, self.conv.bias, norm[0], norm[1], norm[2], norm[3], residual, self.batch_statistics,
             self.eps, self.stride, self.padding, self.dilation, self.groups, self.activation, self.negative_slope,
-            False,
+            False, self.transposed, self.output_padding, self.num_groups, self.pre_activation,
         )[0]  # fmt: skip
 
 

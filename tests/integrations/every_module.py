@@ -91,6 +91,14 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "ConvBNReLU1d": lambda: ptk.nn.ConvBNReLU1d(5, 4, 3, padding=1),
     "ConvBNReLU2d": lambda: Images(ptk.nn.ConvBNReLU2d(5, 4, 3, padding=1, activation="silu"), (4, 2)),
     "ConvBNReLU3d": lambda: Images(ptk.nn.ConvBNReLU3d(5, 4, 2, bias=True, activation="gelu"), (2, 2, 2)),
+    "ConvTransposeBNReLU1d": lambda: ptk.nn.ConvTransposeBNReLU1d(5, 4, 3, 2, norm="instance", activation="tanh"),
+    "ConvTransposeBNReLU2d": lambda: Images(ptk.nn.ConvTransposeBNReLU2d(5, 4, 3, 2, activation="silu"), (4, 2)),
+    "ConvTransposeBNReLU3d": lambda: Images(
+        ptk.nn.ConvTransposeBNReLU3d(5, 4, 2, bias=True, norm="group", num_groups=2, activation="gelu"), (2, 2, 2)
+    ),
+    "ReLUConvBN1d": lambda: ptk.nn.ReLUConvBN1d(5, 4, 3, padding=1, pre_activation="silu"),
+    "ReLUConvBN2d": lambda: Images(ptk.nn.ReLUConvBN2d(5, 4, 3, padding=1, pre_activation="silu"), (4, 2)),
+    "ReLUConvBN3d": lambda: Images(ptk.nn.ReLUConvBN3d(5, 4, 2, bias=True, pre_activation="gelu"), (2, 2, 2)),
     "SyncBatchNorm": lambda: ptk.nn.SyncBatchNorm(5),
     "QuantizedLinear": quantized,
     "QuantizedEmbedding": embedding,

@@ -57,6 +57,20 @@ def convolution(input: Placement, weight: Placement, result: Placement, training
     return Case(call, operands | {"residual": residual}, (result, weight, weight))
 
 
+def of_images(input: Placement, weight: Placement, result: Placement, transposed: bool = False, **norm: Any) -> Case:
+    """With statistics of every image; the channels of a transposed convolution's result are its weight's second."""
+
+    def call(**tensors: Tensor) -> Tensor:
+        function = ptk.conv_transpose_bn_relu if transposed else ptk.conv_bn_relu
+        return function(**tensors, **norm, activation="silu", pre_activation="tanh")
+
+    rows = Shard(1) if transposed and weight == Shard(0) else weight
+    vectors = {name: Operand((8,), weight) for name in ("bias", "bn_weight", "bn_bias")}
+    operands = {"input": Operand((8, 3, 5, 6), input)}
+    operands["weight"] = Operand((3, 8, 3, 3) if transposed else (8, 3, 3, 3), rows)
+    return Case(call, operands | vectors, (result,))
+
+
 def quantized(scheme: str, x: Placement, stored: Placement, result: Placement, activation: str | None = None) -> Case:
     def call(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         numbers = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
@@ -146,6 +160,11 @@ CASES: dict[str, Case] = {
     "convolution, training, batch": convolution(Shard(0), WHOLE, Shard(0), training=True),
     "convolution, training, channels": convolution(WHOLE, Shard(0), Shard(1), training=True),
     "convolution, training, whole": convolution(WHOLE, WHOLE, WHOLE, training=True),
+    "group norm, batch": of_images(Shard(0), WHOLE, Shard(0), norm="group", num_groups=2),
+    "group norm, whole": of_images(WHOLE, WHOLE, WHOLE, norm="group", num_groups=2),
+    "instance norm, channels": of_images(WHOLE, Shard(0), Shard(1), norm="instance"),
+    "transposed, batch": of_images(Shard(0), WHOLE, Shard(0), True, norm="instance"),
+    "transposed, channels": of_images(WHOLE, Shard(0), Shard(1), True, norm="instance"),
     "quantized, rows": quantized("int4_weight_only", Shard(0), WHOLE, Shard(0), "gelu"),
     "quantized, outputs": quantized("int8_dynamic", WHOLE, Shard(0), Shard(2), "silu"),
     "quantized, inputs": quantized("int4_weight_only", Shard(2), Shard(1), Partial()),

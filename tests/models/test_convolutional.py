@@ -32,8 +32,8 @@ from ptkernels.models import (
     resnet50,
 )
 from ptkernels.models.darts import OPERATIONS
-from ptkernels.models.image_to_image import ConvInstanceNormReLU2d
 from ptkernels.models.resnet import BasicBlock, Bottleneck
+from ptkernels.nn import ConvBNReLU2d
 
 
 class Weighted(nn.Module):
@@ -280,7 +280,7 @@ def test_style_network_learns_to_copy_a_photograph() -> None:
 
 
 def test_instance_norm_is_torchs() -> None:
-    block = ConvInstanceNormReLU2d(3, 5, 3, 2, 1)
+    block = ConvBNReLU2d(3, 5, 3, 2, 1, norm="instance", affine=False)
     x = image(9)
     expected = F.relu(F.instance_norm(block.conv(x)))
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)

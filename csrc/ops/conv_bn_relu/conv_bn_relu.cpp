@@ -38,23 +38,30 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
                  std::optional<Tensor> bn_bias, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                  std::optional<Tensor> residual, bool training, double eps, std::vector<int64_t> stride,
                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string activation,
-                 double negative_slope, bool save_conv) {
-  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope);
+                 double negative_slope, bool save_conv, bool transposed,
+                 std::optional<std::vector<int64_t>> output_padding, int64_t num_groups, std::string pre_activation) {
+  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope,
+                           {transposed, output_padding.value_or(Sizes{}), num_groups, pre_activation});
   const ConvProblem& p = call.problem;
-  const Norm norm = call.norm(bn_weight, bn_bias, running_mean, running_var, training, eps);
+  // Whether the statistics are those of the data.
+  const bool measures = training || call.normalizes_images;
+  PTK_CHECK(!running_mean || !call.normalizes_images,
+            "conv_bn_relu: running_mean: got a tensor, expected None with statistics of every image");
+  const Norm norm = call.norm(bn_weight, bn_bias, running_mean, running_var, measures, eps);
   const Channels bias_channels = call.channels("bias", bias);
   Tensor out = call.empty_result(p.layout);
-  const bool keeps_conv = training || save_conv;
+  const bool keeps_conv = measures || save_conv;
   Tensor conv = keeps_conv ? call.empty_result(conv_layout(p)) : call.empty_vector(0);
-  Tensor mean = call.empty_vector(training ? p.out_channels : 0);
-  Tensor var = call.empty_vector(training ? p.out_channels : 0);
+  Tensor mean = measures ? call.empty_statistics() : call.empty_vector(0);
+  Tensor var = measures ? call.empty_statistics() : call.empty_vector(0);
   const Tensor nothing = call.empty_vector(0);
   if (residual) {
     call.check_result("residual", *residual);
     residual = call.in_layout(*residual, p.layout);
   }
   if (out.numel() == 0) {
-    PTK_CHECK(!training || p.out_channels == 0, "conv_bn_relu: input: got no value per channel, expected more than 1");
+    PTK_CHECK(!training || call.normalizes_images || p.out_channels == 0,
+              "conv_bn_relu: input: got no value per channel, expected more than 1");
     return {out, save_conv ? conv : nothing, mean, var};
   }
 
@@ -77,19 +84,45 @@ Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::o
   params.bias = bias_channels.data();
   params.out = conv.mutable_data_ptr();
   params.out_layout = conv_layout(p);
-  if (training) {
-    PTK_CHECK(p.batch * volume(p.out) > 1,
-              "conv_bn_relu: input: got one value per channel, expected more when training");
+  if (measures) {
+    call.check_values(num_groups);
     params.batch_mean = mean.mutable_data_ptr();
     params.batch_variance = var.mutable_data_ptr();
   }
   check_memory(kernels().convolve(params));
 
-  const Norm batch = training ? call.batch_norm(bn_weight, bn_bias, mean, var, eps) : norm;
-  NormalizeParams normalize = call.normalize(conv, residual, batch);
+  const Norm used = measures ? call.own_norm(bn_weight, bn_bias, mean, var, eps) : norm;
+  NormalizeParams normalize = call.normalize(conv, residual, used);
   normalize.out = out.mutable_data_ptr();
   check_memory(kernels().normalize(normalize));
   return {out, save_conv ? conv : nothing, mean, var};
+}
+
+// The convolution again, where the forward has not kept it.
+Tensor convolved(const ConvArguments& call, const Channels& bias) {
+  Tensor conv = call.empty_result(conv_layout(call.problem));
+  ConvParams params;
+  params.problem = call.problem;
+  params.problem.activation = Activation::none;
+  params.input = call.input.const_data_ptr();
+  params.weight = call.weight.const_data_ptr();
+  params.bias = bias.data();
+  params.out = conv.mutable_data_ptr();
+  params.out_layout = conv_layout(call.problem);
+  check_memory(kernels().convolve(params));
+  return conv;
+}
+
+void multiply_backward(const ConvArguments& call, const Tensor& grad_conv, const std::optional<Tensor>& grad_input,
+                       const std::optional<Tensor>& grad_weight) {
+  ConvBackwardParams products;
+  products.problem = call.problem;
+  products.grad_conv = grad_conv.const_data_ptr();
+  products.input = call.input.const_data_ptr();
+  products.weight = call.weight.const_data_ptr();
+  products.grad_input = grad_input && grad_input->numel() > 0 ? grad_input->mutable_data_ptr() : nullptr;
+  products.grad_weight = grad_weight && grad_weight->numel() > 0 ? grad_weight->mutable_data_ptr() : nullptr;
+  check_memory(kernels().convolve_backward(products));
 }
 
 using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
@@ -99,12 +132,17 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
                    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> mean,
                    std::optional<Tensor> var, std::optional<Tensor> residual, std::optional<Tensor> conv, bool training,
                    double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                   int64_t groups, std::string activation, double negative_slope, std::vector<bool> output_mask) {
-  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope);
+                   int64_t groups, std::string activation, double negative_slope, std::vector<bool> output_mask,
+                   bool transposed, std::optional<std::vector<int64_t>> output_padding, int64_t num_groups,
+                   std::string pre_activation) {
+  const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope,
+                           {transposed, output_padding.value_or(Sizes{}), num_groups, pre_activation});
   const ConvProblem& p = call.problem;
   PTK_CHECK(output_mask.size() == 6, "conv_bn_relu: output_mask: got ", output_mask.size(), " entries, expected 6");
-  PTK_CHECK(!training || mean, "conv_bn_relu: mean: got None, expected a tensor when training");
-  const Norm norm = call.norm(bn_weight, bn_bias, mean, var, false, eps);
+  const bool measured = training || call.normalizes_images;
+  PTK_CHECK(!measured || (mean && var), "conv_bn_relu: mean: got None, expected a tensor with statistics of the data");
+  const Norm norm = measured ? call.own_norm(bn_weight, bn_bias, *mean, *var, eps)
+                             : call.norm(bn_weight, bn_bias, mean, var, false, eps);
   const Channels bias_channels = call.channels("bias", bias);
   call.check_result("grad_out", grad_out);
   if (residual) {
@@ -134,58 +172,46 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
     return gradients;
   }
   if (!conv) {
-    conv = call.empty_result(conv_layout(p));
-    ConvParams params;
-    params.problem = p;
-    params.problem.activation = Activation::none;
-    params.input = call.input.const_data_ptr();
-    params.weight = call.weight.const_data_ptr();
-    params.bias = bias_channels.data();
-    params.out = conv->mutable_data_ptr();
-    params.out_layout = conv_layout(p);
-    check_memory(kernels().convolve(params));
+    conv = convolved(call, bias_channels);
   }
 
-  const bool needs_grad_conv = grad_input || grad_weight;
+  // Whatever a bias adds to channels that have statistics of their own, these take away again.
+  const bool bias_is_removed = measured && (!call.normalizes_images || p.norm_groups == p.out_channels);
+  const bool sums_grad_conv = grad_bias && measured && !bias_is_removed;
+  const bool needs_grad_conv = grad_input || grad_weight || sums_grad_conv;
   std::optional<Tensor> grad_conv;
   if (needs_grad_conv) {
     grad_conv = call.empty_result(conv_layout(p));
   }
-  Channels sum_du(p.dtype, p.out_channels), sum_du_xhat(p.dtype, p.out_channels);
+  const int64_t sums = (call.normalizes_images ? p.batch : 1) * p.out_channels;
+  Channels sum_du(p.dtype, sums), sum_du_xhat(p.dtype, sums), sum_grad_conv(p.dtype, p.out_channels);
   NormalizeBackwardParams params;
   params.forward = call.normalize(*conv, residual, norm);
   params.invstd = norm.invstd.data();
   params.grad_out = grad_out.const_data_ptr();
-  params.batch_statistics = training;
+  params.batch_statistics = measured;
   params.sum_du = sum_du.mutable_data();
   params.sum_du_xhat = sum_du_xhat.mutable_data();
+  params.sum_grad_conv = sums_grad_conv ? sum_grad_conv.mutable_data() : nullptr;
   params.grad_conv = grad_conv ? grad_conv->mutable_data_ptr() : nullptr;
   params.grad_residual = grad_residual ? grad_residual->mutable_data_ptr() : nullptr;
   check_memory(kernels().normalize_backward(params));
 
-  if (needs_grad_conv) {
-    ConvBackwardParams products;
-    products.problem = p;
-    products.grad_conv = grad_conv->const_data_ptr();
-    products.input = call.input.const_data_ptr();
-    products.weight = call.weight.const_data_ptr();
-    products.grad_input = grad_input && grad_input->numel() > 0 ? grad_input->mutable_data_ptr() : nullptr;
-    products.grad_weight = grad_weight && grad_weight->numel() > 0 ? grad_weight->mutable_data_ptr() : nullptr;
-    check_memory(kernels().convolve_backward(products));
+  if (grad_input || grad_weight) {
+    multiply_backward(call, *grad_conv, grad_input, grad_weight);
   }
-  // Whatever a bias adds, statistics of the batch take away again.
   if (grad_bias) {
-    if (training) {
+    if (bias_is_removed) {
       torch::stable::zero_(*grad_bias);
     } else {
-      sum_du.times(norm.scale).write(*grad_bias);
+      (sums_grad_conv ? sum_grad_conv : sum_du.times(norm.scale)).write(*grad_bias);
     }
   }
   if (grad_bn_weight) {
-    sum_du_xhat.write(*grad_bn_weight);
+    sum_du_xhat.folded(p.out_channels).write(*grad_bn_weight);
   }
   if (grad_bn_bias) {
-    sum_du.write(*grad_bn_bias);
+    sum_du.folded(p.out_channels).write(*grad_bn_bias);
   }
   return gradients;
 }
@@ -208,11 +234,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
   library.def("conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
               "Tensor? running_mean, Tensor? running_var, Tensor? residual, bool training, float eps, int[] stride, "
               "int[] padding, int[] dilation, int groups, str activation=\"relu\", float negative_slope=0.01, "
-              "bool save_conv=False) -> (Tensor, Tensor, Tensor, Tensor)");
+              "bool save_conv=False, bool transposed=False, int[]? output_padding=None, int num_groups=0, "
+              "str pre_activation=\"none\") -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("_conv_bn_relu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
               "Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? residual, Tensor? conv, bool training, float eps, "
               "int[] stride, int[] padding, int[] dilation, int groups, str activation=\"relu\", "
-              "float negative_slope=0.01, bool[6] output_mask=[True, True, True, True, True, True]) -> "
+              "float negative_slope=0.01, bool[6] output_mask=[True, True, True, True, True, True], "
+              "bool transposed=False, int[]? output_padding=None, int num_groups=0, str pre_activation=\"none\") -> "
               "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def("_allow_winograd(bool allowed) -> ()");
 }

@@ -1,8 +1,9 @@
 // Convolution, normalisation, residual and activation as one operator: what the kernels are given. Torch-free.
 //
-//   z = conv(input, weight)      u = (z - mean) * scale + shift + residual      out = act(u)
+//   z = conv(pre(input), weight)      u = (z - mean) * scale + shift + residual      out = act(u)
 //
-// One, two and three spatial dimensions are one problem: missing ones have size, kernel and stride 1.
+// where conv may be transposed and pre is an activation of its own. One, two and three spatial dimensions are one
+// problem: missing ones have size, kernel and stride 1.
 #pragma once
 
 #include "csrc/core/dtype.h"
@@ -26,9 +27,13 @@ struct ConvProblem {
   int64_t batch = 0, in_channels = 0, out_channels = 0, groups = 1;
   int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1};
   int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {}, dilation[3] = {1, 1, 1};
-  Activation activation = Activation::none;
+  Activation activation = Activation::none, pre_activation = Activation::none;
   double slope = 0.01;  // of leaky_relu below zero
   bool allows_winograd = true;
+  bool transposed = false;
+  // Into so many groups the channels of every image are divided, each with statistics of its own; 0: statistics are
+  // those of a channel.
+  int64_t norm_groups = 0;
 };
 
 inline int64_t volume(const int64_t (&size)[3]) {
@@ -58,13 +63,30 @@ inline bool is_pointwise_in_planes(const ConvProblem& p) {
 // kernels of channels-first tensors know few shapes there; all others meet rows of channels.
 // ptkernels/ops/conv_bn_relu/register.py knows the same rule.
 inline Layout conv_layout(const ConvProblem& p) {
-  const bool planes = p.layout == Layout::channels_first && volume(p.out) > 1 &&
+  const bool is_plain = !p.transposed && p.norm_groups == 0 && p.pre_activation == Activation::none;
+  const bool planes = is_plain && p.layout == Layout::channels_first && volume(p.out) > 1 &&
                       (is_pointwise_in_planes(p) || is_depthwise_in_planes(p));
   return planes ? Layout::channels_first : Layout::channels_last;
 }
 
-// Tensors are dense. `weight` is [out_channels, in_channels / groups, kernel...] in that order. Vectors per channel are
-// float32, float64 for float64, and end in kChannelPadding elements that may be read. Results are uninitialised.
+// The convolution whose input gradient a transposed one is, or the other way round: input and result change places. It
+// has the same weight, in the same order.
+inline ConvProblem adjoint(const ConvProblem& p) {
+  ConvProblem other = p;
+  other.transposed = !p.transposed;
+  other.in_channels = p.out_channels;
+  other.out_channels = p.in_channels;
+  for (int d = 0; d < 3; ++d) {
+    other.in[d] = p.out[d];
+    other.out[d] = p.in[d];
+  }
+  return other;
+}
+
+// Tensors are dense. `weight` is [out_channels, in_channels / groups, kernel...] in that order, of a transposed
+// convolution [in_channels, out_channels / groups, kernel...]. Vectors per channel are float32, float64 for float64,
+// and end in kChannelPadding elements that may be read; with norm_groups, those of the normalisation are one such
+// vector per image, one after the other. Results are uninitialised.
 inline constexpr int64_t kChannelPadding = 16;
 
 // out = act((conv(input, weight) + bias - mean) * scale + shift + residual), the convolution rounded to the dtype; null
@@ -78,7 +100,8 @@ struct ConvParams {
   bool is_packed = false;
   void* out = nullptr;
   Layout out_layout = Layout::channels_first;  // of out and residual
-  // Where not null: mean and biased variance of every channel of out over batch and space.
+  // Where not null: mean and biased variance of every channel of out over batch and space, or of every group of every
+  // image. `out` is then channels last.
   void *batch_mean = nullptr, *batch_variance = nullptr;
 };
 
@@ -95,12 +118,16 @@ struct NormalizeParams {
 //   grad_residual = du    sum_du = sum du    sum_du_xhat = sum du * xhat
 //   grad_conv = scale * du                                                            statistics fixed
 //   grad_conv = scale * (du - sum_du / count - xhat * sum_du_xhat / count)            statistics of the batch
+//
+// Of an image with norm_groups the sums are its own, and grad_conv subtracts the means over a group of scale * du and
+// of scale * du * xhat.
 struct NormalizeBackwardParams {
   NormalizeParams forward;       // without out
   const void* invstd = nullptr;  // null where mean is
   const void* grad_out = nullptr;
   bool batch_statistics = false;
   void *sum_du = nullptr, *sum_du_xhat = nullptr;
+  void* sum_grad_conv = nullptr;  // over batch and space; null where not asked for
   void* grad_conv = nullptr;      // laid out like conv; null where not asked for
   void* grad_residual = nullptr;  // null where not asked for
 };

@@ -5,6 +5,9 @@
 //            channels-first ones pass through a block of rows in the thread's scratch.
 //   numerics statistics of a block of rows are its mean and its sum of squared differences from that mean; blocks are
 //            merged in order, in double (Chan, Golub and LeVeque, 1983). Nothing is squared before it is centred.
+//   units    what is normalised together is the batch, or an image: no block of rows belongs to two of them, and each
+//   has
+//            vectors of its own.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_activation.h"
@@ -98,24 +101,40 @@ public:
 
   // Gradients that depend on sums over the batch come in a pass of their own.
   bool run_backward(const NormalizeBackwardParams& b) const {
-    const bool wants_gradients = b.grad_conv || b.grad_residual;
-    const SharedBuffer partial(blocks() * 2 * channels_ * static_cast<int64_t>(sizeof(A)));
-    if (!partial) return false;
-    if (!b.batch_statistics && wants_gradients) {
-      if (!backward_pass<true, true>(b, partial.as<A>())) return false;
-      merge_sums(partial.as<A>(), b);
-      return true;
-    }
-    if (!backward_pass<true, false>(b, partial.as<A>())) return false;
+    const bool wants_gradients = b.grad_conv || b.grad_residual, is_one_pass = wants_gradients && !b.batch_statistics;
+    const int64_t vectors = units() * channels_ + kChannelPadding;
+    const SharedBuffer partial(blocks() * kSumsOfBlock * channels_ * static_cast<int64_t>(sizeof(A))),
+        shares(2 * vectors * static_cast<int64_t>(sizeof(A)));
+    if (!partial || !shares) return false;
+    const Shares share{shares.as<A>(), shares.as<A>() + vectors};
+    if (!(is_one_pass ? backward_pass<true, true>(b, partial.as<A>(), share)
+                      : backward_pass<true, false>(b, partial.as<A>(), share)))
+      return false;
     merge_sums(partial.as<A>(), b);
-    return !wants_gradients || backward_pass<false, true>(b, nullptr);
+    if (!is_one_pass && wants_gradients) {
+      if (b.batch_statistics) divide_sums(b, shares.as<A>(), shares.as<A>() + vectors);
+      if (!backward_pass<false, true>(b, partial.as<A>(), share)) return false;
+    }
+    if (wants_gradients && b.sum_grad_conv) merge_columns(partial.as<A>(), static_cast<A*>(b.sum_grad_conv));
+    return true;
   }
 
 private:
-  static constexpr int64_t kRows = 64, kLane = kLanes<A>;
+  static constexpr int64_t kRows = 64, kLane = kLanes<A>, kSumsOfBlock = 3;
 
   bool is_planes() const { return p_.layout == Layout::channels_first && space_ > 1 && channels_ > 1; }
-  int64_t blocks() const { return (pixels_ + kRows - 1) / kRows; }
+  int64_t units() const { return p_.norm_groups ? p_.batch : 1; }
+  int64_t blocks_of_unit() const { return (unit_pixels_ + kRows - 1) / kRows; }
+  int64_t blocks() const { return units() * blocks_of_unit(); }
+
+  // The pixels of a block, and where the vectors of its unit begin.
+  struct Range {
+    int64_t begin, end, vectors;
+  };
+  Range range(int64_t block) const {
+    const int64_t unit = block / blocks_of_unit(), first = block % blocks_of_unit() * kRows;
+    return {unit * unit_pixels_ + first, unit * unit_pixels_ + least(unit_pixels_, first + kRows), unit * channels_};
+  }
   T* take_scratch() const { return static_cast<T*>(thread_scratch(3 * kRows * channels_ * sizeof(T))); }
 
   // Rows [begin, end) of a tensor of the caller's: in place, or brought to `scratch`.
@@ -133,22 +152,24 @@ private:
   }
 
   void forward_block(int64_t block, T* scratch) const {
-    const int64_t begin = block * kRows, end = least(pixels_, begin + kRows);
+    const auto [begin, end, vectors] = range(block);
     const T* z = static_cast<const T*>(f_.conv) + begin * channels_;
     const T* residual = rows_of(f_.residual, begin, end, scratch);
     T* out = is_planes() ? scratch + kRows * channels_ : static_cast<T*>(f_.out) + begin * channels_;
-    with_activation(p_.activation, [&](auto activation) { forward_rows(activation, z, residual, out, end - begin); });
+    const int64_t rows = end - begin, unit = vectors;
+    with_activation(p_.activation, [&](auto activation) { forward_rows(activation, z, residual, out, rows, unit); });
     if (is_planes())
       planes_from_rows(out, channels_, static_cast<T*>(f_.out), channels_, space_, begin, end, 0, channels_);
   }
 
   // In the order of memory, which is what limits; what belongs to channels is read again for every row, from L1.
   template <class Kind>
-  void forward_rows(Kind activation, const T* z, const T* residual, T* out, int64_t rows) const {
+  void forward_rows(Kind activation, const T* z, const T* residual, T* out, int64_t rows, int64_t vectors) const {
     const A slope = static_cast<A>(p_.slope);
     const auto step = [&](int64_t c, int64_t valid) __attribute__((always_inline)) {
-      const Vec<A> centred = load_as_partial(z + c, valid) - channel(f_.mean, c, 0);
-      const Vec<A> u = before_activation(centred, channel(f_.scale, c, 1), channel(f_.shift, c, 0),
+      const int64_t k = vectors + c;
+      const Vec<A> centred = load_as_partial(z + c, valid) - channel(f_.mean, k, 0);
+      const Vec<A> u = before_activation(centred, channel(f_.scale, k, 1), channel(f_.shift, k, 0),
                                          residual ? residual + c : nullptr, valid);
       store_as_partial(out + c, activate(activation, u, slope), valid);
     };
@@ -164,23 +185,29 @@ private:
   struct BackwardRows {
     const T *z, *residual, *grad;
     T *grad_conv, *grad_residual;
-    int64_t rows;
+    int64_t rows, vectors;
+  };
+  // What grad_conv loses to the statistics, scale * du - offset - centred * slope; one vector per unit.
+  struct Shares {
+    const A *offset, *slope;
   };
 
   template <bool kSums, bool kGradients>
-  bool backward_pass(const NormalizeBackwardParams& b, A* partial) const {
+  bool backward_pass(const NormalizeBackwardParams& b, A* partial, const Shares& shares) const {
     bool ok = true;
     parallel_items(blocks(), [&](int64_t block) {
       T* scratch = nullptr;
       if (is_planes() && !(scratch = take_scratch())) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-      backward_block<kSums, kGradients>(b, block, scratch, partial + block * 2 * channels_);
+      backward_block<kSums, kGradients>(b, block, scratch, shares, partial + block * kSumsOfBlock * channels_);
     });
     return ok;
   }
 
   template <bool kSums, bool kGradients>
-  void backward_block(const NormalizeBackwardParams& b, int64_t block, T* scratch, A* sums) const {
-    const int64_t begin = block * kRows, end = least(pixels_, begin + kRows), size = kRows * channels_;
+  void backward_block(const NormalizeBackwardParams& b, int64_t block, T* scratch, const Shares& shares,
+                      A* sums) const {
+    const auto [begin, end, vectors] = range(block);
+    const int64_t size = kRows * channels_;
     T* grad_residual = !b.grad_residual || !kGradients ? nullptr
                        : is_planes()                   ? scratch + 2 * size
                                                        : static_cast<T*>(b.grad_residual) + begin * channels_;
@@ -189,13 +216,14 @@ private:
                             rows_of(b.grad_out, begin, end, scratch + size),
                             b.grad_conv ? static_cast<T*>(b.grad_conv) + begin * channels_ : nullptr,
                             grad_residual,
-                            end - begin};
+                            end - begin,
+                            vectors};
     with_activation(p_.activation, [&](auto activation) {
       // As many channels as have what belongs to them in registers.
       constexpr int wide = GemmTraits<A>::kMr > 8 ? 4 : 2;
       int64_t c = 0;
       const auto columns = [&]<int V>(int64_t valid) {
-        backward_columns<V, kSums, kGradients>(activation, b, rows, c, valid, sums);
+        backward_columns<V, kSums, kGradients>(activation, b, rows, shares, c, valid, sums);
       };
       for (; c + wide * kLane <= channels_; c += wide * kLane) columns.template operator()<wide>(kLane);
       for (; c + kLane <= channels_; c += kLane) columns.template operator()<1>(kLane);
@@ -238,20 +266,19 @@ private:
     }
   }
 
-  // sums[c] = sum of du, sums[channels + c] = sum of du * xhat;
-  // grad_residual = du, grad_conv = scale (du - mean of du - xhat * mean of du * xhat).
+  // sums[c] = sum of du, sums[channels + c] = sum of du * xhat, sums[2 channels + c] = sum of grad_conv;
+  // grad_residual = du, grad_conv = scale * du less the shares of the statistics.
   template <int V, bool kSums, bool kGradients, class Kind>
-  void backward_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows, int64_t c,
-                        int64_t valid, [[maybe_unused]] A* sums) const {
+  void backward_columns(Kind activation, const NormalizeBackwardParams& b, const BackwardRows& rows,
+                        [[maybe_unused]] const Shares& shares, int64_t c, int64_t valid, A* sums) const {
     if constexpr (V > 1) valid = kLane;
-    const Columns<V> k = columns_at<V>(f_, c);
-    Vec<A> offset[V] = {}, slope[V] = {}, sum[V] = {}, sum_centred[V] = {};
+    const int64_t first = rows.vectors + c;
+    const Columns<V> k = columns_at<V>(f_, first);
+    Vec<A> offset[V] = {}, slope[V] = {}, sum[V] = {}, sum_centred[V] = {}, sum_grad[V] = {};
     if (kGradients && b.batch_statistics)
       for (int v = 0; v < V; ++v) {
-        const int64_t i = c + v * kLane;
-        const Vec<A> factor = k.scale[v] * (A(1) / static_cast<A>(pixels_));
-        offset[v] = load_partial(static_cast<const A*>(b.sum_du) + i, valid) * factor;
-        slope[v] = load_partial(static_cast<const A*>(b.sum_du_xhat) + i, valid) * factor * channel(b.invstd, i, 1);
+        offset[v] = load(shares.offset + first + v * kLane);
+        slope[v] = load(shares.slope + first + v * kLane);
       }
     for_gradients<V>(activation, static_cast<A>(p_.slope), k, rows, channels_, c, valid,
                      [&](int64_t i, int v, Vec<A> centred, Vec<A> du) __attribute__((always_inline)) {
@@ -261,33 +288,70 @@ private:
                        }
                        if constexpr (kGradients) {
                          if (rows.grad_residual) store_as_partial(rows.grad_residual + i, du, valid);
-                         if (rows.grad_conv)
-                           store_as_partial(rows.grad_conv + i, du * k.scale[v] - offset[v] - centred * slope[v],
-                                            valid);
+                         if (!rows.grad_conv) return;
+                         const Vec<A> grad = du * k.scale[v] - offset[v] - centred * slope[v];
+                         store_as_partial(rows.grad_conv + i, grad, valid);
+                         if (b.sum_grad_conv) sum_grad[v] += grad;
                        }
                      });
-    if constexpr (kSums)
-      for (int v = 0; v < V; ++v) {
-        store_partial(sums + c + v * kLane, sum[v], valid);
-        store_partial(sums + channels_ + c + v * kLane, sum_centred[v] * channel(b.invstd, c + v * kLane, 1), valid);
+    for (int v = 0; v < V; ++v) {
+      A* to = sums + c + v * kLane;
+      if constexpr (kSums) {
+        store_partial(to, sum[v], valid);
+        store_partial(to + channels_, sum_centred[v] * channel(b.invstd, first + v * kLane, 1), valid);
       }
+      if (kGradients && b.sum_grad_conv) store_partial(to + 2 * channels_, sum_grad[v], valid);
+    }
   }
 
   void merge_sums(const A* partial, const NormalizeBackwardParams& b) const {
-    for (int64_t c = 0; c < channels_; ++c) {
-      double sum = 0, sum_xhat = 0;
-      for (int64_t block = 0; block < blocks(); ++block) {
-        sum += static_cast<double>(partial[block * 2 * channels_ + c]);
-        sum_xhat += static_cast<double>(partial[(block * 2 + 1) * channels_ + c]);
+    const int64_t count = blocks_of_unit();
+    parallel_items(units(), [&](int64_t unit) {
+      const A* first = partial + unit * count * kSumsOfBlock * channels_;
+      for (int64_t c = 0; c < channels_; ++c) {
+        double sum = 0, sum_xhat = 0;
+        for (int64_t block = 0; block < count; ++block) {
+          sum += static_cast<double>(first[block * kSumsOfBlock * channels_ + c]);
+          sum_xhat += static_cast<double>(first[(block * kSumsOfBlock + 1) * channels_ + c]);
+        }
+        static_cast<A*>(b.sum_du)[unit * channels_ + c] = static_cast<A>(sum);
+        static_cast<A*>(b.sum_du_xhat)[unit * channels_ + c] = static_cast<A>(sum_xhat);
       }
-      static_cast<A*>(b.sum_du)[c] = static_cast<A>(sum);
-      static_cast<A*>(b.sum_du_xhat)[c] = static_cast<A>(sum_xhat);
+    });
+  }
+  // The sums of grad_conv, over all units.
+  void merge_columns(const A* partial, A* to) const {
+    for (int64_t c = 0; c < channels_; ++c) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks(); ++block)
+        sum += static_cast<double>(partial[(block * kSumsOfBlock + 2) * channels_ + c]);
+      to[c] = static_cast<A>(sum);
+    }
+  }
+
+  // Shares: means of scale * du and of scale * du * xhat over what statistics were taken of, the latter times invstd.
+  void divide_sums(const NormalizeBackwardParams& b, A* offset, A* slope) const {
+    const int64_t groups = p_.norm_groups ? p_.norm_groups : channels_, width = channels_ / groups;
+    const A *scale = static_cast<const A*>(f_.scale), *invstd = static_cast<const A*>(b.invstd);
+    const A *sum_du = static_cast<const A*>(b.sum_du), *sum_du_xhat = static_cast<const A*>(b.sum_du_xhat);
+    const double factor = 1 / static_cast<double>(unit_pixels_ * width);
+    for (int64_t group = 0; group < units() * groups; ++group) {
+      double sum = 0, sum_xhat = 0;
+      for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+        sum += static_cast<double>(scale[c]) * static_cast<double>(sum_du[c]);
+        sum_xhat += static_cast<double>(scale[c]) * static_cast<double>(sum_du_xhat[c]);
+      }
+      for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+        offset[c] = static_cast<A>(sum * factor);
+        slope[c] = static_cast<A>(sum_xhat * factor * static_cast<double>(invstd[c]));
+      }
     }
   }
 
   const NormalizeParams& f_;
   const ConvProblem& p_;
-  const int64_t space_ = volume(p_.out), pixels_ = p_.batch * space_, channels_ = p_.out_channels;
+  const int64_t space_ = volume(p_.out), channels_ = p_.out_channels;
+  const int64_t unit_pixels_ = p_.norm_groups ? space_ : p_.batch * space_;
 };
 
 }  // namespace ptk::PTK_ISA

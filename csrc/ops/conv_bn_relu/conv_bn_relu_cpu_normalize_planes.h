@@ -21,7 +21,8 @@ inline constexpr int64_t kPlaneBlock = 1024;
 template <class Body>
 static void for_channels(int64_t channels, int64_t planes, int64_t space, const Body& body) {
   constexpr int64_t kElements = 4096;
-  const int64_t part = most(1, least(kElements / most(1, planes * space), (channels + 4 * num_threads() - 1) / (4 * num_threads())));
+  const int64_t part =
+      most(1, least(kElements / most(1, planes * space), (channels + 4 * num_threads() - 1) / (4 * num_threads())));
   parallel_items((channels + part - 1) / part, [&](int64_t i) { body(i * part, least(channels, (i + 1) * part)); });
 }
 

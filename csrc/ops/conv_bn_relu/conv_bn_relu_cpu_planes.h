@@ -3,7 +3,8 @@
 //   equation  out[o, p] = sum over k of weight[o, k] * source[channel of k, p moved by the tap of k]
 //             rows are result channels, columns positions, depth source channels, then taps: a row of the weight tensor
 //
-//   layout    A is the weight, copied a block at a time on its way to L2: nothing is kept from call to call. B is packed
+//   layout    A is the weight, copied a block at a time on its way to L2: nothing is kept from call to call. B is
+//   packed
 //             a step of depth at a time: row k of a panel is kNr positions of one plane, moved by one tap, put together
 //             of the runs of positions that lie side by side in the plane. Results leave for their planes from the
 //             registers.

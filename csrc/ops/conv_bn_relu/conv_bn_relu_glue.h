@@ -51,6 +51,18 @@ public:
     }
     return product;
   }
+  // Of vectors that lie one after the other, `size` numbers each: their sum.
+  Channels folded(int64_t size) const {
+    Channels sum(wide_ ? DType::f64 : DType::f32, size);
+    for (int64_t i = 0; i < size; ++i) {
+      double total = 0;
+      for (int64_t k = i; k < count_; k += size) {
+        total += (*this)[k];
+      }
+      sum.set(i, total);
+    }
+    return sum;
+  }
   // Into a dense tensor of any floating dtype.
   void write(const Tensor& tensor) const;
 
@@ -95,7 +107,7 @@ struct Norm {
   Channels mean, invstd, scale, shift;
 };
 
-inline Activation parse_activation(const std::string& name) {
+inline Activation parse_activation(const char* argument, const std::string& name) {
   constexpr const char* names[] = {"none", "relu", "leaky_relu", "relu6",   "elu", "silu",
                                    "gelu", "mish", "hardswish",  "sigmoid", "tanh"};
   for (size_t i = 0; i < std::size(names); ++i) {
@@ -103,7 +115,7 @@ inline Activation parse_activation(const std::string& name) {
       return static_cast<Activation>(i);
     }
   }
-  fail("conv_bn_relu: activation: got '", name,
+  fail("conv_bn_relu: ", argument, ": got '", name,
        "', expected none, relu, leaky_relu, relu6, elu, silu, gelu, mish, "
        "hardswish, sigmoid or tanh");
 }
@@ -156,14 +168,24 @@ inline bool has_layout(const Tensor& tensor, Layout layout) {
 // Whether kernels may compute convolutions by Winograd's transforms; process-wide, set by _allow_winograd().
 inline std::atomic<bool> allows_winograd{true};
 
+// What makes a convolution another one than torch's convNd.
+struct Variant {
+  bool transposed = false;
+  Sizes output_padding;
+  int64_t num_groups = 0;  // whose statistics every image has of its own; -1: of every channel, 0: none
+  std::string pre_activation = "none";
+};
+
 // The checked operands of a convolution, dense.
 class ConvArguments {
 public:
   ConvProblem problem;
   Tensor input, weight;
+  bool normalizes_images = false;
 
   ConvArguments(const Tensor& given_input, const Tensor& given_weight, const Sizes& stride, const Sizes& padding,
-                const Sizes& dilation, int64_t groups, const std::string& activation, double slope)
+                const Sizes& dilation, int64_t groups, const std::string& activation, double slope,
+                const Variant& variant)
       : input(given_input), weight(given_weight) {
     check_tensors();
     const size_t spatial = static_cast<size_t>(input.dim()) - 2;
@@ -171,12 +193,13 @@ public:
     p.dtype = *float_dtype(input);
     p.batch = input.size(0);
     p.in_channels = input.size(1);
-    p.out_channels = weight.size(0);
     p.groups = groups;
+    p.transposed = variant.transposed;
     PTK_CHECK(groups >= 1, "conv_bn_relu: groups: got ", groups, ", expected at least 1");
-    PTK_CHECK(p.in_channels % groups == 0 && weight.size(1) == p.in_channels / groups,
-              "conv_bn_relu: weight: got shape ", shape_text(weight.sizes()), " for ", p.in_channels,
-              " input channels in ", groups, " groups");
+    p.out_channels = p.transposed ? weight.size(1) * groups : weight.size(0);
+    const int64_t taken = p.transposed ? weight.size(0) : weight.size(1) * groups;
+    PTK_CHECK(p.in_channels % groups == 0 && taken == p.in_channels, "conv_bn_relu: weight: got shape ",
+              shape_text(weight.sizes()), " for ", p.in_channels, " input channels in ", groups, " groups");
     PTK_CHECK(p.in_channels > 0, "conv_bn_relu: input: got no channels, expected at least 1");
     PTK_CHECK(p.out_channels % groups == 0, "conv_bn_relu: groups: got ", groups, ", expected a divisor of ",
               p.out_channels, " output channels");
@@ -188,6 +211,12 @@ public:
     check_list("stride", stride, 1);
     check_list("padding", padding, 0);
     check_list("dilation", dilation, 1);
+    if (p.transposed) {
+      check_list("output_padding", variant.output_padding, 0);
+    } else {
+      PTK_CHECK(variant.output_padding.empty(), "conv_bn_relu: output_padding: got ",
+                shape_text(variant.output_padding), ", expected none unless transposed");
+    }
     for (size_t i = 0; i < spatial; ++i) {
       const size_t d = 3 - spatial + i;
       const int64_t dim = static_cast<int64_t>(i) + 2;
@@ -198,13 +227,17 @@ public:
       p.dilation[d] = dilation[i];
       PTK_CHECK(p.kernel[d] >= 1, "conv_bn_relu: weight: got shape ", shape_text(weight.sizes()),
                 ", expected a kernel of at least 1");
-      const int64_t room = p.in[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1;
-      PTK_CHECK(room >= 0, "conv_bn_relu: input: got shape ", shape_text(input.sizes()),
-                ", smaller with its padding than the kernel");
-      p.out[d] = room / p.stride[d] + 1;
+      p.out[d] = p.transposed ? transposed_size(d, variant.output_padding[i]) : size(d);
     }
-    p.activation = parse_activation(activation);
+    p.activation = parse_activation("activation", activation);
+    p.pre_activation = parse_activation("pre_activation", variant.pre_activation);
     p.slope = slope;
+    const int64_t num_groups = variant.num_groups;
+    PTK_CHECK(num_groups == -1 || num_groups == 0 || (num_groups > 0 && p.out_channels % num_groups == 0),
+              "conv_bn_relu: num_groups: got ", num_groups, ", expected -1, 0 or a divisor of ", p.out_channels,
+              " channels");
+    p.norm_groups = num_groups == -1 ? p.out_channels : num_groups;
+    normalizes_images = num_groups != 0;
     p.allows_winograd = allows_winograd;
     p.layout = !has_layout(input, Layout::channels_first) && spatial > 1 && has_layout(input, Layout::channels_last)
                    ? Layout::channels_last
@@ -218,6 +251,15 @@ public:
     }
   }
 
+  // Of statistics that are taken of the data. As in torch, groups of an image may have a single value unless it is all
+  // that there is.
+  void check_values(int64_t num_groups) const {
+    const int64_t space = volume(problem.out);
+    const int64_t values = num_groups == -1  ? space
+                           : num_groups == 0 ? problem.batch * space
+                                             : problem.batch * (problem.out_channels / num_groups) * space;
+    PTK_CHECK(values > 1, "conv_bn_relu: input: got one value per mean and variance, expected more");
+  }
   int64_t result_size() const { return problem.batch * problem.out_channels * volume(problem.out); }
 
   void check_result(const char* name, const Tensor& tensor) const {
@@ -248,14 +290,18 @@ public:
     return empty_strided<1>(input, {problem.out_channels}, {1}, *float_dtype(*like));
   }
 
+  // For mean and variance: of channels, or of the groups of every image.
+  Tensor empty_statistics() const {
+    const std::array<int64_t, 2> size = {problem.batch, problem.norm_groups};
+    return normalizes_images ? empty_strided<2>(input, size, {size[1], 1}, internal_dtype())
+                             : empty_vector(problem.out_channels);
+  }
+
   Channels channels(const char* name, const std::optional<Tensor>& tensor) const {
     if (!tensor) {
       return {};
     }
-    check_like_input(name, *tensor);
-    const std::optional<DType> dtype = float_dtype(*tensor);
-    PTK_CHECK(dtype == problem.dtype || dtype == internal_dtype(), "conv_bn_relu: ", name,
-              ": got another dtype, expected ", dtype_name(problem.dtype), " or ", dtype_name(internal_dtype()));
+    const std::optional<DType> dtype = check_vector(name, *tensor);
     PTK_CHECK(tensor->dim() == 1 && tensor->size(0) == problem.out_channels, "conv_bn_relu: ", name, ": got shape ",
               shape_text(tensor->sizes()), ", expected [", problem.out_channels, "]");
     Channels values(problem.dtype, problem.out_channels);
@@ -280,19 +326,19 @@ public:
     if (training || !mean) {
       return {};
     }
-    Norm n{centre, Channels(problem.dtype, problem.out_channels), Channels(problem.dtype, problem.out_channels),
-           Channels(problem.dtype, problem.out_channels)};
-    for (int64_t i = 0; i < problem.out_channels; ++i) {
-      const double invstd = 1 / std::sqrt(variance[i] + eps);
-      n.invstd.set(i, invstd);
-      n.scale.set(i, scale.empty() ? invstd : scale[i] * invstd);
-      n.shift.set(i, shift.empty() ? 0 : shift[i]);
-    }
-    return n;
+    return with_vectors(scale, shift, centre, variance, eps);
   }
-  Norm batch_norm(const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean,
-                  const Tensor& var, double eps) const {
-    return norm(weight_, bias_, mean, var, false, eps);
+  // Of the statistics of every group of every image, spread over its channels.
+  Norm sample_norm(const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean,
+                   const Tensor& var, double eps) const {
+    return with_vectors(repeated("bn_weight", weight_), repeated("bn_bias", bias_), spread("mean", mean),
+                        spread("var", var), eps);
+  }
+  // Of statistics that were taken of the data.
+  Norm own_norm(const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean,
+                const Tensor& var, double eps) const {
+    return problem.norm_groups ? sample_norm(weight_, bias_, mean, var, eps)
+                               : norm(weight_, bias_, mean, var, false, eps);
   }
 
   // `norm` and the tensors must outlive the parameters.
@@ -308,6 +354,74 @@ public:
   }
 
 private:
+  // scale and shift of gamma, beta (empty: 1, 0), mean and variance, which are of one length.
+  Norm with_vectors(const Channels& gamma, const Channels& beta, const Channels& mean, const Channels& variance,
+                    double eps) const {
+    const int64_t count = mean.size();
+    Norm n{mean, Channels(problem.dtype, count), Channels(problem.dtype, count), Channels(problem.dtype, count)};
+    for (int64_t i = 0; i < count; ++i) {
+      const double invstd = 1 / std::sqrt(variance[i] + eps);
+      n.invstd.set(i, invstd);
+      n.scale.set(i, gamma.empty() ? invstd : gamma[i] * invstd);
+      n.shift.set(i, beta.empty() ? 0 : beta[i]);
+    }
+    return n;
+  }
+
+  // One vector of channels for every image.
+  Channels repeated(const char* name, const std::optional<Tensor>& tensor) const {
+    const Channels one = channels(name, tensor);
+    if (one.empty()) {
+      return {};
+    }
+    Channels all(problem.dtype, problem.batch * one.size());
+    for (int64_t i = 0; i < all.size(); ++i) {
+      all.set(i, one[i % one.size()]);
+    }
+    return all;
+  }
+  Channels spread(const char* name, const Tensor& tensor) const {
+    const std::optional<DType> dtype = check_vector(name, tensor);
+    const int64_t groups = problem.norm_groups, width = problem.out_channels / groups;
+    PTK_CHECK(tensor.dim() == 2 && tensor.size(0) == problem.batch && tensor.size(1) == groups, "conv_bn_relu: ", name,
+              ": got shape ", shape_text(tensor.sizes()), ", expected [", problem.batch, ", ", groups, "]");
+    Channels all(problem.dtype, problem.batch * problem.out_channels);
+    const void* data = tensor.const_data_ptr();
+    for (int64_t i = 0; i < all.size(); ++i) {
+      const int64_t group = i / width;
+      all.set(i, read_element(*dtype, data, group / groups * tensor.stride(0) + group % groups * tensor.stride(1)));
+    }
+    return all;
+  }
+
+  std::optional<DType> check_vector(const char* name, const Tensor& tensor) const {
+    check_like_input(name, tensor);
+    const std::optional<DType> dtype = float_dtype(tensor);
+    PTK_CHECK(dtype == problem.dtype || dtype == internal_dtype(), "conv_bn_relu: ", name,
+              ": got another dtype, expected ", dtype_name(problem.dtype), " or ", dtype_name(internal_dtype()));
+    return dtype;
+  }
+
+  int64_t size(size_t d) const {
+    const ConvProblem& p = problem;
+    const int64_t room = p.in[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1;
+    PTK_CHECK(room >= 0, "conv_bn_relu: input: got shape ", shape_text(input.sizes()),
+              ", smaller with its padding than the kernel");
+    return room / p.stride[d] + 1;
+  }
+  int64_t transposed_size(size_t d, int64_t output_padding) const {
+    const ConvProblem& p = problem;
+    PTK_CHECK(output_padding < std::max(p.stride[d], p.dilation[d]), "conv_bn_relu: output_padding: got ",
+              output_padding, ", expected less than stride ", p.stride[d], " or dilation ", p.dilation[d]);
+    PTK_CHECK(p.in[d] >= 1, "conv_bn_relu: input: got shape ", shape_text(input.sizes()),
+              ", expected at least one position");
+    const int64_t reached = (p.in[d] - 1) * p.stride[d] + p.dilation[d] * (p.kernel[d] - 1) + 1;
+    const int64_t left = reached - 2 * p.padding[d] + output_padding;
+    PTK_CHECK(left >= 1, "conv_bn_relu: padding: got ", p.padding[d], ", which leaves nothing of a result of ",
+              reached);
+    return left;
+  }
+
   DType internal_dtype() const { return problem.dtype == DType::f64 ? DType::f64 : DType::f32; }
   static Sizes shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 

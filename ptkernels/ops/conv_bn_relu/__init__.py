@@ -16,6 +16,7 @@ from ptkernels._distributed import is_distributed
 from ptkernels._registry import Explanation
 from ptkernels.ops.conv_bn_relu import checks, reference, register, routing
 from ptkernels.ops.conv_bn_relu.library import conv_op
+from ptkernels.ops.conv_bn_relu.variant import OP, PLAIN, Variant, num_groups_of
 
 __all__ = ["conv_bn_relu"]
 
@@ -40,11 +41,16 @@ def conv_bn_relu(
     activation: str = "relu",
     negative_slope: float = 0.01,
     recompute: bool = False,
+    norm: str = "batch",
+    num_groups: int | None = None,
+    pre_activation: str = "none",
 ) -> Tensor:
     r"""Fused ``activation(batch_norm(conv(input, weight, bias)) + residual)`` in one, two or three dimensions.
 
     What :func:`torch.nn.functional.conv2d`, :func:`torch.nn.functional.batch_norm`, an addition and an activation
-    compute, without writing the intermediate results of inference and with one saved tensor in training.
+    compute, without writing the intermediate results of inference and with one saved tensor in training. Or with group
+    or instance normalisation, and with an activation of the input before all that. Transposed convolutions are
+    :func:`ptkernels.conv_transpose_bn_relu`.
 
     Args:
         input: ``[N, C, *space]`` with 1 to 3 dimensions of space; float64, float32, bfloat16 or float16. A dense
@@ -71,13 +77,20 @@ def conv_bn_relu(
             ``"mish"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; elu with alpha 1, gelu by the error function.
         negative_slope: of ``"leaky_relu"``.
         recompute: keep only ``input`` for the backward, which computes the convolution again.
+        norm: ``"batch"`` normalises channels as above. ``"group"`` normalises with the mean and biased variance of each
+            of ``num_groups`` groups of channels of every image, training or not, as :class:`torch.nn.GroupNorm` does;
+            ``"instance"`` the same with a group for every channel, as :class:`torch.nn.InstanceNorm2d`. Neither has
+            running statistics.
+        num_groups: of ``norm="group"``, a divisor of O.
+        pre_activation: of the input, before the convolution (and before its padding with zeros): one of those above, as
+            in the ReLU-Conv-BN of architecture search. The backward keeps the input as it was given.
 
     Returns:
         ``[N, O, *space]`` in the dtype of ``input``.
 
     Raises:
         TypeError: an argument is not a dense tensor, or has a dtype or Python type the operator does not take.
-        ValueError: shapes, devices or numbers do not fit, or training sees one value per channel.
+        ValueError: shapes, devices or numbers do not fit, or statistics would be taken of one value.
         ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
         ptkernels.errors.BackendError: the backend asked for cannot run the call.
 
@@ -86,7 +99,8 @@ def conv_bn_relu(
         merged in a fixed order (Chan, Golub and LeVeque, 1983): a mean of 10,000 standard deviations costs no
         more than the rounding of the mean itself to float32. Results do not depend on the number of
         threads. Time is that of the convolution; inference keeps nothing beyond the result, training the convolution's
-        result, or nothing with ``recompute``.
+        result, or nothing with ``recompute``. Statistics of images cost one more pass over the convolution's result,
+        an activation before a channels-last convolution one over the input.
 
         Inside a backward pass, where activation checkpointing runs a forward again, running statistics are left alone:
         a training step updates them once. Under vmap a mapped dimension becomes groups.
@@ -106,39 +120,58 @@ def conv_bn_relu(
 
         operands = {"input": input, "weight": weight, "bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
         operands |= {"running_mean": running_mean, "running_var": running_var, "residual": residual}
-        given = {"training": training, "momentum": momentum, "eps": eps, "stride": stride, "padding": padding}
+        given: dict[str, Any] = {
+            "training": training,
+            "momentum": momentum,
+            "eps": eps,
+            "stride": stride,
+            "padding": padding,
+        }
         given |= {"dilation": dilation, "groups": groups, "activation": activation, "negative_slope": negative_slope}
+        given |= {"norm": norm, "num_groups": num_groups, "pre_activation": pre_activation}
         return dtensor.conv_bn_relu(operands, {**given, "recompute": recompute})
+    tensors = (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+    options = (training, momentum, eps, stride, padding, dilation, groups, activation, negative_slope)
+    if norm == "batch" and num_groups is None and pre_activation == "none":
+        return evaluate(tensors, options, PLAIN, recompute)
+    variant = PLAIN._replace(num_groups=num_groups_of(OP, norm, num_groups), pre_activation=pre_activation)
+    return evaluate(tensors, options, variant, recompute)
+
+
+def evaluate(tensors: tuple[Any, ...], options: tuple[Any, ...], variant: Variant, recompute: bool) -> Tensor:
+    """The result for arguments that nobody has looked at, as :func:`checked_arguments` takes them."""
+    training, momentum, eps, stride, padding, dilation, groups, activation, negative_slope = options
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
     results = None
-    space = input.dim() - 2 if isinstance(input, Tensor) else 0
+    space = tensors[0].dim() - 2 if isinstance(tensors[0], Tensor) else 0
     lists = [_plain_list(value, space) for value in (stride, padding, dilation)]
     if None not in lists and _is_plain(training, momentum, eps, groups, negative_slope):
         args = (
-            input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, eps,
-            *lists, groups, activation, negative_slope,
+            *tensors, training, eps, *lists, groups, activation, negative_slope,
         )  # fmt: skip
+        rest = () if variant is PLAIN else _plain_variant(variant, space)
         with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             if _records(args):
-                results = conv_op(*args, not recompute)
+                results = conv_op(*args, not recompute, *rest)
             else:
                 # Nothing to record: the autograd kernel, which is Python, would double the latency.
                 with torch._C._AutoDispatchBelowAutograd():
-                    results = conv_op(*args, False)
+                    results = conv_op(*args, False, *rest)
     if results is None:
-        results = _convolve(
-            _arguments(
-                input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, momentum, eps,
-                stride, padding, dilation, groups, activation, negative_slope,
-            ),
-            recompute,
-        )  # fmt: skip
+        results = _convolve(checked_arguments(tensors, options, variant), recompute)
     out, _, mean, var = results
+    running_mean, running_var = tensors[5:7]
     if training and running_mean is not None and mean is not None and var is not None and not replays_forward():
         count = out.size(0) * math.prod(out.shape[2:])
         reference.update_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
+
+
+def _plain_variant(variant: Variant, space: int) -> Variant:
+    """As the operator takes it; an output_padding of None, where that is no such list, is refused there."""
+    more = variant.output_padding
+    return variant if more is None else variant._replace(output_padding=_plain_list(more, space))
 
 
 def _plain_list(value: Any, space: int) -> list[int] | None:
@@ -174,11 +207,12 @@ def _records(args: tuple[Any, ...]) -> bool:
 
 def _convolve(args: tuple[Any, ...], recompute: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Result, convolution, mean and variance, of checked arguments."""
-    if routing.runs_on_reference(*args[:5], args[7]):
+    if routing.runs_on_reference(Variant(*args[16:]), *args[:5], args[7]):
         # Autocast has been applied; inside the composition it would round everything else as well.
         with torch.autocast(args[0].device.type, enabled=False):
             return reference.forward(*args)
-    return conv_op(*args, not recompute and _records(args))  # type: ignore[no-any-return]
+    saves = not recompute and _records(args)
+    return conv_op(*args[:16], saves, *args[16:])  # type: ignore[no-any-return]
 
 
 def replays_forward() -> bool:
@@ -186,40 +220,29 @@ def replays_forward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _arguments(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    bn_weight: Any,
-    bn_bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    residual: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-    activation: Any,
-    negative_slope: Any,
-) -> tuple[Any, ...]:
-    """Checked arguments of the operator."""
-    tensors = (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+def checked_arguments(tensors: tuple[Any, ...], options: tuple[Any, ...], variant: Variant) -> tuple[Any, ...]:
+    """Checked arguments of the operator, but for ``save_conv``.
+
+    ``tensors`` are the public function's first eight, ``options`` training, momentum, eps, stride, padding, dilation,
+    groups, activation and negative_slope.
+    """
+    training, momentum, eps, stride, padding, dilation, groups, activation, negative_slope = options
     tensors = register.autocast_if_enabled(tensors)
     input, weight = tensors[:2]
-    if isinstance(padding, str) and isinstance(input, Tensor) and isinstance(weight, Tensor):
+    if isinstance(padding, str) and not variant.transposed and all(isinstance(t, Tensor) for t in (input, weight)):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
         tensors = (input, *tensors[1:])
-    options = (training, eps, stride, padding, dilation, groups, activation, negative_slope)
-    checks.check_op_inputs(*tensors, *options, momentum=momentum)
+    given = (training, eps, stride, padding, dilation, groups, activation, negative_slope)
+    checks.check_op_inputs(*(*tensors, *given, variant, momentum))
     space = input.dim() - 2
     lists = [
-        checks.spatial(name, value, space, least)
+        checks.spatial(variant.op, name, value, space, least)
         for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     ]
-    return (*tensors, training, float(eps), *lists, groups, activation, float(negative_slope))
+    if variant.transposed:
+        more = checks.spatial(variant.op, "output_padding", variant.output_padding, space, 0)
+        variant = variant._replace(output_padding=more)
+    return (*tensors, training, float(eps), *lists, groups, activation, float(negative_slope), *variant)
 
 
 def _resolve_padding(
@@ -229,13 +252,13 @@ def _resolve_padding(
     if padding == "valid":
         return input, 0
     if padding != "same":
-        raise ValueError(f"{checks.OP}: padding: got {padding!r}, expected ints, 'same' or 'valid'")
+        raise ValueError(f"{OP}: padding: got {padding!r}, expected ints, 'same' or 'valid'")
     space = input.dim() - 2
-    if any(number != 1 for number in checks.spatial("stride", stride, space, 1)):
-        raise ValueError(f"{checks.OP}: padding: got 'same' with stride {stride}, expected stride 1")
+    if any(number != 1 for number in checks.spatial(OP, "stride", stride, space, 1)):
+        raise ValueError(f"{OP}: padding: got 'same' with stride {stride}, expected stride 1")
     spans = [
         step * (size - 1)
-        for step, size in zip(checks.spatial("dilation", dilation, space, 1), weight.shape[2:], strict=False)
+        for step, size in zip(checks.spatial(OP, "dilation", dilation, space, 1), weight.shape[2:], strict=False)
     ]
     if any(span % 2 for span in spans):
         behind = [number for span in reversed(spans) for number in (0, span % 2)]
@@ -255,5 +278,17 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 
     bound = inspect.signature(conv_bn_relu).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name != "recompute"}
-    return routing.account(_arguments(**given))
+    given = bound.arguments
+    num_groups = num_groups_of(OP, given["norm"], given["num_groups"])
+    variant = PLAIN._replace(num_groups=num_groups, pre_activation=given["pre_activation"])
+    return account_of(given, variant)
+
+
+def account_of(given: dict[str, Any], variant: Variant) -> Explanation:
+    """Account of a call with these arguments by name."""
+    tensors = (
+        given[name]
+        for name in ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "residual")
+    )
+    names = ("training", "momentum", "eps", "stride", "padding", "dilation", "groups", "activation", "negative_slope")
+    return routing.account(checked_arguments(tuple(tensors), tuple(given[name] for name in names), variant))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptkernels.ops.conv_bn_relu.library import backward_op, conv_op
+from ptkernels.ops.conv_bn_relu.variant import Variant, complete_backward, complete_forward
 
 Dims = tuple[int | None, ...]
 
@@ -27,29 +28,37 @@ def _split(tensor: Tensor | None, size: int, into: int) -> Tensor | None:
     return None if tensor is None else tensor.unflatten(into, (size, tensor.size(into) // size))
 
 
+def _with_groups(variant: Variant, size: int) -> Variant:
+    """Of all calls together."""
+    return variant._replace(num_groups=variant.num_groups * (size if variant.num_groups > 0 else 1))
+
+
 def vmap_conv(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
     """Rule of ``ptkernels::conv_bn_relu`` for ``torch.vmap``."""
     size = info.batch_size
     # Activations have their channels in dimension 1, everything else in 0.
     tensors = [_merge(args[i], in_dims[i], size, 1 if i in (0, 7) else 0) for i in range(8)]
-    training, eps, stride, padding, dilation, groups, *rest = args[8:]
-    out, conv, mean, var = conv_op(*tensors, training, eps, stride, padding, dilation, groups * size, *rest)
-    saves = len(rest) > 2 and rest[2]
+    training, *options, groups, activation, slope, saves = complete_forward(args)[8:17]
+    variant = _with_groups(Variant(*complete_forward(args)[17:]), size)
+    out, conv, mean, var = conv_op(*tensors, training, *options, groups * size, activation, slope, saves, *variant)
+    # Statistics of images have their groups behind the images.
+    into = 1 if variant.num_groups else 0 if training else None
     results = (
         _split(out, size, 1),
         _split(conv, size, 1) if saves else conv,
-        _split(mean, size, 0) if training else mean,
-        _split(var, size, 0) if training else var,
+        *(statistic if into is None else _split(statistic, size, into) for statistic in (mean, var)),
     )
-    return results, (1, 1 if saves else None, 0 if training else None, 0 if training else None)
+    return results, (1, 1 if saves else None, into, into)
 
 
 def vmap_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Tensor | None, ...], Dims]:
     """Rule of ``ptkernels::_conv_bn_relu_backward`` for ``torch.vmap``."""
     size = info.batch_size
-    tensors = [_merge(args[i], in_dims[i], size, 1 if i in (0, 1, 8, 9) else 0) for i in range(10)]
-    training, eps, stride, padding, dilation, groups, *rest = args[10:]
-    grads = backward_op(*tensors, training, eps, stride, padding, dilation, groups * size, *rest)
+    *options, groups, activation, slope, needed = complete_backward(args)[10:19]
+    variant = _with_groups(Variant(*complete_backward(args)[19:]), size)
+    behind = (0, 1, 6, 7, 8, 9) if variant.num_groups else (0, 1, 8, 9)
+    tensors = [_merge(args[i], in_dims[i], size, 1 if i in behind else 0) for i in range(10)]
+    grads = backward_op(*tensors, *options, groups * size, activation, slope, needed, *variant)
     into = (1, 0, 0, 0, 0, 1)
     split = tuple(_split(grad, size, dim) for grad, dim in zip(grads, into, strict=True))
     return split, tuple(None if grad is None else dim for grad, dim in zip(grads, into, strict=True))

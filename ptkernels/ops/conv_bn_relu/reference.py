@@ -1,11 +1,11 @@
 """Convolution, batch normalisation, residual and activation in plain torch: the oracle, and what runs without a kernel.
 
-    z = conv(input, weight) + bias
+    z = conv(pre_activation(input), weight) + bias
     u = (z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual
     out = activation(u)
 
 ``mean`` and the biased ``var`` are those of the batch when training, else the running ones; without either there is no
-normalisation.
+normalisation. Or they are those of groups of channels of every image. The convolution may be transposed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptkernels.ops.conv_bn_relu.variant import OP, PLAIN, Variant, num_groups_of
+
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+TRANSPOSED: dict[int, Callable[..., Tensor]] = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +79,11 @@ DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """A vector of channels, to broadcast against ``[batch, channels, space...]``."""
+    """A vector of channels, or one per group of every image, to broadcast against ``[batch, channels, space...]``."""
+    if vector.dim() == 2:
+        width = like.size(1) // max(vector.size(1), 1)
+        spread: Tensor = vector.to(like.dtype).unsqueeze(2).expand(-1, -1, width).flatten(1)
+        return spread.view(*spread.shape, *(1,) * (like.dim() - 2))
     return vector.to(like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
 
 
@@ -85,6 +92,43 @@ def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     dims = (0, *range(2, z.dim()))
     mean = z.mean(dims)
     return mean, (z - per_channel(mean, z)).square().mean(dims)
+
+
+def _in_groups(z: Tensor, num_groups: int) -> Tensor:
+    """``[batch, groups, values]``."""
+    channels = z.size(1)
+    groups = channels if num_groups == -1 else num_groups
+    values: Tensor = z.unflatten(1, (groups, channels // groups if groups else 1)).flatten(2)
+    return values
+
+
+def sample_statistics(z: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every group of channels of every image, ``[batch, groups]``; -1: of every channel."""
+    values = _in_groups(z, num_groups)
+    mean = values.mean(2)
+    return mean, (values - mean.unsqueeze(2)).square().mean(2)
+
+
+def statistics(z: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Those of the data: over the batch, or of every image."""
+    return sample_statistics(z, variant.num_groups) if variant.num_groups else batch_statistics(z)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, Any, Any, int],
+    variant: Variant,
+    slope: float,
+) -> Tensor:
+    """The convolution with what is before it, of operands of one dtype; geometry: stride, padding, dilation, groups."""
+    stride, padding, dilation, groups = geometry
+    x = ACTIVATIONS[variant.pre_activation](x, slope)
+    if variant.transposed:
+        more = variant.output_padding or 0
+        return TRANSPOSED[x.dim()](x, weight, bias, stride, padding, more, groups, dilation)
+    return CONVOLUTIONS[x.dim()](x, weight, bias, stride, padding, dilation, groups)
 
 
 def normalize(
@@ -121,20 +165,18 @@ def forward(
     groups: int,
     activation: str,
     negative_slope: float,
+    *variant: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The result, the convolution's in the dtype of sums, and the statistics it was normalised with."""
-    dtype = compute_dtype(input.dtype)
-    z = CONVOLUTIONS[input.dim()](
-        input.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    if training:
-        mean, var = batch_statistics(z)
+    """The result, the convolution's in the dtype of sums, and the statistics it was normalised with.
+
+    ``variant`` are the fields of :class:`ptkernels.ops.conv_bn_relu.variant.Variant`.
+    """
+    dtype, variety = compute_dtype(input.dtype), Variant(*variant)
+    wide_bias = None if bias is None else bias.to(dtype)
+    geometry = (stride, padding, dilation, groups)
+    z = convolve(input.to(dtype), weight.to(dtype), wide_bias, geometry, variety, negative_slope)
+    if training or variety.num_groups:
+        mean, var = statistics(z, variety)
         u = normalize(z, bn_weight, bn_bias, mean, var, eps)
         mean, var = mean.detach(), var.detach()
     else:
@@ -185,6 +227,9 @@ def conv_bn_relu(
     activation: str = "relu",
     negative_slope: float = 0.01,
     recompute: bool = False,
+    norm: str = "batch",
+    num_groups: int | None = None,
+    pre_activation: str = "none",
 ) -> Tensor:
     """Plain torch :func:`ptkernels.conv_bn_relu`: same arguments and results, every intermediate in memory.
 
@@ -196,11 +241,12 @@ def conv_bn_relu(
         >>> ptk.reference.conv_bn_relu(torch.ones(1, 1, 3), torch.ones(1, 1, 2))
         tensor([[[2., 2.]]])
     """
+    variant = PLAIN._replace(num_groups=num_groups_of(OP, norm, num_groups), pre_activation=pre_activation)
     out, z, mean, var = forward(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, stride, padding,
-        dilation, groups, activation, negative_slope,
+        dilation, groups, activation, negative_slope, *variant,
     )  # fmt: skip
-    if training and mean is not None and var is not None:
+    if training and norm == "batch" and mean is not None and var is not None:
         update_statistics(running_mean, running_var, mean, var, values_per_channel(z), momentum)
     return out
 
@@ -211,17 +257,20 @@ def gradients(
     """First derivatives, written so that they can be differentiated further.
 
     ``tensors`` are input, weight, bias, bn_weight, bn_bias and residual, ``fixed`` the running statistics, ``options``
-    the operator's others; the result has None for those of ``tensors`` that are None. With du = grad_out * act'(u):
-    dz = scale du, less scale (mean(du) + xhat mean(du xhat)) where the statistics are those of the batch.
+    the operator's others; the result has None for those of ``tensors`` that are None. With du = grad_out * act'(u) and
+    g = bn_weight du: dz = g / std, less (mean(g) + xhat mean(g xhat)) / std where the statistics are those of the data,
+    the means over what these were taken of.
     """
     input, weight, bias, bn_weight, bn_bias, residual = tensors
-    training, eps, stride, padding, dilation, groups, activation, slope = options
+    training, eps, stride, padding, dilation, groups, activation, slope, *rest = options
+    variant, geometry = Variant(*rest), (stride, padding, dilation, groups)
+    measures = training or variant.num_groups != 0
     assert input is not None
     assert weight is not None
     dtype = compute_dtype(input.dtype)
     x, w = input.to(dtype), weight.to(dtype)
-    z = CONVOLUTIONS[x.dim()](x, w, None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
-    mean, var = batch_statistics(z) if training else fixed
+    z = convolve(x, w, None if bias is None else bias.to(dtype), geometry, variant, slope)
+    mean, var = statistics(z, variant) if measures else fixed
     u = normalize(z, bn_weight, bn_bias, mean, var, eps)
     if residual is not None:
         u = u + residual.to(dtype)
@@ -232,12 +281,23 @@ def gradients(
     if mean is not None and var is not None:
         invstd = (per_channel(var, z) + eps).rsqrt()
         xhat = (z - per_channel(mean, z)) * invstd
-        if training:
-            dz = du - du.mean(dims, keepdim=True) - xhat * (du * xhat).mean(dims, keepdim=True)
-        dz = dz * (invstd if bn_weight is None else invstd * per_channel(bn_weight, z))
+        dz = du if bn_weight is None else du * per_channel(bn_weight, z)
+        if measures:
+
+            def mean_of(values: Tensor) -> Tensor:
+                if variant.num_groups:
+                    return per_channel(_in_groups(values, variant.num_groups).mean(2), z)
+                return values.mean(dims, keepdim=True)
+
+            dz = dz - mean_of(dz) - xhat * mean_of(dz * xhat)
+        dz = dz * invstd
+    activated = ACTIVATIONS[variant.pre_activation](x, slope)
+    more = list(variant.output_padding or [0] * len(stride))
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, x, w, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, True, False]
+        dz, activated, w, None, stride, padding, dilation, variant.transposed, more, groups, [True, True, False]
     )
+    if variant.pre_activation != "none":
+        dx = dx * DERIVATIVES[variant.pre_activation](x, slope)
 
     def like(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else grad.to(tensor.dtype)

@@ -16,8 +16,9 @@ from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
 from ptkernels._triton import dispatch
 from ptkernels.ops.conv_bn_relu import batching, reference
-from ptkernels.ops.conv_bn_relu.checks import OP, check_backward_inputs, check_op_inputs
+from ptkernels.ops.conv_bn_relu.checks import check_backward_inputs, check_op_inputs
 from ptkernels.ops.conv_bn_relu.library import backward_op, conv_op
+from ptkernels.ops.conv_bn_relu.variant import Variant, complete_backward, complete_forward
 
 FORWARD_MODE = "forward-mode differentiation has no kernel"
 
@@ -45,12 +46,17 @@ def _empty(like: Tensor, shape: Any, channels_last: bool) -> Tensor:
 
 
 def _fake_conv(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input, training, save_conv = args[0], args[8], args[16] if len(args) > 16 else False
-    shape = check_op_inputs(*args[:16])
+    args = complete_forward(args)
+    input, training, save_conv, variant = args[0], args[8], args[16], Variant(*args[17:])
+    shape = check_op_inputs(*(*args[:16], variant))
     out = _empty(input, shape, _is_channels_last(input))
     wide = reference.compute_dtype(input.dtype)
-    vector = [input.new_empty(shape[1] if training else 0, dtype=wide) for _ in range(2)]
-    rows = not _keeps_planes(input, args[1], shape, args[10], args[11], args[13])
+    size = [shape[1] if training else 0]
+    if variant.num_groups:
+        size = [shape[0], shape[1] if variant.num_groups == -1 else variant.num_groups]
+    vector = [input.new_empty(size, dtype=wide) for _ in range(2)]
+    is_plain = not (variant.transposed or variant.num_groups) and variant.pre_activation == "none"
+    rows = not (is_plain and _keeps_planes(input, args[1], shape, args[10], args[11], args[13]))
     conv = _empty(input, shape, rows) if save_conv else input.new_empty(0, dtype=wide)
     return out, conv, vector[0], vector[1]
 
@@ -73,24 +79,16 @@ def _keeps_planes(
     return groups == input.size(1) == shape[1] and is_flat and size >= 196
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    residual: Tensor | None,
-    conv: Tensor | None,
-    training: bool,
-    *options: Any,
-) -> Gradients:
-    tensors = (input, weight, bias, bn_weight, bn_bias, mean, var, residual)
-    needed = options[7] if len(options) > 7 else (True,) * 6
-    shape = check_op_inputs(*tensors, training, *options[:7])
-    check_backward_inputs(grad_out, conv, shape, input)
+def _fake_backward(*args: Any) -> Gradients:
+    args = complete_backward(args)
+    grad_out, *tensors, conv, training = args[:11]
+    *options, needed = args[11:19]
+    input, weight, bias, bn_weight, bn_bias, _, _, residual = tensors
+    variant = Variant(*args[19:])
+    # Statistics of images, which are no running ones, have a shape of their own.
+    given = (*tensors[:5], None, None, residual) if variant.num_groups else tensors
+    shape = check_op_inputs(*(*given, training, *options, variant))
+    check_backward_inputs(variant.op, grad_out, conv, shape, input)
     channels_last = _is_channels_last(input)
 
     def vector(like: Tensor | None, wanted: bool) -> Tensor | None:
@@ -109,19 +107,20 @@ def _fake_backward(
 class _ConvBNReLU(Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, save_conv: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, conv, mean, var = forward_of_function(conv_op, keyset, *args, save_conv)
-        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, *options = args
+        out, conv, mean, var = forward_of_function(conv_op, keyset, *args[:16], save_conv, *args[16:])
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, *options = args[:16]
         ctx.mark_non_differentiable(conv, mean, var)
         ctx.set_materialize_grads(False)
-        ctx.training, ctx.options = training, tuple(options)
+        ctx.training, ctx.options, ctx.variant = training, tuple(options), Variant(*args[16:])
+        measures = training or ctx.variant.num_groups != 0
         ctx.save_for_backward(
             input,
             weight,
             bias,
             bn_weight,
             bn_bias,
-            mean if training else running_mean,
-            var if training else running_var,
+            mean if measures else running_mean,
+            var if measures else running_var,
             residual,
             conv if save_conv else None,
         )
@@ -129,12 +128,12 @@ class _ConvBNReLU(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        nothing = (None,) * (11 + len(ctx.options))
+        nothing = (None,) * (11 + len(ctx.options) + len(ctx.variant))
         if grad_out is None:
             return nothing
         needs = ctx.needs_input_grad[2:]
         needed = [needs[index] for index in _DIFFERENTIATED]
-        args = (grad_out, *ctx.saved_tensors, ctx.training, *ctx.options, needed)
+        args = (grad_out, *ctx.saved_tensors, ctx.training, *ctx.options, needed, *ctx.variant)
         grads: Gradients
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
@@ -148,7 +147,7 @@ class _ConvBNReLUBackward(Function):
     def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:9])
-        ctx.training, ctx.options, ctx.arguments = args[10], args[11:18], len(args)
+        ctx.training, ctx.options, ctx.variant, ctx.arguments = args[10], args[11:18], Variant(*args[19:]), len(args)
         grads: Gradients = forward_of_function(backward_op, keyset, *args)
         return grads
 
@@ -159,17 +158,17 @@ class _ConvBNReLUBackward(Function):
         given = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
             return tuple(None for _ in range(1 + ctx.arguments))
-        _backend.fallback(OP, "double backward has no kernel")
+        _backend.fallback(ctx.variant.op, "double backward has no kernel")
         grad_out, *operands, mean, var, residual = ctx.saved_tensors
         tensors = (*operands, residual)
-        fixed = (None, None) if ctx.training else (mean, var)
+        fixed = (None, None) if ctx.training or ctx.variant.num_groups else (mean, var)
         present = [index for index, tensor in enumerate(tensors) if tensor is not None]
 
         def gradients(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             full: list[Tensor | None] = list(tensors)
             for index, value in zip(present, values, strict=True):
                 full[index] = value
-            results = reference.gradients(grad, tuple(full), fixed, (ctx.training, *ctx.options))
+            results = reference.gradients(grad, tuple(full), fixed, (ctx.training, *ctx.options, *ctx.variant))
             return tuple(results[index] for index in given)  # type: ignore[misc]
 
         primals = (grad_out, *(tensors[index] for index in present))
@@ -182,34 +181,34 @@ class _ConvBNReLUBackward(Function):
 
 
 def _autograd_conv(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args, save_conv = (args[:16], bool(args[16])) if len(args) > 16 else (args, False)
-    if len(args) < 16:
-        args = (*args, *("relu", 0.01)[len(args) - 14 :])
+    args = complete_forward(args)
+    args, save_conv, variant = args[:16], bool(args[16]), Variant(*args[17:])
     differentiated = [args[index] for index in _DIFFERENTIATED]
     if has_tangent(*differentiated):
-        check_op_inputs(*args)
-        _backend.fallback(OP, FORWARD_MODE)
-        out, z, mean, var = reference.forward(*args)
+        check_op_inputs(*(*args, variant))
+        _backend.fallback(variant.op, FORWARD_MODE)
+        out, z, mean, var = reference.forward(*args, *variant)
         none = z.new_empty(0)
         conv = z.to(args[0].dtype).detach() if save_conv else none
-        return out, conv, *((mean, var) if args[8] and mean is not None and var is not None else (none, none.clone()))
+        measures = args[8] or variant.num_groups
+        return out, conv, *((mean, var) if measures and mean is not None and var is not None else (none, none.clone()))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(_ConvBNReLU, keyset, save_conv, *args)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(_ConvBNReLU, keyset, save_conv, *args, *variant)
     else:
-        result = below_autograd(conv_op, keyset, *args, save_conv)
+        result = below_autograd(conv_op, keyset, *args, save_conv, *variant)
     return result
 
 
 def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
-    defaults = ("relu", 0.01, (True,) * 6)
-    args = (*args, *defaults[len(args) - 16 :]) if len(args) < 19 else args
+    args = complete_backward(args)
     grad_out, *operands = args[:6]
-    mean, var, residual, _, training, *options, needed = args[6:]
+    mean, var, residual, _, training, *options, needed = args[6:19]
+    variant = Variant(*args[19:])
     differentiated = (grad_out, *operands, residual)
     if has_tangent(*differentiated):
-        _backend.fallback(OP, FORWARD_MODE)
-        fixed = (None, None) if training else (mean, var)
-        found = reference.gradients(grad_out, (*operands, residual), fixed, (training, *options))
+        _backend.fallback(variant.op, FORWARD_MODE)
+        fixed = (None, None) if training or variant.num_groups else (mean, var)
+        found = reference.gradients(grad_out, (*operands, residual), fixed, (training, *options, *variant))
         grads = [grad if wanted else None for grad, wanted in zip(found, needed, strict=True)]
         return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):

@@ -10,23 +10,34 @@ from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.conv_bn_relu import library, register
-from ptkernels.ops.conv_bn_relu.checks import DTYPES, OP, spatial
+from ptkernels.ops.conv_bn_relu.checks import DTYPES, out_shape, spatial
+from ptkernels.ops.conv_bn_relu.variant import OP, Variant
 
 _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
-def fallback_reason(input: Tensor, *others: Tensor | None) -> str | None:
+def uncovered_by_triton(variant: Variant) -> str | None:
+    """What a call has that the Triton kernels have not."""
+    if variant.transposed:
+        return "the Triton kernels have no transposed convolutions"
+    if variant.num_groups:
+        return "the Triton kernels have no statistics of every image"
+    return "the Triton kernels have no activation before the convolution" if variant.pre_activation != "none" else None
+
+
+def fallback_reason(variant: Variant, input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if _backend.runs_on_triton(input.device.type, library.DEVICES):
-        return _triton.uncovered(input) or (register.FORWARD_MODE if has_tangent(input, *others) else None)
+        uncovered = _triton.uncovered(input) or uncovered_by_triton(variant)
+        return uncovered or (register.FORWARD_MODE if has_tangent(input, *others) else None)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
         return _backend.no_kernel(input.device.type)
     return register.FORWARD_MODE if has_tangent(input, *others) else None
 
 
-def runs_on_reference(input: Tensor, *others: Tensor | None) -> bool:
+def runs_on_reference(variant: Variant, input: Tensor, *others: Tensor | None) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -35,30 +46,39 @@ def runs_on_reference(input: Tensor, *others: Tensor | None) -> bool:
     """
     if _backend.state.backend == "reference":
         return True
-    _backend.check_requested(OP, input.device.type)
-    reason = fallback_reason(input, *others)
+    _backend.check_requested(variant.op, input.device.type)
+    reason = fallback_reason(variant, input, *others)
     if reason is not None:
-        _backend.fallback(OP, reason)
+        _backend.fallback(variant.op, reason)
     return reason is not None
 
 
-def _cpu_kernel(args: tuple[Any, ...]) -> str:
+def _cpu_kernel(args: tuple[Any, ...], variant: Variant) -> str:
     introspection = _loader.introspection()
     if introspection is None:
         return "libptkernels.so (ptkernels._introspect, which names its kernels, is not built for this Python)"
     input, weight, (stride, padding, dilation, groups) = args[0], args[1], args[10:14]
     missing = 5 - input.dim()
+    lists = [
+        spatial(OP, name, value, 3 - missing, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    ]
+    shape = out_shape(input, weight, lists, groups, variant)
     name: str = introspection.conv_kernel(
         dtype=str(input.dtype).removeprefix("torch."),
         batch=input.size(0),
-        channels=(input.size(1), weight.size(0)),
+        channels=(input.size(1), shape[1]),
         groups=groups,
         size=[1] * missing + list(input.shape[2:]),
         kernel=[1] * missing + list(weight.shape[2:]),
-        stride=[1] * missing + spatial("stride", stride, 3 - missing, 1),
-        padding=[0] * missing + spatial("padding", padding, 3 - missing, 0),
-        dilation=[1] * missing + spatial("dilation", dilation, 3 - missing, 1),
+        stride=[1] * missing + lists[0],
+        padding=[0] * missing + lists[1],
+        dilation=[1] * missing + lists[2],
+        result=[1] * missing + shape[2:],
+        transposed=variant.transposed,
         channels_last=register._is_channels_last(input),
+        norm_groups=variant.num_groups,
+        pre_activation=variant.pre_activation != "none",
     )
     return name
 
@@ -78,21 +98,25 @@ def _hints(input: Tensor, kernel: str) -> list[str]:
 
 
 def account(args: tuple[Any, ...]) -> Explanation:
-    """Account of a checked call with the operator's arguments."""
+    """Account of a checked call with the operator's arguments but ``save_conv``."""
     input = args[0]
+    variant = Variant(*args[16:])
+    op = variant.op
     if _backend.state.backend == "reference":
-        return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
+        return Explanation(op, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = input.device.type
-    _backend.check_requested(OP, device)
-    if reason := fallback_reason(*(args[index] for index in (0, 1, 2, 3, 4, 7))):
-        return Explanation(OP, _COMPOSITION, "reference", reason)
+    _backend.check_requested(op, device)
+    if reason := fallback_reason(variant, *(args[index] for index in (0, 1, 2, 3, 4, 7))):
+        return Explanation(op, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
     if _backend.runs_on_triton(device, library.DEVICES):
-        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, "Triton"))
-    kernel = _cpu_kernel(args) if device == "cpu" else "shape propagation"
-    return Explanation(OP, kernel, device, reason, _hints(input, kernel))
+        return Explanation(op, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(input, "Triton"))
+    kernel = _cpu_kernel(args, variant) if device == "cpu" else "shape propagation"
+    if variant.transposed:
+        reason += "; one convolution for each residue of the result's coordinates modulo the stride"
+    return Explanation(op, kernel, device, reason, _hints(input, kernel))
 
 
 def kernels() -> list[KernelInfo]:

@@ -39,14 +39,16 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
+    """A sample, of either convolution."""
+
     name: str
     channels: tuple[int, int] = (4, 6)
     space: tuple[int, ...] = (7, 9)
     kernel: tuple[int, ...] = (3, 3)
     batch: int = 2
     norm: str = "batch"
-    """``batch`` statistics, ``running`` ones, or ``none``."""
+    """``batch`` statistics, ``running`` ones, those of ``instance`` or ``group``, or ``none``."""
     affine: bool = True
     bias: bool = True
     residual: bool = False
@@ -54,6 +56,7 @@ class _Case:
     """Smooth by default: where a 16-bit sum falls on the other side of a corner, the whole gradient changes."""
     layout: str = "contiguous"
     options: tuple[tuple[str, Any], ...] = ()
+    transposed: bool = False
 
     def sample(self, dtype: torch.dtype, device: str, requires_grad: bool) -> Sample:
         generator = torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
@@ -68,7 +71,9 @@ class _Case:
         ins, outs = self.channels
         fan_in = ins // options.get("groups", 1) * math.prod(self.kernel)
         input = draw(self.batch, ins, *self.space)
-        weight = draw(outs, ins // options.get("groups", 1), *self.kernel) / math.sqrt(fan_in)
+        groups = options.get("groups", 1)
+        channels = (ins, outs // groups) if self.transposed else (outs, ins // groups)
+        weight = draw(*channels, *self.kernel) / math.sqrt(fan_in)
         input = _LAYOUTS[self.layout](input.to(dtype)).detach().requires_grad_(requires_grad)
         bias = given(draw(outs)) if self.bias else None
         kwargs: dict[str, Any] = {"activation": self.activation, **options}
@@ -80,40 +85,56 @@ class _Case:
             kwargs |= {"running_mean": draw(outs).to(dtype), "running_var": (draw(outs).square() + 0.5).to(dtype)}
         if self.norm == "batch":
             kwargs["training"] = True
+        if self.norm in ("instance", "group"):
+            kwargs["norm"] = self.norm
         if self.residual:
-            shape = conv_shape(input, weight, options)
+            shape = conv_shape(input, weight, options, self.transposed)
             kwargs["residual"] = _LAYOUTS[self.layout](given(draw(*shape)).detach()).requires_grad_(requires_grad)
             grad_inputs.append("residual")
-        return Sample(
-            self.name, (input, weight.to(dtype).requires_grad_(requires_grad), bias), kwargs, tuple(grad_inputs)
-        )
+        args = (input, weight.to(dtype).requires_grad_(requires_grad), bias)
+        # The first dimension of a transposed convolution's weight is that of the input's channels.
+        batched = tuple(name for name in ("input", "residual") if name in grad_inputs) if self.transposed else None
+        return Sample(self.name, args, kwargs, tuple(grad_inputs), batched)
 
 
-def conv_shape(input: Tensor, weight: Tensor, options: dict[str, Any]) -> tuple[int, ...]:
+def conv_shape(input: Tensor, weight: Tensor, options: dict[str, Any], transposed: bool) -> tuple[int, ...]:
     """Shape of a convolution's result."""
-    names = ("stride", "padding", "dilation", "groups")
+    names = ("stride", "padding", "output_padding", "dilation", "groups")
     given = {name: options[name] for name in names if name in options}
-    convolution = reference.CONVOLUTIONS[input.dim()]
+    convolution = (reference.TRANSPOSED if transposed else reference.CONVOLUTIONS)[input.dim()]
     return tuple(convolution(input.to("meta"), weight.to("meta"), **given).shape)
 
 
-def _options(**options: Any) -> tuple[tuple[str, Any], ...]:
+def options_of(**options: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(options.items())
 
 
-_SMALL = _Case("small", channels=(2, 2), space=(3, 4), kernel=(2, 2), batch=2)
+SMALL = Case("small", channels=(2, 2), space=(3, 4), kernel=(2, 2), batch=2)
 
 # Activations without corners, where finite differences must not straddle one.
 _GRADCHECK = [
-    replace(_SMALL, name="plain", norm="none", activation="tanh"),
-    replace(_SMALL, name="training", activation="silu"),
-    replace(_SMALL, name="running", norm="running", activation="gelu", bias=False),
-    replace(_SMALL, name="residual", residual=True, activation="mish", options=_options(padding=1, stride=2)),
-    replace(_SMALL, name="depthwise", activation="sigmoid", options=_options(groups=2, padding=1)),
-    replace(_SMALL, name="line", space=(6,), kernel=(2,), activation="elu", affine=False, options=_options(dilation=2)),
-    replace(_SMALL, name="volume", space=(2, 3, 2), kernel=(1, 2, 2), norm="none", activation="hardswish"),
-    replace(_SMALL, name="channels-last", layout="channels_last", activation="tanh", options=_options(padding=1)),
-    replace(_SMALL, name="recompute", activation="silu", options=_options(recompute=True)),
+    replace(SMALL, name="plain", norm="none", activation="tanh"),
+    replace(SMALL, name="training", activation="silu"),
+    replace(SMALL, name="running", norm="running", activation="gelu", bias=False),
+    replace(SMALL, name="residual", residual=True, activation="mish", options=options_of(padding=1, stride=2)),
+    replace(SMALL, name="depthwise", activation="sigmoid", options=options_of(groups=2, padding=1)),
+    replace(
+        SMALL, name="line", space=(6,), kernel=(2,), activation="elu", affine=False, options=options_of(dilation=2)
+    ),
+    replace(SMALL, name="volume", space=(2, 3, 2), kernel=(1, 2, 2), norm="none", activation="hardswish"),
+    replace(SMALL, name="channels-last", layout="channels_last", activation="tanh", options=options_of(padding=1)),
+    replace(SMALL, name="recompute", activation="silu", options=options_of(recompute=True)),
+    replace(SMALL, name="group", channels=(2, 4), norm="group", residual=True, options=options_of(num_groups=2)),
+    replace(SMALL, name="pre-activation", norm="running", options=options_of(pre_activation="gelu", padding=1)),
+    replace(SMALL, name="instance", norm="instance", layout="channels_last", activation="tanh"),
+    replace(
+        SMALL,
+        name="group-pre-activation",
+        channels=(2, 4),
+        norm="group",
+        affine=False,
+        options=options_of(num_groups=2, pre_activation="silu", recompute=True),
+    ),
 ]
 
 _CONVOLUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -135,44 +156,72 @@ _CONVOLUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("deep", {"channels": (200, 20), "space": (6, 5)}, {"padding": 1}),
 ]
 
+# What follows and precedes a convolution of either kind.
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("instance", {"norm": "instance"}, {}),
+    ("instance-residual", {"norm": "instance", "layout": "channels_last", "residual": True}, {}),
+    ("group", {"norm": "group", "channels": (16, 24)}, {"num_groups": 6}),
+    ("group-one", {"norm": "group", "residual": True, "affine": False}, {"num_groups": 1}),
+    ("group-channels-last", {"norm": "group", "layout": "channels_last"}, {"num_groups": 2}),
+    ("group-recompute", {"norm": "group", "residual": True, "bias": False}, {"num_groups": 3, "recompute": True}),
+    ("group-line", {"norm": "group", "space": (23,), "kernel": (3,)}, {"num_groups": 3}),
+    ("group-volume", {"norm": "group", "space": (4, 5, 6), "kernel": (3, 2, 2)}, {"num_groups": 2}),
+    ("group-large", {"norm": "group", "channels": (17, 40), "space": (21, 19)}, {"num_groups": 5, "padding": 1}),
+    ("group-depthwise", {"norm": "group", "channels": (12, 12)}, {"num_groups": 4, "groups": 12, "padding": 1}),
+    ("group-no-batch", {"norm": "group", "batch": 0, "residual": True}, {"num_groups": 2}),
+    ("pre-none", {"norm": "none"}, {"pre_activation": "silu"}),
+    ("pre-batch", {"activation": "none", "bias": False}, {"pre_activation": "mish", "padding": 1}),
+    ("pre-running", {"norm": "running", "layout": "channels_last"}, {"pre_activation": "gelu", "stride": 2}),
+    ("pre-every-other", {"layout": "every_other", "residual": True}, {"pre_activation": "tanh"}),
+    ("pre-line", {"space": (23,), "kernel": (3,)}, {"pre_activation": "sigmoid"}),
+    ("pre-volume", {"space": (4, 5, 6), "kernel": (3, 2, 2), "norm": "none"}, {"pre_activation": "elu"}),
+    ("pre-relu", {"activation": "none"}, {"pre_activation": "relu"}),
+    ("pre-group", {"norm": "group", "layout": "channels_last"}, {"num_groups": 2, "pre_activation": "silu"}),
+]
+
 _QUICK = [
     *(
-        _Case(f"{name}-{norm}", norm=norm, residual=norm != "none", bias=norm == "none", options=_options(**o), **sizes)
+        Case(
+            f"{name}-{norm}", norm=norm, residual=norm != "none", bias=norm == "none", options=options_of(**o), **sizes
+        )
         for name, sizes, o in _CONVOLUTIONS
         for norm in ("batch", "none")
     ),
     *(
-        _Case(f"{name}-channels-last", layout="channels_last", residual=True, options=_options(**o), **sizes)
+        Case(f"{name}-channels-last", layout="channels_last", residual=True, options=options_of(**o), **sizes)
         for name, sizes, o in _CONVOLUTIONS
         if name in ("3x3", "1x1", "depthwise", "volume", "grouped", "line")
     ),
     *(
-        _Case(name.replace("_", "-"), activation=name, norm=norm, residual=True)
+        Case(name.replace("_", "-"), activation=name, norm=norm, residual=True)
         for name, norm in zip(reference.ACTIVATIONS, ("running", "batch", "none") * 4, strict=False)
     ),
-    _Case("no-affine", affine=False),
-    _Case("no-affine-running", affine=False, norm="running"),
-    _Case("leaky-0.2", activation="leaky_relu", options=_options(negative_slope=0.2)),
-    _Case("recompute", residual=True, options=_options(recompute=True)),
-    _Case("every-other", layout="every_other", residual=True),
-    _Case("expanded", layout="expanded", norm="running", residual=True),
-    _Case("no-batch", batch=0, norm="running", residual=True),
-    _Case("no-batch-no-norm", batch=0, norm="none"),
+    Case("no-affine", affine=False),
+    Case("no-affine-running", affine=False, norm="running"),
+    Case("leaky-0.2", activation="leaky_relu", options=options_of(negative_slope=0.2)),
+    Case("recompute", residual=True, options=options_of(recompute=True)),
+    Case("every-other", layout="every_other", residual=True),
+    Case("expanded", layout="expanded", norm="running", residual=True),
+    Case("no-batch", batch=0, norm="running", residual=True),
+    Case("no-batch-no-norm", batch=0, norm="none"),
+    *(Case(name, options=options_of(**options), **fields) for name, fields, options in VARIANTS),
 ]
 
 _FULL = [
     *_QUICK,
-    _Case("64x56x56", channels=(64, 64), space=(56, 56), options=_options(padding=1), bias=False),
-    _Case(
-        "512x7x7", channels=(512, 512), space=(7, 7), options=_options(padding=1), bias=False, layout="channels_last"
+    Case("64x56x56", channels=(64, 64), space=(56, 56), options=options_of(padding=1), bias=False),
+    Case(
+        "512x7x7", channels=(512, 512), space=(7, 7), options=options_of(padding=1), bias=False, layout="channels_last"
     ),
-    _Case("2048x1", channels=(2048, 130), space=(3, 3), kernel=(1, 1), bias=False, residual=True),
-    _Case("resnext", channels=(128, 128), space=(14, 14), options=_options(padding=1, groups=32), bias=False),
-    _Case("depthwise-144", channels=(144, 144), space=(28, 28), options=_options(padding=1, groups=144), bias=False),
-    _Case("first", channels=(3, 64), space=(112, 112), kernel=(7, 7), options=_options(padding=3, stride=2)),
+    Case("2048x1", channels=(2048, 130), space=(3, 3), kernel=(1, 1), bias=False, residual=True),
+    Case("resnext", channels=(128, 128), space=(14, 14), options=options_of(padding=1, groups=32), bias=False),
+    Case("depthwise-144", channels=(144, 144), space=(28, 28), options=options_of(padding=1, groups=144), bias=False),
+    Case("first", channels=(3, 64), space=(112, 112), kernel=(7, 7), options=options_of(padding=3, stride=2)),
+    Case("u-net", channels=(64, 64), space=(48, 48), norm="group", options=options_of(padding=1, num_groups=8)),
+    Case("darts", channels=(144, 36), space=(32, 32), kernel=(1, 1), options=options_of(pre_activation="relu")),
 ]
 
-_CASES: dict[Level, list[_Case]] = {"gradcheck": _GRADCHECK, "quick": _QUICK, "full": _FULL}
+_CASES: dict[Level, list[Case]] = {"gradcheck": _GRADCHECK, "quick": _QUICK, "full": _FULL}
 
 
 def samples(dtype: torch.dtype, device: str, requires_grad: bool, level: Level) -> Iterator[Sample]:
@@ -183,29 +232,42 @@ def samples(dtype: torch.dtype, device: str, requires_grad: bool, level: Level) 
 def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Direct calls of both registered operators, with gradients required."""
     cases = [
-        replace(_SMALL, name="op-plain", norm="none"),
-        replace(_SMALL, name="op-training", residual=True, activation="silu", layout="channels_last"),
-        replace(_SMALL, name="op-running", norm="running", bias=False),
+        replace(SMALL, name="op-plain", norm="none"),
+        replace(SMALL, name="op-training", residual=True, activation="silu", layout="channels_last"),
+        replace(SMALL, name="op-running", norm="running", bias=False),
     ]
+    yield from direct_calls(cases, (), dtype, device)
+    images = [replace(SMALL, name="op-images", channels=(2, 4), norm="group", residual=True, activation="silu")]
+    yield from direct_calls(images, (False, None, 2, "tanh"), dtype, device)
+
+
+def direct_calls(
+    cases: list[Case], variant: tuple[Any, ...], dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of the operator and of its backward; ``variant`` are the last of them."""
     for index, case in enumerate(cases):
         sample = case.sample(dtype, device, requires_grad=True)
         names = ("bn_weight", "bn_bias", "running_mean", "running_var", "residual")
         tensors = [*sample.args, *(sample.kwargs.get(name) for name in names)]
         training = case.norm == "batch"
         options = (training, 1e-5, [1, 1], [0, 0], [1, 1], 1, case.activation, 0.01)
-        yield "ptkernels::conv_bn_relu", (*tensors, *options, index == 1)
+        yield "ptkernels::conv_bn_relu", (*tensors, *options, index == 1, *variant)
         detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-        out, conv, mean, var = torch.ops.ptkernels.conv_bn_relu(*detached, *options, True)
-        statistics = (mean, var) if training else tuple(detached[5:7])
+        out, conv, mean, var = torch.ops.ptkernels.conv_bn_relu(*detached, *options, True, *variant)
+        statistics = tuple(detached[5:7]) if mean.numel() == 0 else (mean, var)
         wanted = [tensor is not None for tensor in (*tensors[:5], tensors[7])]
         wanted[1] = index != 2
         yield (
             "ptkernels::_conv_bn_relu_backward",
-            (torch.randn_like(out).requires_grad_(), *tensors[:5], *statistics, tensors[7], conv, *options, wanted),
+            (
+                torch.randn_like(out).requires_grad_(),
+                *(*tensors[:5], *statistics, tensors[7], conv),
+                *(*options, wanted, *variant),
+            ),
         )
 
 
-_TORCH_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+TORCH_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu6": lambda u, slope: F.relu6(u),
     "elu": lambda u, slope: F.elu(u),
     "silu": lambda u, slope: F.silu(u),
@@ -240,14 +302,45 @@ def composition(
     activation: str = "relu",
     negative_slope: float = 0.01,
     recompute: bool = False,
+    norm: str = "batch",
+    num_groups: int | None = None,
+    pre_activation: str = "none",
 ) -> Tensor:
-    """Torch's convolution, batch normalisation, addition and activation, one after the other, as models write them."""
-    u = reference.CONVOLUTIONS[input.dim()](input, weight, bias, stride, padding, dilation, groups)
-    if training or running_mean is not None:
+    """Torch's convolution, normalisation, addition and activation, one after the other, as models write them."""
+    x = TORCH_ACTIVATIONS[pre_activation](input, negative_slope)
+    u = reference.CONVOLUTIONS[input.dim()](x, weight, bias, stride, padding, dilation, groups)
+    return after_convolution(
+        u, bn_weight, bn_bias, running_mean, running_var, residual, training, momentum, eps, activation, negative_slope,
+        norm, num_groups,
+    )  # fmt: skip
+
+
+def after_convolution(
+    u: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    norm: str,
+    num_groups: int | None,
+) -> Tensor:
+    """Torch's functions for what follows a convolution."""
+    if norm == "group":
+        assert num_groups is not None
+        u = F.group_norm(u, num_groups, bn_weight, bn_bias, eps)
+    elif norm == "instance":
+        u = F.instance_norm(u, None, None, bn_weight, bn_bias, True, momentum, eps)
+    elif training or running_mean is not None:
         u = F.batch_norm(u, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if residual is not None:
         u = u + residual
-    return _TORCH_ACTIVATIONS[activation](u, negative_slope)
+    return TORCH_ACTIVATIONS[activation](u, negative_slope)
 
 
 def _make_inputs(
@@ -262,18 +355,20 @@ def _make_inputs(
     fan_in = ins // groups * kernel * kernel
     input = draw(shape["N"], ins, shape["H"], shape["H"]).to(dtype, memory_format=torch.channels_last)
     weight = (draw(outs, ins // groups, kernel, kernel) / math.sqrt(fan_in)).to(dtype)
+    more: dict[str, Any] = {key: shape[key] for key in ("norm", "num_groups", "pre_activation") if key in shape}
     vectors = [draw(outs) * 0.2 + 1, draw(outs) * 0.2, draw(outs) * 0.1, draw(outs).square() * 0.2 + 0.5]
     bn_weight, bn_bias, mean, var = (vector.to(dtype) for vector in vectors)
     kwargs = {
-        "training": trains,
+        "training": trains and "norm" not in shape,
         "stride": shape["S"],
         "padding": (kernel - 1) // 2,
         "groups": groups,
         "activation": shape["activation"],
+        **more,
     }
     for tensor in (input, weight, bn_weight, bn_bias):
         tensor.requires_grad_(trains)
-    statistics = (None, None) if trains else (mean, var)
+    statistics = (None, None) if trains or "norm" in shape else (mean, var)
     return (input, weight, None, bn_weight, bn_bias, *statistics), kwargs
 
 
@@ -319,7 +414,16 @@ _LAYERS: list[tuple[str, str, int, int, int, int, int, int, str]] = [
     ("32-32-3x3", "ConvNet (CIFAR-10)", 32, 32, 32, 3, 1, 1, "relu"),
     ("128-8-3x3", "ConvNet (CIFAR-10)", 128, 128, 8, 3, 1, 1, "relu"),
     ("64-128-32-4x4-s2", "DCGAN", 64, 128, 32, 4, 2, 1, "leaky_relu"),
+    ("64-64-gn8", "U-Net (GroupNorm)", 64, 64, 64, 3, 1, 1, "relu"),
+    ("144-32-relu-1x1", "DARTS", 144, 36, 32, 1, 1, 1, "none"),
 ]
+
+
+# Of the last two, what they have instead of a batch normalisation or before the convolution.
+_MORE: dict[str, dict[str, Any]] = {
+    "64-64-gn8": {"norm": "group", "num_groups": 8},
+    "144-32-relu-1x1": {"pre_activation": "relu"},
+}
 
 
 def bench_cases() -> list[BenchCase]:
@@ -327,6 +431,7 @@ def bench_cases() -> list[BenchCase]:
     cases = []
     for name, model, ins, outs, size, kernel, stride, groups, activation in _LAYERS:
         layer = {"C": ins, "O": outs, "H": size, "K": kernel, "S": stride, "groups": groups, "activation": activation}
+        layer |= _MORE.get(name, {})
         for dtype in (torch.float32, torch.bfloat16):
             for images in (1, 8, 32):
                 shape = {"N": images, **layer}

@@ -22,6 +22,7 @@ from ptkernels._triton.dispatch import Launcher, identity
 from ptkernels._triton.math import ACTIVATIONS
 from ptkernels.ops.conv_bn_relu import triton_backward_kernels as backward_kernels
 from ptkernels.ops.conv_bn_relu import triton_kernels as kernels
+from ptkernels.ops.conv_bn_relu.variant import Variant
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -225,6 +226,13 @@ def _merge_statistics(a: _Conv, partial: Tensor, wrap: Launcher) -> tuple[Tensor
     return mean, var
 
 
+def _refuse(variant: Variant) -> None:
+    from ptkernels.ops.conv_bn_relu.routing import uncovered_by_triton
+
+    if reason := uncovered_by_triton(variant):
+        raise RuntimeError(f"{variant.op}: no kernel for this call: {reason}")
+
+
 def conv_bn_relu(
     input: Tensor,
     weight: Tensor,
@@ -243,10 +251,11 @@ def conv_bn_relu(
     activation: str = "relu",
     negative_slope: float = 0.01,
     save_conv: bool = False,
-    *,
+    *variant: Any,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, z where it is saved, and the statistics of the batch where training, of checked arguments."""
+    _refuse(Variant(*variant))
     a = _Conv(input, weight, stride, padding, dilation, groups)
     out = _empty(input, a.shape, _is_channels_last(input))
     nothing = input.new_empty(0, dtype=torch.float32)
@@ -309,10 +318,11 @@ def conv_bn_relu_backward(
     activation: str = "relu",
     negative_slope: float = 0.01,
     output_mask: Sequence[bool] = (True,) * 6,
-    *,
+    *variant: Any,
     wrap: Launcher = identity,
 ) -> Gradients:
     """Gradients of input, weight, bias, bn_weight, bn_bias and residual, None where not asked for."""
+    _refuse(Variant(*variant))
     a = _Conv(input, weight, stride, padding, dilation, groups)
     want_x, want_w, want_bias, want_scale, want_shift, want_residual = output_mask
     channels_last = _is_channels_last(input)

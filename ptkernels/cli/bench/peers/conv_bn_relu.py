@@ -80,11 +80,16 @@ def _module(problem: Problem) -> nn.Module:
         in_channels * named["groups"], out_channels, tuple(kernel), named["stride"], named["padding"],
         groups=named["groups"], bias=False,
     )  # fmt: skip
-    norm = nn.BatchNorm2d(out_channels, eps=named.get("eps", 1e-5))
     conv.weight.data = weight.clone()
+    eps = named.get("eps", 1e-5)
+    norm: Any = nn.BatchNorm2d(out_channels, eps)
+    if named["norm"] == "group":
+        norm = nn.GroupNorm(named["num_groups"], out_channels, eps)
+    else:
+        norm.running_mean, norm.running_var = named["running_mean"].clone(), named["running_var"].clone()
     norm.weight.data, norm.bias.data = named["bn_weight"].detach().clone(), named["bn_bias"].detach().clone()
-    norm.running_mean, norm.running_var = named["running_mean"].clone(), named["running_var"].clone()
-    layer: Any = nn.Sequential(conv, norm, ACTIVATIONS[named["activation"]]())
+    before = ACTIVATIONS[named["pre_activation"]]()
+    layer: Any = nn.Sequential(before, conv, norm, ACTIVATIONS[named["activation"]]())
     plain: nn.Module = layer.to(problem.case.dtype, memory_format=torch.channels_last).eval()
     return plain
 
@@ -126,6 +131,8 @@ def _folded(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _require_float32(problem: Problem) -> None:
     problem.require_forward()
+    if problem.named["norm"] != "batch" or problem.named["pre_activation"] != "none":
+        raise UnsupportedError("timed with a folded batch normalisation behind a convolution only")
     if problem.case.dtype != torch.float32:
         raise UnsupportedError("timed in float32 only")
 
