@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from ptkernels.ops.packed_rnn.layer import run_layer
 from ptkernels.ops.packed_rnn.stack import _states, run_with_resets
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    own = module._parameters  # in most modules all are there; getattr finds the others, more slowly
+    return [weight if (weight := own.get(name)) is not None else getattr(module, name) for name in names]
 
 
 class _Stack(nn.RNNBase):
@@ -42,8 +51,7 @@ class _Stack(nn.RNNBase):
     def _params(self) -> list[Tensor]:
         """By name, not from _flat_weights: a reparametrised or replaced weight counts as it is now."""
         names = [name for names in self._all_weights for name in names]
-        own = self._parameters  # in most modules all are there; getattr finds the others, more slowly
-        found = [weight if (weight := own.get(name)) is not None else getattr(self, name) for name in names]
+        found = _weights(self, names)
         if self.weight_dropout and self.training:
             dropped = zip(names, found, strict=True)
             found = [
@@ -300,7 +308,7 @@ def _cell(op: str, mode: str, module: nn.RNNCellBase, input: Tensor, hx: Any) ->
             if not isinstance(tensor, Tensor) or tensor.dim() != input.dim():
                 raise ValueError(f"{op}: {name}: got another number of dimensions, expected {input.dim()} like input")
         state = [(tensor.unsqueeze(0) if unbatched else tensor).unsqueeze(0) for tensor in given]
-    params = [module.weight_ih, module.weight_hh, *([module.bias_ih, module.bias_hh] if module.bias else [])]
+    params = _weights(module, _CELL_WEIGHTS if module.bias else _CELL_WEIGHTS[:2])
     batch = data.size(0)
     args = (data.unsqueeze(0), None, None, state, params, batch, "time_first", mode, False)
     _, h, c = run_layer(op, args)

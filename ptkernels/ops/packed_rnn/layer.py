@@ -217,11 +217,12 @@ def packed_rnn(
         ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
 
     Note:
-        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept
-        in float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the
-        number of threads nor on how sequences are cut into calls. For the backward an LSTM keeps its gates and cells, a
-        GRU its gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM
-        ``hidden`` in float32. Double backward and forward-mode differentiation run on the reference, with a warning.
+        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept in
+        float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the
+        number of threads nor on how sequences are cut into calls; a sequence alone is summed in another order than one
+        of a batch, and reads its weights where they are. For the backward an LSTM keeps its gates and cells, a GRU its
+        gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM ``hidden`` in
+        float32. Double backward and forward-mode differentiation run on the reference, with a warning.
 
     Example:
         >>> import torch, ptkernels as ptk

@@ -118,6 +118,8 @@ _QUICK = [
     _Case("lstm-recompute", recompute=True, both=True, projection=4, state=True),
     _Case("gru-recompute", "gru", recompute=True, lengths=(3, 0, 5), layout="time_first"),
     _Case("one-token", lengths=(1,), hidden=8),
+    *(_Case(f"{mode}-alone", mode, lengths=(9,), features=37, hidden=70, both=True, state=True) for mode in _GATES),
+    _Case("lstm-alone-projected", lengths=(6,), features=18, hidden=39, projection=21, layout="varlen", state=True),
     _Case("all-empty", lengths=(0, 0), layout="varlen", state=True),
     _Case("no-sequences", lengths=(), layout="batch_first", steps=3),
     _Case("one-unit", "gru", features=1, hidden=1, state=True),
