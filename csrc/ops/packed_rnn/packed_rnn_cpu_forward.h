@@ -273,6 +273,7 @@ private:
     T* output;  // null where projected
     T* h_n;     // null where the sequence goes on
     T* c_n;
+    T* c_output;  // null where the cells of every token are not wanted
     T* gates;
     A* cells;
   };
@@ -295,6 +296,7 @@ private:
       if (last) r.h_n = at<T>(f_.h_n, state * p_.outputs + unit);
     }
     if (last && f_.c_n) r.c_n = at<T>(f_.c_n, state * p_.hidden + unit);
+    if (p_.all_cells) r.c_output = at<T>(f_.output, f_.output_rows(t, b) + z_.cell_column(d) + unit);
     if (f_.gates) r.gates = at<T>(f_.gates, token * saved_gates(p_.mode) * p_.hidden + unit);
     if (f_.cells) r.cells = at<A>(f_.cells, token * p_.hidden + unit);
     return r;
@@ -331,6 +333,7 @@ private:
         store(cell + u, c);
         store_h(r, u, o * tanh<A>(c), valid);
         if (r.c_n) store_valid(r.c_n + u, c, valid);
+        if (r.c_output) store_valid(r.c_output + u, c, valid);
         if (r.gates) {
           store_valid(r.gates + u, i, valid);
           store_valid(r.gates + hidden + u, f, valid);
