@@ -22,12 +22,10 @@ Tensor state_like(const Layer& layer, size_t index, int64_t features) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_rnn(Tensor input, std::optional<Tensor> sizes,
-                                                              std::optional<Tensor> sorted_indices,
-                                                              std::vector<Tensor> state, std::vector<Tensor> params,
-                                                              int64_t batch_size, std::string layout, std::string mode,
-                                                              bool bidirectional, bool save, bool /*recompute*/,
-                                                              bool all_cells) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
+           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+           bool save, bool /*recompute*/, bool all_cells) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
                     bidirectional, all_cells);
   const RnnProblem& p = layer.problem;
