@@ -308,7 +308,7 @@ def quantized_embedding(indices: Tensor, weight: Any, dtype: torch.dtype) -> Ten
     return plan.whole(0, function(local["input"], table, dtype=dtype))
 
 
-def packed_rnn(op: str, args: Sequence[Any], recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
+def packed_rnn(op: str, args: Sequence[Any], recompute: bool, all_cells: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """One recurrent layer, with the arguments of the operator."""
     from ptkernels.ops.packed_rnn.layer import run_layer
 
@@ -329,6 +329,6 @@ def packed_rnn(op: str, args: Sequence[Any], recompute: bool) -> tuple[Tensor, T
         batch_size //= plan.parts(cut)
     lists = [local[name] for name in states], [local[name] for name in weights]
     place = (batch_size, layout, mode, bidirectional)
-    results = run_layer(op, (local["input"], local["sizes"], sorted_indices, *lists, *place), recompute)
+    results = run_layer(op, (local["input"], local["sizes"], sorted_indices, *lists, *place), recompute, all_cells)
     output, h_n, c_n = (plan.whole(index, part) for index, part in enumerate(results))
     return output, h_n, c_n

@@ -94,7 +94,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         linear_op: _quantized_linear,
         embedding_op: _quantized_embedding,
         rotary_op: lambda *args: compose(*complete(args)),
-        rnn_op: _projected_rnn,
+        rnn_op: _unrolled_rnn,
         varlen_op: _refuse("attention on packed sequences"),
         attend_op: _refuse("attention with a cache"),
         append_op: _refuse("attention with a cache"),
@@ -166,7 +166,7 @@ def _quantized_embedding(
     return dequantize(*picked, code_format, group_size, in_features, out_dtype)
 
 
-def _projected_rnn(
+def _unrolled_rnn(
     input: Tensor,
     sizes: Tensor | None,
     sorted_indices: Tensor | None,
@@ -176,25 +176,29 @@ def _projected_rnn(
     layout: str,
     mode: str,
     bidirectional: bool = False,
-    *saving: bool,
+    save: bool = False,
+    recompute: bool = False,
+    all_cells: bool = False,
 ) -> Any:
+    """What ONNX's layers lack: projections, and the cells of every token."""
     if layout not in ("time_first", "batch_first"):
         raise NotImplementedError(
             f"onnx.export: a recurrent layer on {layout} sequences has no ONNX operator; pad them and pass lengths"
         )
     directions = 2 if bidirectional else 1
     each = len(params) // directions
-    if each % 2 == 0:
+    if each % 2 == 0 and not all_cells:
         return NotImplemented
     if sizes is not None:
-        raise NotImplementedError("onnx.export: a projected LSTM with lengths has no ONNX operator")
+        what = "an LSTM that returns all cells" if all_cells else "a projected LSTM"
+        raise NotImplementedError(f"onnx.export: {what} has no ONNX operator with lengths")
     # One step after the other, as many as the example has; any batch.
     x = list(input.unbind(1 if layout == "batch_first" else 0))
     weights = rnn_reference.split_weights(params, directions)
-    features = (params[each - 1].size(0), params[0].size(0) // 4)
+    features = (params[1].size(1), params[0].size(0) // 4)
     h0, c0 = state or (input.new_zeros(directions, x[0].size(0), size) for size in features)
     runs = [rnn_reference._run(mode, x, h0[d], c0[d], own, reverse=d == 1) for d, own in enumerate(weights)]
-    output = torch.cat([run[0] for run in runs], -1).unflatten(0, (len(x), -1))
+    output = torch.cat([run[0] for run in runs] + [run[3] for run in runs] * all_cells, -1).unflatten(0, (len(x), -1))
     output = output.transpose(0, 1) if layout == "batch_first" else output
     nothing = input.new_empty(0)
     return output, *(torch.stack([run[index] for run in runs]) for index in (1, 2)), nothing, nothing
@@ -214,8 +218,7 @@ def _recurrent(
     layout: str,
     mode: str,
     bidirectional: bool = False,
-    save: bool = False,
-    recompute: bool = False,
+    *saving: bool,
 ) -> tuple[Any, ...]:
     import onnxscript
 

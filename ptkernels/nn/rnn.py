@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from ptkernels.ops.packed_rnn.layer import run_layer
 from ptkernels.ops.packed_rnn.stack import _states, run_with_resets
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    own = module._parameters  # in most modules all are there; getattr finds the others, more slowly
+    return [weight if (weight := own.get(name)) is not None else getattr(module, name) for name in names]
 
 
 class _Stack(nn.RNNBase):
@@ -42,8 +51,7 @@ class _Stack(nn.RNNBase):
     def _params(self) -> list[Tensor]:
         """By name, not from _flat_weights: a reparametrised or replaced weight counts as it is now."""
         names = [name for names in self._all_weights for name in names]
-        own = self._parameters  # in most modules all are there; getattr finds the others, more slowly
-        found = [weight if (weight := own.get(name)) is not None else getattr(self, name) for name in names]
+        found = _weights(self, names)
         if self.weight_dropout and self.training:
             dropped = zip(names, found, strict=True)
             found = [
@@ -61,14 +69,15 @@ class _Stack(nn.RNNBase):
         lengths: Tensor | None,
         cu_seqlens: Tensor | None,
         resets: Tensor | None,
-    ) -> tuple[Any, Tensor, Tensor]:
+        return_all_states: bool,
+    ) -> tuple[Any, ...]:
         first = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
         sequences = sequences_of(op, input, first, self.batch_first, lengths, cu_seqlens)
         if sequences.data.size(-1) != self.input_size:
             raise ValueError(f"{op}: input: got {sequences.data.size(-1)} features, expected {self.input_size}")
         state = _states(op, hx, mode, sequences.unbatched)
         dropout = self.dropout if self.training else 0.0
-        return run_with_resets(
+        output, h_n, c_n, of_tokens = run_with_resets(
             op,
             sequences,
             state,
@@ -80,7 +89,10 @@ class _Stack(nn.RNNBase):
             self.bidirectional,
             len(self._all_weights[0]),
             self.recompute,
+            return_all_states,
         )
+        final = (h_n, c_n) if mode == "lstm" else h_n
+        return (output, final, of_tokens) if return_all_states else (output, final)
 
 
 class LSTM(_Stack):
@@ -103,7 +115,8 @@ class LSTM(_Stack):
             :func:`ptkernels.packed_rnn`.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, (h_n, c_n))``.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None, return_all_states=False)``; returns
+        ``(output, (h_n, c_n))``, and the states of every token as a third with ``return_all_states``.
         Forms of input, shapes and errors are those of :func:`ptkernels.lstm`.
 
     Example:
@@ -155,9 +168,9 @@ class LSTM(_Stack):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = self._run("lstm", "lstm", input, hx, lengths, cu_seqlens, resets)
-        return output, (h_n, c_n)
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
+        return self._run("lstm", "lstm", input, hx, lengths, cu_seqlens, resets, return_all_states)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.LSTM(self)
@@ -169,7 +182,8 @@ class GRU(_Stack):
     Arguments are those of :class:`ptkernels.nn.LSTM` without ``proj_size``.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, h_n)``.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None, return_all_states=False)``; returns
+        ``(output, h_n)``, and h of every token as a third with ``return_all_states``.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -215,8 +229,9 @@ class GRU(_Stack):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
-        return self._run("gru", "gru", input, hx, lengths, cu_seqlens, resets)[:2]
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
+        return self._run("gru", "gru", input, hx, lengths, cu_seqlens, resets, return_all_states)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.RNN(self)
@@ -229,7 +244,8 @@ class RNN(_Stack):
     ``num_layers``.
 
     Shape:
-        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None)``; returns ``(output, h_n)``.
+        Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None, resets=None, return_all_states=False)``; returns
+        ``(output, h_n)``, and h of every token as a third with ``return_all_states``.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -279,8 +295,9 @@ class RNN(_Stack):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
-        return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens, resets)[:2]
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
+        return self._run("rnn", self.nonlinearity, input, hx, lengths, cu_seqlens, resets, return_all_states)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.RNN(self)
@@ -300,7 +317,7 @@ def _cell(op: str, mode: str, module: nn.RNNCellBase, input: Tensor, hx: Any) ->
             if not isinstance(tensor, Tensor) or tensor.dim() != input.dim():
                 raise ValueError(f"{op}: {name}: got another number of dimensions, expected {input.dim()} like input")
         state = [(tensor.unsqueeze(0) if unbatched else tensor).unsqueeze(0) for tensor in given]
-    params = [module.weight_ih, module.weight_hh, *([module.bias_ih, module.bias_hh] if module.bias else [])]
+    params = _weights(module, _CELL_WEIGHTS if module.bias else _CELL_WEIGHTS[:2])
     batch = data.size(0)
     args = (data.unsqueeze(0), None, None, state, params, batch, "time_first", mode, False)
     _, h, c = run_layer(op, args)

@@ -97,14 +97,16 @@ def recurrent(kind: str, placement: Placement, layers: int = 2) -> Case:
             if weight is None and isinstance(x, DTensor):
                 own = distribute_tensor(own, x.device_mesh, [WHOLE])
             weights[name] = own
-        out, state = torch.func.functional_call(module, weights, (x,), {"lengths": torch.tensor([4, 1, 0, 3])})
-        return out, *(state if isinstance(state, tuple) else (state,))
+        options = {"lengths": torch.tensor([4, 1, 0, 3]), "return_all_states": True}
+        out, state, states = torch.func.functional_call(module, weights, (x,), options)
+        cells = [own[1] for own in states if isinstance(own, tuple)]
+        return out, *(state if isinstance(state, tuple) else (state,)), *cells
 
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind] * 5
     shapes = {"weight_ih": (gates, 6), "weight_hh": (gates, 5), "bias_ih": (gates,), "bias_hh": (gates,)}
     operands = {"x": Operand((4, 4, 6), placement)} | {name: Operand(shape) for name, shape in shapes.items()}
     state = Shard(1) if placement == Shard(0) else WHOLE
-    return Case(call, operands, (placement, state, state)[: 3 if kind == "LSTM" else 2])
+    return Case(call, operands, (placement, state, *((state, *[placement] * layers) if kind == "LSTM" else ())))
 
 
 def rotary(cut: Placement, positions: bool) -> Case:

@@ -22,13 +22,12 @@ Tensor state_like(const Layer& layer, size_t index, int64_t features) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_rnn(Tensor input, std::optional<Tensor> sizes,
-                                                              std::optional<Tensor> sorted_indices,
-                                                              std::vector<Tensor> state, std::vector<Tensor> params,
-                                                              int64_t batch_size, std::string layout, std::string mode,
-                                                              bool bidirectional, bool save, bool /*recompute*/) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
+           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+           bool save, bool /*recompute*/, bool all_cells) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
-                    bidirectional);
+                    bidirectional, all_cells);
   const RnnProblem& p = layer.problem;
   const bool is_lstm = p.mode == RnnMode::lstm;
   const std::vector<int64_t> none = {0};
@@ -292,9 +291,9 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
                                         std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
                                         std::vector<Tensor> params, Tensor output, Tensor gates, Tensor cells,
                                         int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
-                                        std::vector<bool> output_mask) {
+                                        std::vector<bool> output_mask, bool all_cells) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
-                    bidirectional);
+                    bidirectional, all_cells);
   const RnnProblem& p = layer.problem;
   const auto check = [&](const char* name, std::optional<Tensor>& tensor, const std::vector<int64_t>& shape) {
     if (tensor) {
@@ -335,11 +334,13 @@ const char* packed_rnn_kernel_name(const RnnProblem& problem) {
 STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
   library.def(
       "packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
-      "SymInt batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False) "
+      "SymInt batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False, "
+      "bool all_cells=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("_packed_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
               "Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, Tensor output, Tensor gates, "
-              "Tensor cells, SymInt batch_size, str layout, str mode, bool bidirectional, bool[] output_mask) "
+              "Tensor cells, SymInt batch_size, str layout, str mode, bool bidirectional, bool[] output_mask, "
+              "bool all_cells=False) "
               "-> Tensor[]");
 }
 

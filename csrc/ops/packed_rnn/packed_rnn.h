@@ -37,6 +37,7 @@ struct RnnProblem {
   int64_t hidden = 0;      // units
   int64_t outputs = 0;     // features of h: hidden, or the projection's
   bool projected = false;
+  bool all_cells = false;  // rows of output go on with the cells of the token
 };
 
 // Where token (step, slot) lies: step[t] + slot[b] elements into the data, features contiguous. Covers packed, padded
@@ -63,7 +64,7 @@ struct RnnForwardParams {
   RnnWeights weights[2];
   const void* input = nullptr;
   RnnRows input_rows;
-  void* output = nullptr;  // [.., directions * outputs], rows of tokens only are written
+  void* output = nullptr;  // [.., directions * outputs (+ directions * hidden)], rows of tokens only are written
   RnnRows output_rows;
   const void* h0 = nullptr;  // [directions, batch, outputs] contiguous; null means zeros
   const void* c0 = nullptr;  // [directions, batch, hidden]

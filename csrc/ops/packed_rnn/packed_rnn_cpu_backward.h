@@ -234,6 +234,12 @@ private:
     return load_valid(at<const T>(f_.gates, (r.saved * 4 + q) * p_.hidden + r.unit), r.valid);
   }
 
+  Vec<A> cell_gradient(const Row& r) const {
+    if (!p_.all_cells || !f_.grad_output) return Vec<A>{};
+    const int64_t row = f_.output_rows(r.t, r.b);
+    return load_valid(at<const T>(f_.grad_output, row + z_.cell_column(r.d) + r.unit), r.valid);
+  }
+
   // Step before t in the direction's time, for a sequence; -1 where it began at t.
   int64_t step_before(const Row& r) const {
     if (r.d == 0) return r.t - 1;
@@ -253,7 +259,7 @@ private:
     A* grad_c = m.grad_c + r.b * z_.units + r.unit;
     const Vec<A> squashed = tanh<A>(c);
     if (f_.unprojected) store_valid(at<T>(f_.unprojected, r.token * p_.hidden + r.unit), o * squashed, r.valid);
-    const Vec<A> dc = load(grad_c) + r.grad * o * (A(1) - squashed * squashed);
+    const Vec<A> dc = load(grad_c) + cell_gradient(r) + r.grad * o * (A(1) - squashed * squashed);
     store(grad_c, dc * f);
     g[0] = dc * c_in * i * (A(1) - i);
     g[1] = dc * c_before * f * (A(1) - f);

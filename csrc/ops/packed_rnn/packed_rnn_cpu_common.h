@@ -42,6 +42,8 @@ struct RnnSizes {
   int64_t slice_output_panel(int64_t slice) const { return slice * (outputs / kNr) / slices; }
   int64_t slice_units(int64_t slice) const { return (slice_panel(slice + 1) - slice_panel(slice)) * kNr; }
   int64_t padded_rows() const { return round_up(p.batch, 32); }
+  // Where a direction's cells lie in a row of output.
+  int64_t cell_column(int64_t d) const { return p.directions * p.outputs + d * p.hidden; }
   int64_t next_batch(const int64_t* batch_sizes, int64_t step) const {
     return step + 1 < p.steps ? batch_sizes[step + 1] : 0;
   }

@@ -5,11 +5,14 @@
 //   slices    a thread owns some units of a direction: their columns of W and U (packed once per call, gates side by
 //             side), their sums and cells. Per step the threads of a direction meet once, to exchange h.
 //
+//   one       sequence alone: weights are multiplied as they lie, along their rows.
+//
 //   input     x W is computed for several steps at a time, enough rows to use the registers well, just before the first
 //             of them: it never leaves the cache.
 //
-// Every sum runs over its terms in the same order whatever the slices, the batch or the number of steps in the call, so
-// results depend neither on the number of threads nor on how a sequence is cut into calls.
+// Every sum runs over its terms in the same order whatever the slices, the number of steps in the call, or the batch
+// where it is more than one sequence: results depend neither on the number of threads nor on how sequences are cut into
+// calls.
 #pragma once
 
 #include "packed_rnn_cpu_common.h"
@@ -35,7 +38,8 @@ public:
     if (!carver.next) return false;
     carve(carver);
     plan();
-    const int64_t items = streams() ? 0 : z_.gates * z_.panels, projection = p_.projected ? z_.outputs / kNr : 0;
+    const int64_t items = packs() ? z_.gates * z_.panels : 0;
+    const int64_t projection = p_.projected && !along_rows() ? z_.outputs / kNr : 0;
     z_.each_item(p_.directions * (2 * items + projection), [&](int64_t i) {
       const int64_t d = i % p_.directions;
       i /= p_.directions;
@@ -85,16 +89,16 @@ private:
     token_ = c.take<int64_t>(p_.steps);
     for (int64_t d = 0; d < p_.directions; ++d) {
       Direction& m = direction_[d];
-      m.w_input = c.take<E>(streams() ? 0 : z_.gates * z_.units * depth_x());
-      m.w_hidden = c.take<E>(streams() ? 0 : z_.gates * z_.units * depth_h());
-      m.w_projection = p_.projected ? c.take<E>(z_.outputs * z_.units) : nullptr;
+      m.w_input = c.take<E>(packs() ? z_.gates * z_.units * depth_x() : 0);
+      m.w_hidden = c.take<E>(packs() ? z_.gates * z_.units * depth_h() : 0);
+      m.w_projection = c.take<E>(p_.projected && !along_rows() ? z_.outputs * z_.units : 0);
       m.bias = c.take<A>(buffered_gates() * z_.units);
       m.cell = c.take<A>(p_.batch * z_.units);
       for (E*& h : m.h) h = c.take<E>(z_.padded_rows() * ld_h());
       m.unprojected = p_.projected ? c.take<E>(z_.padded_rows() * ld_unprojected()) : nullptr;
       m.input_row = c.take<int64_t>(p_.steps);
       for (int64_t s = 0; s < z_.slices; ++s) {
-        slice_[d * z_.slices + s].panel = c.take<E>(streams() ? most(depth_x(), depth_h()) * kNr : 0);
+        slice_[d * z_.slices + s].panel = c.take<E>(streams() && !along_rows() ? most(depth_x(), depth_h()) * kNr : 0);
         slice_[d * z_.slices + s].x = c.take<E>(chunk_rows() * ld_x());
         slice_[d * z_.slices + s].sums = c.take<A>(chunk_rows() * buffered_gates() * z_.slice_units(s));
       }
@@ -115,6 +119,9 @@ private:
 
   // In a call of one step each weight is met once: packed panel by panel just before, it stays in L1.
   bool streams() const { return p_.steps == 1; }
+  // One sequence reads its weights for a row at a time, which takes as long as memory does in any layout.
+  bool along_rows() const { return p_.batch == 1; }
+  bool packs() const { return !streams() && !along_rows(); }
 
   // Of W (which = 0) or U.
   int64_t depth(int64_t which) const { return which == 0 ? depth_x() : depth_h(); }
@@ -131,23 +138,28 @@ private:
                     int64_t lda, A* sums, bool add, bool backwards = false) const {
     const int64_t panel = z_.slice_panel(slice), columns = z_.slice_units(slice), ld = buffered_gates() * columns;
     const int64_t k = which == 0 ? p_.input : p_.outputs, stride = depth(which) * kNr;
-    if (!streams())
+    if (packs())
       return rnn_product<T>(rows, (end - first) * columns, k, a, lda,
                             packed(d, which) + panel * z_.gates * stride + first * columns * depth(which), stride, sums,
                             ld, add, backwards);
-    for (int64_t gate = first; gate < end; ++gate) {
+    const T* weight = at<const T>(which == 0 ? f_.weights[d].input : f_.weights[d].hidden, panel * kNr * k);
+    const int64_t valid = p_.hidden - panel * kNr;
+    for (int64_t i = 0; i < end - first; ++i) {
+      const int64_t gate = backwards ? end - 1 - i : first + i;
       A* to = sums + (gate - first) * columns;
+      const T* w = weight + gate * p_.hidden * k;
+      if (along_rows()) {
+        rnn_row_product<T>(rows, columns, valid, k, a, lda, w, k, to, ld, add, backwards);
+        continue;
+      }
       if (rows <= kStreamedRows<T>) {
-        const void* w = which == 0 ? f_.weights[d].input : f_.weights[d].hidden;
-        const int64_t unit = panel * kNr;
-        rnn_streamed_product<T>(rows, columns, p_.hidden - unit, k, a, lda,
-                                at<const T>(w, (gate * p_.hidden + unit) * k), k, to, ld, add);
+        rnn_streamed_product<T>(rows, columns, valid, k, a, lda, w, k, to, ld, add);
         continue;
       }
       E* buffer = slice_[d * z_.slices + slice].panel;
-      for (int64_t i = 0; i < columns / kNr; ++i) {
-        pack_gate_panel(d, which, gate, panel + i, buffer);
-        rnn_product<T>(rows, kNr, k, a, lda, buffer, stride, to + i * kNr, ld, add);
+      for (int64_t j = 0; j < columns / kNr; ++j) {
+        pack_gate_panel(d, which, gate, panel + j, buffer);
+        rnn_product<T>(rows, kNr, k, a, lda, buffer, stride, to + j * kNr, ld, add);
       }
     }
   }
@@ -248,7 +260,7 @@ private:
     do {
       const int64_t t = step_of(d, round), n = f_.batch_sizes[t];
       for (int64_t b = 0; b < n; ++b) {
-        pack_row(at<const T>(f_.input, f_.input_rows(t, b)), 1, p_.input, depth_x(), x + (rows + b) * ld_x());
+        pack_row(at<const T>(f_.input, f_.input_rows(t, b)), 1, p_.input, ld_x(), x + (rows + b) * ld_x());
       }
       rows += n;
     } while (++round < p_.steps && direction_[d].input_row[round] != 0);
@@ -261,6 +273,7 @@ private:
     T* output;  // null where projected
     T* h_n;     // null where the sequence goes on
     T* c_n;
+    T* c_output;  // null where the cells of every token are not wanted
     T* gates;
     A* cells;
   };
@@ -283,6 +296,7 @@ private:
       if (last) r.h_n = at<T>(f_.h_n, state * p_.outputs + unit);
     }
     if (last && f_.c_n) r.c_n = at<T>(f_.c_n, state * p_.hidden + unit);
+    if (p_.all_cells) r.c_output = at<T>(f_.output, f_.output_rows(t, b) + z_.cell_column(d) + unit);
     if (f_.gates) r.gates = at<T>(f_.gates, token * saved_gates(p_.mode) * p_.hidden + unit);
     if (f_.cells) r.cells = at<A>(f_.cells, token * p_.hidden + unit);
     return r;
@@ -319,6 +333,7 @@ private:
         store(cell + u, c);
         store_h(r, u, o * tanh<A>(c), valid);
         if (r.c_n) store_valid(r.c_n + u, c, valid);
+        if (r.c_output) store_valid(r.c_output + u, c, valid);
         if (r.gates) {
           store_valid(r.gates + u, i, valid);
           store_valid(r.gates + hidden + u, f, valid);
@@ -371,8 +386,13 @@ private:
     A* sums = slice_[d * z_.slices + slice].sums + projection_row(d, round) * buffered_gates() * z_.slice_units(slice);
     for (int64_t panel = first; panel < end; ++panel) {
       const int64_t n0 = panel * kNr, valid = p_.outputs - n0;
-      rnn_product<T>(n, kNr, z_.units, m.unprojected, ld_unprojected(), m.w_projection + n0 * z_.units, z_.units * kNr,
-                     sums, kNr, false);
+      if (along_rows()) {
+        rnn_row_product<T>(n, kNr, valid, p_.hidden, m.unprojected, ld_unprojected(),
+                           at<const T>(f_.weights[d].projection, n0 * p_.hidden), p_.hidden, sums, kNr, false);
+      } else {
+        rnn_product<T>(n, kNr, z_.units, m.unprojected, ld_unprojected(), m.w_projection + n0 * z_.units,
+                       z_.units * kNr, sums, kNr, false);
+      }
       for (int64_t b = 0; b < n; ++b) {
         T* h_n = is_last(d, t, b) ? at<T>(f_.h_n, (d * p_.batch + f_.order[b]) * p_.outputs + n0) : nullptr;
         for (int64_t j = 0; j < kNr; j += kLanesA) {

@@ -44,13 +44,16 @@ class Layer {
 public:
   Layer(Tensor input_, const std::optional<Tensor>& sizes, const std::optional<Tensor>& sorted_indices,
         std::vector<Tensor> state_, std::vector<Tensor> params_, int64_t batch, const std::string& layout,
-        const std::string& mode, bool bidirectional)
+        const std::string& mode, bool bidirectional, bool all_cells)
       : input(checked_input(input_)), sequences(input, sizes, sorted_indices, batch, parse_layout(layout)),
         state(std::move(state_)), params(std::move(params_)) {
     RnnProblem& p = problem;
     p.dtype = *float_dtype(input);
     p.mode = parse_mode(mode);
     p.directions = bidirectional ? 2 : 1;
+    PTK_CHECK(!all_cells || p.mode == RnnMode::lstm, "packed_rnn: all_cells: got true for '", mode,
+              "', expected it for lstm only");
+    p.all_cells = all_cells;
     p.steps = static_cast<int64_t>(sequences.batch_sizes.size());
     p.batch = batch;
     p.tokens = sequences.tokens;
@@ -70,7 +73,7 @@ public:
 
   std::vector<int64_t> output_shape() const {
     std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-    shape.back() = problem.directions * problem.outputs;
+    shape.back() = problem.directions * (problem.outputs + (problem.all_cells ? problem.hidden : 0));
     return shape;
   }
   std::vector<int64_t> state_shape(int64_t features) const { return {problem.directions, problem.batch, features}; }

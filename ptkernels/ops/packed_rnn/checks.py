@@ -125,6 +125,7 @@ def check_layer(
     layout: str,
     mode: str,
     bidirectional: bool = False,
+    all_cells: bool = False,
 ) -> tuple[Any, Any]:
     """Raise the precise error for what is wrong with a layer's arguments; returns the sizes of cells and outputs.
 
@@ -138,6 +139,8 @@ def check_layer(
         raise ValueError(f"{op}: mode: got {mode!r}, expected one of {', '.join(GATES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if all_cells and mode != "lstm":
+        raise ValueError(f"{op}: return_cells: got {all_cells} for {mode}, which has no cells, expected False")
     check_tensor(op, "input", input)
     rank = 3 if layout in ("time_first", "batch_first") else 2
     if input.dim() != rank:

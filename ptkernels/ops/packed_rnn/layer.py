@@ -41,10 +41,13 @@ def _is_plain(input: Tensor, tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def run_layer(
+    op: str, args: OpArguments, recompute: bool = False, all_cells: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments to output, h_n and c_n (empty where there are no cells).
 
-    With ``recompute`` the backward runs the forward again instead of keeping its gates and cells.
+    With ``recompute`` the backward runs the forward again instead of keeping its gates and cells. With ``all_cells``
+    the rows of output go on with the cells of their token: :func:`split_cells` takes them apart.
 
     Raises:
         TypeError: something is not a tensor of the right kind and dtype.
@@ -53,23 +56,24 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
     input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional = args
     if torch._C._get_tracing_state() is not None and layout in ("time_first", "batch_first"):
         traced: tuple[Tensor, Tensor, Tensor] = torchscript.padded_layer(
-            input, sizes, list(state), list(params), layout, mode, bidirectional
+            input, sizes, list(state), list(params), layout, mode, bidirectional, all_cells
         )
         return traced
     if _is_plain(input, (*state, *params)):
         # The operator checks everything itself; what it refuses is looked at again for the error that names it best.
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                output, h_n, c_n, _, _ = rnn_op(*args)
+                # What is false is left out, which saves its conversion.
+                output, h_n, c_n, _, _ = rnn_op(*args, False, False, True) if all_cells else rnn_op(*args)
             return output, h_n, c_n
         except (RuntimeError, TypeError):
-            check_layer(op, *args)
+            check_layer(op, *args, all_cells)
             check_values(op, input, sizes, sorted_indices, batch_size, layout)
             raise
     if is_distributed(input):
         from ptkernels.integrations import dtensor
 
-        return dtensor.packed_rnn(op, args, recompute)
+        return dtensor.packed_rnn(op, args, recompute, all_cells)
     device_type = input.device.type
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         input, *others = autocast(device_type, (input, *state, *params))
@@ -77,15 +81,32 @@ def run_layer(op: str, args: OpArguments, recompute: bool = False) -> tuple[Tens
     if not state and torch.compiler.is_exporting():
         state = _zero_state(input, params, batch_size, mode, bidirectional)
     args = (input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
-    check_layer(op, *args)
+    check_layer(op, *args, all_cells)
     symbolic = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
     if not symbolic and not torch._C._are_functorch_transforms_active():
         check_values(op, input, sizes, sorted_indices, batch_size, layout)
-    if routing.runs_on_reference(op, input, state, params):
+    if routing.runs_on_reference(op, input, state, params, all_cells):
         with torch.autocast(device_type, enabled=False):
-            return reference.layer(*args)
-    output, h_n, c_n, _, _ = rnn_op(*args, False, recompute)
+            return reference.layer(*args, all_cells)
+    output, h_n, c_n, _, _ = rnn_op(*args, False, recompute, all_cells)
     return output, h_n, c_n
+
+
+def split_cells(output: Tensor, h_n: Tensor) -> tuple[Tensor, Tensor]:
+    """h and c of every token, from an output with both."""
+    features = h_n.size(0) * h_n.size(-1)
+    return output[..., :features], output[..., features:]
+
+
+def as_results(found: tuple[Tensor, Tensor, Tensor], mode: str, return_cells: bool) -> tuple[Tensor, ...]:
+    """What :func:`packed_rnn` returns of a layer's output, h_n and c_n."""
+    output, h_n, c_n = found
+    if mode != "lstm":
+        return output, h_n
+    if not return_cells:
+        return output, h_n, c_n
+    output, cells = split_cells(output, h_n)
+    return output, h_n, c_n, cells
 
 
 def _zero_state(
@@ -182,6 +203,7 @@ def packed_rnn(
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
     recompute: bool = False,
+    return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""One recurrent layer over ragged sequences, forward or in both directions, as one operator.
 
@@ -207,9 +229,11 @@ def packed_rnn(
         sorted_indices: of packed input, which sequence (row of ``hx``) is longest, next longest, and so on.
         recompute: run the forward again in the backward instead of keeping its gates and cells: a sixth (LSTM, float32)
             or a fifth (GRU) of the memory, a third more time. The gradients are the same bits.
+        return_cells: return the cells of every token as well, for ``"lstm"`` only. ``output`` holds every h.
 
     Returns:
-        ``output`` laid out like ``input``, padding 0; ``h_n`` like ``hx``; for ``"lstm"`` also ``c_n`` like ``cx``.
+        ``output`` laid out like ``input``, padding 0; ``h_n`` like ``hx``; for ``"lstm"`` also ``c_n`` like ``cx``, and
+        with ``return_cells`` the cells, ``[.., directions * hidden]`` laid out like ``output``.
 
     Raises:
         TypeError: an argument has a type or dtype that the layer does not take.
@@ -217,11 +241,12 @@ def packed_rnn(
         ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
 
     Note:
-        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept
-        in float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the
-        number of threads nor on how sequences are cut into calls. For the backward an LSTM keeps its gates and cells, a
-        GRU its gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM
-        ``hidden`` in float32. Double backward and forward-mode differentiation run on the reference, with a warning.
+        Time is ``O(tokens * gates * hidden * (features + outputs))``: padding costs nothing. Sums and cells are kept in
+        float32 (float64 for float64); gates and h are rounded to the input's dtype. Results depend neither on the
+        number of threads nor on how sequences are cut into calls; a sequence alone is summed in another order than one
+        of a batch, and reads its weights where they are. For the backward an LSTM keeps its gates and cells, a GRU its
+        gates and the recurrent term of n: per token and direction ``4 * hidden`` numbers, and for an LSTM ``hidden`` in
+        float32. Double backward and forward-mode differentiation run on the reference, with a warning.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -247,5 +272,4 @@ def packed_rnn(
         batch_size,
         sorted_indices,
     )
-    output, h_n, c_n = run_layer(OP, args, recompute)
-    return (output, h_n, c_n) if mode == "lstm" else (output, h_n)
+    return as_results(run_layer(OP, args, recompute, return_cells), mode, return_cells)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Results = tuple[Tensor, Tensor, Tensor]
+Run = tuple[Tensor, Tensor, Tensor, Tensor]
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 
 
@@ -83,15 +84,21 @@ def _cell(mode: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor |
     return (of_input + of_hidden).tanh() if mode == "tanh" else (of_input + of_hidden).relu(), c
 
 
-def _run(mode: str, x: list[Tensor], h: Tensor, c: Tensor, weights: Sequence[Tensor | None], reverse: bool) -> Results:
-    """One direction over steps whose rows are the first so many sequences; states are those of all, by slot."""
+def _run(mode: str, x: list[Tensor], h: Tensor, c: Tensor, weights: Sequence[Tensor | None], reverse: bool) -> Run:
+    """One direction over steps whose rows are the first so many sequences; states are those of all, by slot.
+
+    Returns h of every token, h and c after the last ones, and c of every token.
+    """
     outputs: list[Tensor] = []
+    cells: list[Tensor] = []
     for rows in reversed(x) if reverse else x:
         running = rows.size(0)
         new_h, new_c = _cell(mode, rows, h[:running], c[:running], weights)
         outputs.append(new_h)
+        cells.append(new_c)
         h, c = torch.cat([new_h, h[running:]]), torch.cat([new_c, c[running:]])
-    return torch.cat(list(reversed(outputs)) if reverse else outputs), h, c
+    of_tokens = [torch.cat(list(reversed(found)) if reverse else found) for found in (outputs, cells)]
+    return of_tokens[0], h, c, of_tokens[1]
 
 
 def split_weights(params: Sequence[Tensor], directions: int) -> list[list[Tensor | None]]:
@@ -115,8 +122,12 @@ def layer(
     layout: str,
     mode: str,
     bidirectional: bool = False,
+    all_cells: bool = False,
 ) -> Results:
-    """What ``torch.ops.ptkernels.packed_rnn`` computes: output, h_n, and c_n (empty where there are no cells)."""
+    """What ``torch.ops.ptkernels.packed_rnn`` computes: output, h_n, and c_n (empty where there are no cells).
+
+    With ``all_cells`` the rows of output go on with the cells of their token.
+    """
     dtype, wide = input.dtype, compute_dtype(input.dtype)
     order = order_of(input, sizes, sorted_indices, batch_size, layout)
     directions = 2 if bidirectional else 1
@@ -136,10 +147,10 @@ def layer(
         h, c = h0[d].index_select(0, order.slots), c0[d].index_select(0, order.slots)
         found.append(_run(mode, x, h, c, weights[d], reverse=d == 1))
     unsorted = order.slots.argsort()
-    rows = torch.cat([output for output, _, _ in found], -1)
+    rows = torch.cat([output for output, *_ in found] + [cells for *_, cells in found] * all_cells, -1)
     output = rows.new_zeros(input.shape[:-1].numel(), rows.size(1)).index_copy(0, order.rows, rows)
-    h_n = torch.stack([h.index_select(0, unsorted) for _, h, _ in found]).to(dtype)
-    c_n = torch.stack([c.index_select(0, unsorted) for _, _, c in found]).to(dtype)
+    h_n = torch.stack([h.index_select(0, unsorted) for _, h, *_ in found]).to(dtype)
+    c_n = torch.stack([c.index_select(0, unsorted) for _, _, c, _ in found]).to(dtype)
     if mode != "lstm":
         c_n = input.new_empty(0)
     return output.to(dtype).reshape(*input.shape[:-1], rows.size(1)), h_n, c_n
@@ -161,13 +172,14 @@ def packed_rnn(
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
     recompute: bool = False,
+    return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """Plain torch :func:`ptkernels.packed_rnn`: same arguments and results, one step at a time.
 
     Computes in float64 for float64 and in float32 otherwise, rounding at the end. Differentiable any number of times in
     forward and reverse mode; ``recompute`` makes no difference.
     """
-    from ptkernels.ops.packed_rnn.layer import as_op_arguments
+    from ptkernels.ops.packed_rnn.layer import as_op_arguments, as_results
 
     args = as_op_arguments(
         input,
@@ -184,8 +196,7 @@ def packed_rnn(
         batch_size,
         sorted_indices,
     )
-    output, h_n, c_n = layer(*args)
-    return (output, h_n, c_n) if mode == "lstm" else (output, h_n)
+    return as_results(layer(*args, return_cells), mode, return_cells)
 
 
 def _cell_gradients(
@@ -239,12 +250,12 @@ def _run_gradients(
     x: list[Tensor],
     states: tuple[Tensor, Tensor],
     weights: Sequence[Tensor | None],
-    grads: tuple[list[Tensor], Tensor, Tensor],
+    grads: tuple[list[Tensor], list[Tensor] | None, Tensor, Tensor],
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of one direction: of x in packed order, the weights, h and c before the first step."""
     h, c = states
-    grad_outputs, grad_h, grad_c = grads
+    grad_outputs, grad_cells, grad_h, grad_c = grads
     steps = list(range(len(x)))[:: -1 if reverse else 1]
     before = []
     for step in steps:
@@ -257,7 +268,8 @@ def _run_gradients(
     for step, (h, c) in zip(reversed(steps), reversed(before), strict=True):
         running = x[step].size(0)
         incoming = grad_h[:running] + grad_outputs[step]
-        found, new_h, new_c = _cell_gradients(mode, x[step], h, c, weights, incoming, grad_c[:running])
+        of_cells = grad_c[:running] if grad_cells is None else grad_c[:running] + grad_cells[step]
+        found, new_h, new_c = _cell_gradients(mode, x[step], h, c, weights, incoming, of_cells)
         grad_h, grad_c = torch.cat([new_h, grad_h[running:]]), torch.cat([new_c, grad_c[running:]])
         grad_x[step], *own = [grad for grad in found if grad is not None]
         sums = [total + grad for total, grad in zip(sums, own, strict=True)] if sums else own
@@ -275,6 +287,7 @@ def gradients(
     layout: str,
     mode: str,
     bidirectional: bool,
+    all_cells: bool = False,
 ) -> list[Tensor]:
     """First derivatives by input, states and parameters, written so that they can be differentiated further.
 
@@ -297,8 +310,9 @@ def gradients(
     h0 = by_slot(state[0] if state else None, outputs)
     c0 = by_slot(state[1] if len(state) > 1 else None, hidden)
     grad_h, grad_c = by_slot(grads[1], outputs), by_slot(grads[2] if mode == "lstm" else None, hidden)
-    of_output = flat.new_zeros(flat.size(0), directions * outputs) if grads[0] is None else grads[0].to(wide)
-    of_output = of_output.reshape(flat.size(0), directions * outputs).index_select(0, order.rows)
+    features = directions * (outputs + hidden * all_cells)
+    of_output = flat.new_zeros(flat.size(0), features) if grads[0] is None else grads[0].to(wide)
+    of_output = of_output.reshape(flat.size(0), features).index_select(0, order.rows)
     if not x:
         unsorted = order.slots.argsort()
         of_states = [grad.index_select(1, unsorted) for grad in (grad_h, grad_c)[: len(state)]]
@@ -306,7 +320,11 @@ def gradients(
     found = []
     for d in range(directions):
         rows = of_output[:, d * outputs : (d + 1) * outputs].split(order.batch_sizes)
-        flowing = (list(rows), grad_h[d], grad_c[d])
+        of_cells = None
+        if all_cells:
+            first = directions * outputs + d * hidden
+            of_cells = list(of_output[:, first : first + hidden].split(order.batch_sizes))
+        flowing = (list(rows), of_cells, grad_h[d], grad_c[d])
         found.append(_run_gradients(mode, x, (h0[d], c0[d]), weights[d], flowing, reverse=d == 1))
     unsorted = order.slots.argsort()
     grad_rows = found[0][0] if directions == 1 else found[0][0] + found[1][0]

@@ -40,14 +40,15 @@ def _fake_rnn(
     bidirectional: bool = False,
     save: bool = False,
     recompute: bool = False,
+    all_cells: bool = False,
 ) -> Results:
     hidden, outputs = check_layer(
-        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional
+        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells
     )
     directions = 2 if bidirectional else 1
     gates, cells = _saved_shapes(input, mode, directions, hidden) if save else ([0], [0])
     return (
-        input.new_empty(*input.shape[:-1], directions * outputs),
+        input.new_empty(*input.shape[:-1], directions * (outputs + (hidden if all_cells else 0))),
         input.new_empty(directions, batch_size, outputs),
         input.new_empty([directions, batch_size, hidden] if mode == "lstm" else [0]),
         input.new_empty(gates),
@@ -72,9 +73,10 @@ def _fake_backward(
     mode: str,
     bidirectional: bool,
     output_mask: Sequence[bool],
+    all_cells: bool = False,
 ) -> list[Tensor]:
     hidden, outputs = check_layer(
-        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional
+        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells
     )
     directions = 2 if bidirectional else 1
     check_backward(
@@ -85,7 +87,7 @@ def _fake_backward(
         cells,
         _saved_shapes(input, mode, directions, hidden),
         (
-            (*input.shape[:-1], directions * outputs),
+            (*input.shape[:-1], directions * (outputs + (hidden if all_cells else 0))),
             (directions, batch_size, outputs),
             (directions, batch_size, hidden),
         ),
@@ -104,24 +106,25 @@ class _PackedRnn(Function):
         states: int,
         options: tuple[int, str, str, bool],
         recompute: bool,
+        all_cells: bool,
         input: Tensor,
         *tensors: Tensor,
     ) -> Results:
         state, params = list(tensors[:states]), list(tensors[states:])
         results: Results = forward_of_function(
-            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, not recompute
+            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, not recompute, False, all_cells
         )
         output, _, c_n, gates, cells = results
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, *tensors, output, gates, cells, sizes, sorted_indices)
-        ctx.states, ctx.options, ctx.recompute = states, options, recompute
+        ctx.states, ctx.options, ctx.recompute, ctx.all_cells = states, options, recompute, all_cells
         ctx.mark_non_differentiable(gates, cells, *([] if options[2] == "lstm" else [c_n]))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         input, *tensors, output, gates, cells, sizes, sorted_indices = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[6:])
+        needed = list(ctx.needs_input_grad[7:])
         results: list[Tensor | None] = [None] * len(needed)
         if any(grad is not None for grad in grads[:3]):
             state, params = tensors[: ctx.states], tensors[ctx.states :]
@@ -130,13 +133,14 @@ class _PackedRnn(Function):
                 with torch.no_grad():
                     *_, gates, cells = rnn_op(input, sizes, sorted_indices, state, params, *ctx.options, True)
             saved = (output, gates, cells)
-            args = (*grads[:3], input, sizes, sorted_indices, state, params, *saved, *ctx.options, needed)
+            rest = (*saved, *ctx.options, needed, ctx.all_cells)
+            args = (*grads[:3], input, sizes, sorted_indices, state, params, *rest)
             if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
                 found = iter(backward_op(*args))
             else:
                 found = iter(below_autograd(backward_op, None, *args))
             results = [next(found) if wanted else None for wanted in needed]
-        return (None, None, None, None, None, None, *results)
+        return (*[None] * 7, *results)
 
 
 class _PackedRnnBackward(Function):
@@ -150,6 +154,7 @@ class _PackedRnnBackward(Function):
         states: int,
         options: tuple[int, str, str, bool],
         output_mask: list[bool],
+        all_cells: bool,
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
@@ -158,10 +163,10 @@ class _PackedRnnBackward(Function):
     ) -> tuple[Tensor, ...]:
         state, params = list(tensors[:states]), list(tensors[states:])
         grads = (grad_output, grad_h_n, grad_c_n)
-        args = (*grads, input, sizes, sorted_indices, state, params, *saved, *options, output_mask)
+        args = (*grads, input, sizes, sorted_indices, state, params, *saved, *options, output_mask, all_cells)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads, input, *tensors, sizes, sorted_indices)
-        ctx.states, ctx.options, ctx.output_mask = states, options, output_mask
+        ctx.states, ctx.options, ctx.output_mask, ctx.all_cells = states, options, output_mask, all_cells
         return tuple(forward_of_function(backward_op, keyset, *args))
 
     @staticmethod
@@ -173,7 +178,7 @@ class _PackedRnnBackward(Function):
         given = [index for index, grad in enumerate(grad_grads) if grad is not None]
         present = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
-            return (None,) * (11 + len(tensors))
+            return (None,) * (12 + len(tensors))
         _backend.fallback(OP, "double backward has no kernel")
         wanted = [index for index, asked in enumerate(ctx.output_mask) if asked]
 
@@ -183,7 +188,8 @@ class _PackedRnnBackward(Function):
                 flowing[index] = grad
             data, *others = primals[len(present) :]
             state, params = others[: ctx.states], others[ctx.states :]
-            found = reference.gradients(flowing, data, state, params, sizes, sorted_indices, *ctx.options)
+            place = (sizes, sorted_indices, *ctx.options, ctx.all_cells)
+            found = reference.gradients(flowing, data, state, params, *place)
             return tuple(found[wanted[index]] for index in given)
 
         primals = (*(grads[index] for index in present), input, *tensors)
@@ -192,7 +198,7 @@ class _PackedRnnBackward(Function):
         of_grads: list[Tensor | None] = [None] * 3
         for index in present:
             of_grads[index] = found.pop(0)
-        return (None,) * 7 + (*of_grads, *found)
+        return (None,) * 8 + (*of_grads, *found)
 
 
 def _autograd_rnn(
@@ -205,17 +211,19 @@ def _autograd_rnn(
     *options: Any,
 ) -> Results:
     state = [] if state is None else state  # which AOTInductor makes of an empty list
-    options = (*options, *(False, False, False)[len(options) - 3 :])
+    options = (*options, *[False] * (7 - len(options)))
+    batch_size, layout, mode, bidirectional, _, recompute, all_cells = options
+    place = (batch_size, layout, mode, bidirectional)
     tensors = (input, *state, *params)
     if has_tangent(*tensors):
-        check_layer(OP, input, sizes, sorted_indices, state, params, *options[:4])
+        check_layer(OP, input, sizes, sorted_indices, state, params, *place, all_cells)
         _backend.fallback(OP, FORWARD_MODE)
-        output, h_n, c_n = reference.layer(input, sizes, sorted_indices, state, params, *options[:4])
+        output, h_n, c_n = reference.layer(input, sizes, sorted_indices, state, params, *place, all_cells)
         gates, cells = input.new_empty(0), input.new_empty(0, dtype=reference.compute_dtype(input.dtype))
         return output, h_n, c_n, gates, cells
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         result: Results = apply(
-            _PackedRnn, keyset, sizes, sorted_indices, len(state), options[:4], options[5], *tensors
+            _PackedRnn, keyset, sizes, sorted_indices, len(state), place, recompute, all_cells, *tensors
         )
     else:
         result = below_autograd(rnn_op, keyset, input, sizes, sorted_indices, state, params, *options)
@@ -234,16 +242,17 @@ def _autograd_backward(
     params: list[Tensor],
     *others: Any,
 ) -> list[Tensor]:
-    *saved, batch_size, layout, mode, bidirectional, output_mask = others
+    output, gates, cells, batch_size, layout, mode, bidirectional, output_mask, *rest = others
     options = (batch_size, layout, mode, bidirectional)
+    all_cells = bool(rest and rest[0])
     grads = (grad_output, grad_h_n, grad_c_n)
     differentiated = (*grads, input, *state, *params)
     if has_tangent(*differentiated):
         _backend.fallback(OP, FORWARD_MODE)
-        found = reference.gradients(grads, input, state, params, sizes, sorted_indices, *options)
+        found = reference.gradients(grads, input, state, params, sizes, sorted_indices, *options, all_cells)
         return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
-        head = (tuple(saved), sizes, sorted_indices, len(state), options, output_mask)
+        head = ((output, gates, cells), sizes, sorted_indices, len(state), options, output_mask, all_cells)
         return list(apply(_PackedRnnBackward, keyset, *head, *differentiated))
     args = (*grads, input, sizes, sorted_indices, state, params, *others)
     result: list[Tensor] = below_autograd(backward_op, keyset, *args)

@@ -18,9 +18,13 @@ _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
-def fallback_reason(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
+def fallback_reason(
+    input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], all_cells: bool = False
+) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if _backend.runs_on_triton(input.device.type, library.DEVICES):
+        if all_cells:
+            return "the Triton kernels return no cells of every token"
         return _triton.uncovered(input) or _uncovered_by_triton(params) or _tangent(input, state, params)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
@@ -37,7 +41,9 @@ def _uncovered_by_triton(params: Sequence[Tensor]) -> str | None:
     return "the Triton kernels have no projection" if len(params) in (3, 5, 6, 10) else None
 
 
-def runs_on_reference(op: str, input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+def runs_on_reference(
+    op: str, input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], all_cells: bool = False
+) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -47,7 +53,7 @@ def runs_on_reference(op: str, input: Tensor, state: Sequence[Tensor], params: S
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(op, input.device.type)
-    reason = fallback_reason(input, state, params)
+    reason = fallback_reason(input, state, params, all_cells)
     if reason is not None:
         _backend.fallback(op, reason)
     return reason is not None
@@ -70,15 +76,15 @@ def _hints(input: Tensor, batch: int) -> list[str]:
     return hints
 
 
-def explain_layer(op: str, args: Any) -> Explanation:
+def explain_layer(op: str, args: Any, all_cells: bool = False) -> Explanation:
     """Account of a call of the operator with these arguments, without making it."""
-    input, _, _, state, params, batch_size, *_ = args
-    check_layer(op, *args)
+    input, sizes, sorted_indices, state, params, batch_size, layout, mode, both = args
+    check_layer(op, input, sizes, sorted_indices, state, params, batch_size, layout, mode, both, all_cells)
     if _backend.state.backend == "reference":
         return Explanation(op, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = input.device.type
     _backend.check_requested(op, device)
-    if reason := fallback_reason(input, state, params):
+    if reason := fallback_reason(input, state, params, all_cells):
         return Explanation(op, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
@@ -99,7 +105,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 
     named = bind(layer.packed_rnn, args, kwargs)
     del named["recompute"]  # which the same kernels serve
-    return explain_layer(OP, layer.as_op_arguments(**named))
+    all_cells = named.pop("return_cells")
+    return explain_layer(OP, layer.as_op_arguments(**named), all_cells)
 
 
 def kernels() -> list[KernelInfo]:

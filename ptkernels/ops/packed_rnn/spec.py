@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ class _Case:
     steps: int = 0
     strided: bool = False
     recompute: bool = False
+    cells: bool = False
 
     def sizes(self) -> tuple[Tensor | None, tuple[int, ...]]:
         """What describes the lengths, and the shape of the data in front of its features."""
@@ -86,6 +87,8 @@ class _Case:
         kwargs |= {"mode": self.mode, "sizes": sizes, "layout": self.layout, "batch_size": batch}
         if self.recompute:
             kwargs["recompute"] = True
+        if self.cells:
+            kwargs["return_cells"] = True
         if not self.sorted:
             kwargs["sorted_indices"] = torch.randperm(batch, generator=generator, device=device)
         return Sample(self.name, args, kwargs, grad_inputs)
@@ -100,6 +103,9 @@ _GRADCHECK = [
     _Case("lstm-padded-both", lengths=(1, 0, 2), features=2, hidden=2, both=True, layout="time_first", state=True),
     _Case("gru", "gru", lengths=(2, 1), features=3, hidden=2, bias=False, state=True),
     _Case("lstm-recompute", lengths=(2, 1), features=2, hidden=2, both=True, state=True, recompute=True),
+    _Case(
+        "lstm-cells", lengths=(2, 0, 1), features=2, hidden=2, both=True, state=True, layout="time_first", cells=True
+    ),
 ]
 
 _RAGGED = (7, 12, 19, 66)
@@ -117,7 +123,14 @@ _QUICK = [
     _Case("gru-many-rows", "gru", lengths=(3,) * 140, hidden=17, layout="time_first"),
     _Case("lstm-recompute", recompute=True, both=True, projection=4, state=True),
     _Case("gru-recompute", "gru", recompute=True, lengths=(3, 0, 5), layout="time_first"),
+    *(
+        _Case(f"lstm-cells-{layout}", both=True, hidden=19, state=True, layout=layout, cells=True)
+        for layout in ("packed", "varlen", "batch_first")
+    ),
+    _Case("lstm-cells-recompute", lengths=(3, 0, 2), steps=4, layout="time_first", recompute=True, cells=True),
     _Case("one-token", lengths=(1,), hidden=8),
+    *(_Case(f"{mode}-alone", mode, lengths=(15,), features=37, hidden=70, both=True, state=True) for mode in _GATES),
+    _Case("lstm-alone-projected", lengths=(6,), features=18, hidden=39, projection=21, layout="varlen", state=True),
     _Case("all-empty", lengths=(0, 0), layout="varlen", state=True),
     _Case("no-sequences", lengths=(), layout="batch_first", steps=3),
     _Case("one-unit", "gru", features=1, hidden=1, state=True),
@@ -142,10 +155,11 @@ def samples(dtype: torch.dtype, device: str, requires_grad: bool, level: Level) 
 def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Direct calls of both registered operators, with gradients required."""
     full = _Case("op-full", lengths=(2, 2), features=2, hidden=2, layout="time_first", state=True)
-    for index, case in enumerate((_GRADCHECK[0], _GRADCHECK[1], _GRADCHECK[5], full)):
+    cells = replace(full, name="op-cells", cells=True)
+    for index, case in enumerate((_GRADCHECK[0], _GRADCHECK[1], _GRADCHECK[5], full, cells)):
         sample = case.sample(dtype, device, requires_grad=True)
         args = layer.as_op_arguments(**_named(*sample.args, **sample.kwargs))
-        yield "ptkernels::packed_rnn", args
+        yield "ptkernels::packed_rnn", (*args, False, False, case.cells)
         plain = [
             value.detach()
             if isinstance(value, Tensor)
@@ -154,7 +168,7 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
             else value
             for value in args
         ]
-        output, h_n, c_n, gates, cells = torch.ops.ptkernels.packed_rnn(*plain, True)
+        output, h_n, c_n, gates, cells = torch.ops.ptkernels.packed_rnn(*plain, True, False, case.cells)
         input, sizes, indices, state, params, *options = args
         # The double backward is the reference, which reads the lengths: it can be traced only where there are none.
         twice = sizes is None
@@ -166,7 +180,20 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
         wanted = [True, *[index != 1] * len(state), *[index != 2] * len(params)]
         yield (
             "ptkernels::_packed_rnn_backward",
-            (*grads, leaves[0], sizes, indices, leaves[1], leaves[2], output, gates, cells, *options, wanted),
+            (
+                *grads,
+                leaves[0],
+                sizes,
+                indices,
+                leaves[1],
+                leaves[2],
+                output,
+                gates,
+                cells,
+                *options,
+                wanted,
+                case.cells,
+            ),
         )
 
 
@@ -174,7 +201,7 @@ def _named(*args: Any, **kwargs: Any) -> dict[str, Any]:
     from ptkernels.cli.arguments import bind
 
     named = bind(layer.packed_rnn, args, kwargs)
-    del named["recompute"]
+    del named["recompute"], named["return_cells"]
     return named
 
 
@@ -194,6 +221,7 @@ def torch_layer(
     batch_size: int | None = None,
     sorted_indices: Tensor | None = None,
     recompute: bool = False,
+    return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """PyTorch's own layer on packed data, tokens moved there and back where they lie otherwise."""
     named = (input, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, weight_hr, mode, sizes, layout, batch_size)
@@ -213,13 +241,35 @@ def torch_layer(
         first = inside if mode == "lstm" else inside[0]
         rows, *found = run(data, batch_sizes, first, params, bias_ih is not None, 1, 0.0, False, both)
         states = [torch.cat([new, old[:, running:]], 1) for new, old in zip(found, states, strict=True)]
+        if return_cells:
+            rows = torch.cat([rows, _torch_cells(data.split(order.batch_sizes), inside, params)], -1)
     else:
         nothing = data.sum() + sum(param.flatten()[:0].sum() for param in params)
         rows = data.new_zeros(0, directions * outputs) + nothing
         states = [tensor + nothing for tensor in states]
     unsorted = order.slots.argsort()
     output = rows.new_zeros(input.shape[:-1].numel(), rows.size(1)).index_copy(0, order.rows, rows)
-    return output.reshape(*input.shape[:-1], rows.size(1)), *(tensor.index_select(1, unsorted) for tensor in states)
+    output = output.reshape(*input.shape[:-1], rows.size(1))
+    final = [tensor.index_select(1, unsorted) for tensor in states]
+    if not return_cells:
+        return output, *final
+    output, cells = layer.split_cells(output, final[0])
+    return output, *final, cells
+
+
+def _torch_cells(x: Sequence[Tensor], states: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Cells of every token, for which torch has its cell alone."""
+    found = []
+    each = len(params) // states[0].size(0)
+    for d, (h, c) in enumerate(zip(*states, strict=True)):
+        own, cells = params[d * each : (d + 1) * each], []
+        for rows in reversed(x) if d else x:
+            running = rows.size(0)
+            new = torch.lstm_cell(rows, (h[:running], c[:running]), *own)
+            cells.append(new[1])
+            h, c = (torch.cat([n, old[running:]]) for n, old in zip(new, (h, c), strict=True))
+        found.append(torch.cat(cells[::-1] if d else cells))
+    return torch.cat(found, -1)
 
 
 def enlarged(arguments: dict[str, Any], times: int) -> dict[str, Any]:

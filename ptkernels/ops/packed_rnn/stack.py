@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptkernels.ops.packed_rnn.checks import check_tensor
 from ptkernels.ops.packed_rnn.inputs import Sequences, sequences_of
-from ptkernels.ops.packed_rnn.layer import run_layer
+from ptkernels.ops.packed_rnn.layer import run_layer, split_cells
 from ptkernels.ops.packed_rnn.resets import split_at_resets
 
 
@@ -63,28 +63,39 @@ def run_stack(
     bidirectional: bool,
     each: int,
     recompute: bool = False,
-) -> tuple[Any, Tensor, Tensor]:
-    """All layers; output in the form of the input, states ``[layers * directions, batch, features]``."""
+    all_states: bool = False,
+) -> tuple[Any, Tensor, Tensor, Any]:
+    """All layers; output in the form of the input, states ``[layers * directions, batch, features]``.
+
+    The last result is None, or with ``all_states`` those of every token, layer by layer: h, for lstm a pair.
+    """
     directions = 2 if bidirectional else 1
     per_layer = each * directions
     for index, tensor in enumerate(state):
         if tensor.size(0) != num_layers * directions:
             name = ("hx", "cx")[index]
             raise ValueError(f"{op}: {name}: got {tensor.size(0)} states, expected {num_layers * directions}")
-    data, h_n, c_n = sequences.data, [], []
+    data, h_n, c_n, of_tokens = sequences.data, [], [], []
+    all_cells = all_states and mode == "lstm"
     for index in range(num_layers):
         own = [tensor[index * directions : (index + 1) * directions] for tensor in state]
         weights = list(params[index * per_layer : (index + 1) * per_layer])
         place = (sequences.batch_size, sequences.layout, mode, bidirectional)
-        data, h, c = run_layer(op, (data, sequences.sizes, sequences.sorted_indices, own, weights, *place), recompute)
+        args = (data, sequences.sizes, sequences.sorted_indices, own, weights, *place)
+        data, h, c = run_layer(op, args, recompute, all_cells)
         h_n.append(h)
         c_n.append(c)
+        if all_cells:
+            data, cells = split_cells(data, h)
+            of_tokens.append((sequences.restore(data), sequences.restore(cells)))
+        elif all_states:
+            of_tokens.append(sequences.restore(data))
         if dropout and index + 1 < num_layers:
             data = torch.dropout(data, dropout, True)
     states = [found[0] if num_layers == 1 else torch.cat(found) for found in (h_n, c_n)]
     if sequences.unbatched:
         states = [tensor.squeeze(1) if tensor.dim() == 3 else tensor for tensor in states]
-    return sequences.restore(data), states[0], states[1]
+    return sequences.restore(data), states[0], states[1], tuple(of_tokens) if all_states else None
 
 
 def run_with_resets(
@@ -99,18 +110,19 @@ def run_with_resets(
     bidirectional: bool,
     each: int,
     recompute: bool = False,
-) -> tuple[Any, Tensor, Tensor]:
+    all_states: bool = False,
+) -> tuple[Any, Tensor, Tensor, Any]:
     """:func:`run_stack`, with the states cleared before the tokens that ``resets`` marks."""
-    options = (mode, num_layers, dropout, bidirectional, each, recompute)
+    options = (mode, num_layers, dropout, bidirectional, each, recompute, all_states)
     if resets is None:
         return run_stack(op, sequences, state, params, *options)
     directions = 2 if bidirectional else 1
     pieces = split_at_resets(op, sequences, resets)
     own = pieces.states_of_pieces(state, directions)
-    output, *final = run_stack(op, pieces.sequences, own, params, *options)
+    output, *final, of_tokens = run_stack(op, pieces.sequences, own, params, *options)
     before = [*state, *[None] * (2 - len(state))]
     h_n, c_n = (pieces.states_of_sequences(f, b, directions) for f, b in zip(final, before, strict=True))
-    return output, h_n, c_n
+    return output, h_n, c_n, of_tokens
 
 
 def _call(
@@ -129,14 +141,17 @@ def _call(
     cu_seqlens: Tensor | None,
     resets: Tensor | None,
     recompute: bool,
-) -> tuple[Any, Tensor, Tensor]:
+    return_all_states: bool,
+) -> tuple[Any, ...]:
     each = _check_options(op, num_layers, dropout, params, has_biases, 2 if bidirectional else 1)
     first = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
     sequences = sequences_of(op, input, first, batch_first, lengths, cu_seqlens)
     state = _states(op, hx, mode, sequences.unbatched)
     active = dropout if train else 0.0
-    options = (mode, num_layers, active, bidirectional, each, recompute)
-    return run_with_resets(op, sequences, state, params, resets, *options)
+    options = (mode, num_layers, active, bidirectional, each, recompute, return_all_states)
+    output, h_n, c_n, of_tokens = run_with_resets(op, sequences, state, params, resets, *options)
+    final = (h_n, c_n) if mode == "lstm" else (h_n,)
+    return (output, *final, of_tokens) if return_all_states else (output, *final)
 
 
 def lstm(
@@ -154,7 +169,8 @@ def lstm(
     cu_seqlens: Tensor | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
-) -> tuple[Any, Tensor, Tensor]:
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     r"""Long short-term memory over ragged sequences: ``torch.lstm``'s arguments, at the cost of real tokens only.
 
     Args:
@@ -184,11 +200,13 @@ def lstm(
             ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
             pieces as that makes run at once.
         recompute: as for :func:`ptkernels.packed_rnn`.
+        return_all_states: return the states after every token of every layer as well.
 
     Returns:
         ``(output, h_n, c_n)``: output in the form of the input, ``[.., directions * outputs]``, padding 0; states after
         the last token of every sequence (the first one for the reverse direction), ``h_0`` and ``c_0`` for those of
-        length 0.
+        length 0. With ``return_all_states`` also a tuple with ``(h, c)`` of every layer, each in the form of the input,
+        ``[.., directions * outputs]`` and ``[.., directions * hidden]``, padding 0, before any dropout.
 
     Raises:
         TypeError: an argument has a type or dtype that the layers do not take.
@@ -221,6 +239,7 @@ def lstm(
         cu_seqlens,
         resets,
         recompute,
+        return_all_states,
     )
     return _call("lstm", "lstm", input, hx, params, *options)
 
@@ -240,7 +259,8 @@ def gru(
     cu_seqlens: Tensor | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
-) -> tuple[Any, Tensor]:
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     r"""Gated recurrent units over ragged sequences: ``torch.gru``'s arguments, at the cost of real tokens only.
 
     As :func:`ptkernels.lstm`, with one state. The equations are those of ``torch.nn.GRU``: the reset gate multiplies
@@ -263,9 +283,10 @@ def gru(
             ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
             pieces as that makes run at once.
         recompute: as for :func:`ptkernels.packed_rnn`.
+        return_all_states: return h after every token of every layer as well.
 
     Returns:
-        ``(output, h_n)``, as for :func:`ptkernels.lstm`.
+        ``(output, h_n)``, as for :func:`ptkernels.lstm`; with ``return_all_states`` also a tuple with h of every layer.
 
     Raises:
         TypeError: an argument has a type or dtype that the layers do not take.
@@ -291,8 +312,9 @@ def gru(
         cu_seqlens,
         resets,
         recompute,
+        return_all_states,
     )
-    return _call("gru", "gru", input, hx, params, *options)[:2]
+    return _call("gru", "gru", input, hx, params, *options)
 
 
 def rnn(
@@ -311,7 +333,8 @@ def rnn(
     cu_seqlens: Tensor | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
-) -> tuple[Any, Tensor]:
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     r"""Plain recurrent layers over ragged sequences, ``h' = tanh(W x + b + U h + b')`` or ``relu`` of it.
 
     As :func:`ptkernels.gru`, with ``torch.rnn_tanh``'s arguments and one more.
@@ -333,9 +356,10 @@ def rnn(
             ``data``): the states are zeros again before the tokens marked, in either direction's own order. As many
             pieces as that makes run at once.
         recompute: as for :func:`ptkernels.packed_rnn`.
+        return_all_states: return h after every token of every layer as well.
 
     Returns:
-        ``(output, h_n)``, as for :func:`ptkernels.lstm`.
+        ``(output, h_n)``, as for :func:`ptkernels.lstm`; with ``return_all_states`` also a tuple with h of every layer.
 
     Raises:
         TypeError: an argument has a type or dtype that the layers do not take.
@@ -362,5 +386,6 @@ def rnn(
         cu_seqlens,
         resets,
         recompute,
+        return_all_states,
     )
-    return _call("rnn", nonlinearity, input, hx, params, *options)[:2]
+    return _call("rnn", nonlinearity, input, hx, params, *options)

@@ -13,10 +13,11 @@ def padded_layer(
     layout: str,
     mode: str,
     bidirectional: bool,
+    all_cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer over padded sequences: output, h_n and c_n."""
     batch_size = input.size(0 if layout == "batch_first" else 1)
     output, h_n, c_n, _, _ = torch.ops.ptkernels.packed_rnn(
-        input, sizes, None, state, params, batch_size, layout, mode, bidirectional, False, False
+        input, sizes, None, state, params, batch_size, layout, mode, bidirectional, False, False, all_cells
     )
     return output, h_n, c_n

@@ -163,10 +163,13 @@ def rnn(
     bidirectional: bool = False,
     save: bool = False,
     recompute: bool = False,
+    all_cells: bool = False,
     *,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
+    if all_cells:
+        raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     make = input.new_zeros if a.has_padding else input.new_empty
     output = make((*input.shape[:-1], a.directions * a.hidden))
@@ -210,10 +213,13 @@ def rnn_backward(
     mode: str,
     bidirectional: bool,
     output_mask: Sequence[bool],
+    all_cells: bool = False,
     *,
     wrap: Launcher = identity,
 ) -> list[Tensor]:
     """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
+    if all_cells:
+        raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     dh, dc = a.by_slot(grad_h_n, torch.float32), a.by_slot(grad_c_n, torch.float32)
     if a.order.tokens == 0:
