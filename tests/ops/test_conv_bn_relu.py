@@ -253,7 +253,7 @@ def test_winograd(channels: tuple[int, int], space: tuple[int, int], layout: tor
 
 
 def test_winograd_can_be_excluded() -> None:
-    x, weight = torch.randn(2, 16, 12, 12), torch.randn(16, 16, 3, 3)
+    x, weight = torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last), torch.randn(16, 16, 3, 3)
     torch.ops.ptkernels._allow_winograd(False)
     try:
         assert ptk.explain(ptk.conv_bn_relu, x, weight).kernel.endswith("implicit_gemm")
@@ -341,9 +341,9 @@ def test_strict_refuses_the_reference() -> None:
 
 def test_explain() -> None:
     x = torch.randn(1, 8, 9, 9)
-    large = torch.randn(1, 8, 14, 14)
+    large = torch.randn(1, 8, 16, 16)
     last = torch.channels_last
-    for x, weight, groups, kernel in (
+    for image, weight, groups, kernel in (
         (x, torch.randn(64, 8, 3, 3), 1, ".implicit_gemm"),
         (x, torch.randn(4, 8, 3, 3), 1, ".planes"),
         (x.to(memory_format=last), torch.randn(4, 8, 3, 3), 1, ".implicit_gemm"),
@@ -352,9 +352,9 @@ def test_explain() -> None:
         (x, torch.randn(8, 1, 3, 3), 8, ".depthwise"),
         (large, torch.randn(8, 1, 3, 3), 8, ".depthwise_planes"),
     ):
-        account = ptk.explain(ptk.conv_bn_relu, x, weight, groups=groups)
+        account = ptk.explain(ptk.conv_bn_relu, image, weight, groups=groups)
         assert account.kernel.endswith(kernel)
-        transposes = not kernel.endswith("planes") and x.is_contiguous()
+        transposes = not kernel.endswith("planes") and image.is_contiguous()
         assert any("channels_last" in hint for hint in account.faster) == transposes
     with ptk.backend("reference"):
         assert ptk.explain("conv_bn_relu", x, torch.randn(4, 8, 3, 3)).backend == "reference"

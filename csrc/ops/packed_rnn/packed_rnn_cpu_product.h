@@ -202,21 +202,23 @@ PTK_INLINE Vec<A> reduce_each(Vec<A>* vectors) {
   }
 }
 
-// Columns of a block: no more rows of W at a time than what fetches from the outer caches follows well.
-inline constexpr int kRowStreams = 8;
+// Columns of a block, which panels are whole multiples of: no more rows of W at a time than what fetches from the outer
+// caches follows well.
 template <class T>
-inline constexpr int kRowBlock = kLanes<Acc<T>> > kRowStreams ? kLanes<Acc<T>> : kRowStreams;
+inline constexpr int kRowStreams = GemmTraits<T>::kNr < 8 ? GemmTraits<T>::kNr : 8;
+template <class T>
+inline constexpr int kRowBlock = kLanes<Acc<T>> > kRowStreams<T> ? kLanes<Acc<T>> : kRowStreams<T>;
 
 // A row of A with a block of rows of W, of which `valid` are there.
 template <class T, bool Whole>
 PTK_INLINE void block_along_rows(int64_t k, const Element<T>* a, const T* w, int64_t ldw, int64_t valid, Acc<T>* c,
                                  bool add) {
-  constexpr int lanes = kLanes<Acc<T>>;
+  constexpr int lanes = kLanes<Acc<T>>, streams = kRowStreams<T>;
   Vec<Acc<T>> sums[kRowBlock<T>] = {};
 #pragma GCC unroll 2
-  for (int n = 0; n < kRowBlock<T>; n += kRowStreams)
+  for (int n = 0; n < kRowBlock<T>; n += streams)
     if (Whole || n < valid)
-      sums_along_rows<T, 1, kRowStreams>(k, a, 0, w + n * ldw, ldw, Whole ? kRowStreams : valid - n, sums + n);
+      sums_along_rows<T, 1, streams>(k, a, 0, w + n * ldw, ldw, Whole ? streams : valid - n, sums + n);
 #pragma GCC unroll 2
   for (int n = 0; n < kRowBlock<T>; n += lanes) put_sum(c + n, reduce_each<Acc<T>>(sums + n), add);
 }

@@ -91,7 +91,7 @@ def _hints(input: Tensor, kernel: str) -> list[str]:
         and not register._is_channels_last(input)
         and not kernel.endswith("planes")
     ):
-        hints.append("input: the kernel works on channels last; memory_format=torch.channels_last saves a transposition")
+        hints.append("input: the kernel works on channels last; memory_format=torch.channels_last spares a copy")
     if input.device.type == "cpu":
         hints += _loader.isa_hints(input.dtype)
     return hints
