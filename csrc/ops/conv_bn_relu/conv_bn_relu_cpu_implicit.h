@@ -119,12 +119,18 @@ public:
       : p_(problem), g_(flattened(gather)), source_(source), weight_(weight), r_(result), steps_(g_, kDepth),
         lines_(g_, steps_, line_blocks(g_)), blocks_(lines_.is_used() ? line_blocks(g_) : even_blocks(g_)),
         space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
-    const int64_t wanted = 2 * num_threads(), columns = padded_n<T>(g_.group_result());
-    const int64_t items = most(1, blocks_.count() * g_.groups);
-    const int64_t parts =
-        most((columns + kColumns - 1) / kColumns, least(columns / Traits::kNr, (wanted + items - 1) / items));
-    columns_ = round_up((columns + parts - 1) / parts, Traits::kNr);
-    column_blocks_ = (columns + columns_ - 1) / columns_;
+    // As many panels to an item as let the threads finish together; every item reads its rows again.
+    const int64_t panels = padded_n<T>(g_.group_result()) / Traits::kNr, threads = num_threads();
+    double least_time = 0;
+    for (int64_t width = least(panels, kColumns / Traits::kNr); width >= 1; --width) {
+      const int64_t parts = (panels + width - 1) / width;
+      const int64_t turns = (most(1, blocks_.count() * g_.groups * parts) + threads - 1) / threads;
+      const double time = static_cast<double>(turns) * (static_cast<double>(width) + 0.5);
+      if (columns_ > 0 && time >= least_time) continue;
+      least_time = time;
+      columns_ = width * Traits::kNr;
+      column_blocks_ = parts;
+    }
   }
 
   int64_t packed_kind() const { return lines_.is_used() ? 3 : 2; }

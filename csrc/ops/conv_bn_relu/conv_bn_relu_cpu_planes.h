@@ -121,11 +121,7 @@ public:
     step_channels_ = least(g_.group_source(), most(even, kDepth / most(1, taps_) / even * even));
     // A convolution whose window no tap reaches still has a result.
     steps_ = most(1, (g_.group_source() + most(1, step_channels_) - 1) / most(1, step_channels_));
-    const int64_t wanted = 2 * num_threads();
-    columns_ = least(kColumns, round_up(g_.positions(), Traits::kNr));
-    rows_ = least(kRows, round_up(g_.group_result(), Traits::kMr));
-    while (columns_ > Traits::kNr && items() < wanted) columns_ -= Traits::kNr;
-    while (rows_ > kBlockRows && items() < wanted) rows_ = round_up(rows_ / 2, Traits::kMr);
+    share_out();
   }
 
   // With taps, every position is copied once for each of them. That costs less than a transposition and the padding of
@@ -150,6 +146,26 @@ public:
   }
 
 private:
+  // Items that let the threads finish together. Times are in panels of columns that meet one row: packing a panel costs
+  // as much as some rows that meet it.
+  void share_out() {
+    constexpr double kPacking = 16;
+    const int64_t panels = most(1, (g_.positions() + Traits::kNr - 1) / Traits::kNr), outputs = g_.group_result();
+    const int64_t threads = num_threads(), fewest = (outputs + kRows - 1) / kRows;
+    double least_time = 0;
+    for (int64_t width = least(panels, kColumns / Traits::kNr); width >= 1; --width)
+      for (int64_t parts = fewest; parts < fewest + 2 * threads; ++parts) {
+        const int64_t rows = round_up((outputs + parts - 1) / parts, Traits::kMr);
+        const int64_t count = g_.groups * ((panels + width - 1) / width) * ((outputs + rows - 1) / rows);
+        const int64_t turns = (count + threads - 1) / threads;
+        const double time = static_cast<double>(turns * width) * (static_cast<double>(least(rows, outputs)) + kPacking);
+        if (columns_ > 0 && time >= least_time) continue;
+        least_time = time;
+        columns_ = width * Traits::kNr;
+        rows_ = rows;
+      }
+  }
+
   int64_t column_blocks() const { return (g_.positions() + columns_ - 1) / columns_; }
   int64_t row_blocks() const { return (g_.group_result() + rows_ - 1) / rows_; }
   int64_t items() const { return g_.groups * column_blocks() * row_blocks(); }
