@@ -36,16 +36,9 @@ struct ConvEpilogue {
 
   // Sums of rows [row, row + rows), two vectors to a row. The common activations have a copy each.
   void strip(int rows, int64_t row, int64_t column, int64_t columns, const A* sums) const {
-    switch (result.activation) {
-    case Activation::none:
-      return store_rows(Activation::none, rows, row, column, columns, sums);
-    case Activation::relu:
-      return store_rows(Activation::relu, rows, row, column, columns, sums);
-    case Activation::relu6:
-      return store_rows(Activation::relu6, rows, row, column, columns, sums);
-    default:
-      return store_rows(result.activation, rows, row, column, columns, sums);
-    }
+    with_activation(result.activation, [&](auto activation) __attribute__((always_inline)) {
+      store_rows(activation, rows, row, column, columns, sums);
+    });
   }
 
 private:
