@@ -82,7 +82,8 @@ def test_any_geometry(data: st.DataObject) -> None:
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
     space = [draw(st.integers(size, size + 6)) for size in least]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99), "seed"))
-    x = torch.randn(2, ins, *space, generator=generator, dtype=torch.float64)
+    batch = draw(st.sampled_from([1, 2, 9]), "batch")
+    x = torch.randn(batch, ins, *space, generator=generator, dtype=torch.float64)
     weight = torch.randn(outs, ins // groups, *kernel, generator=generator, dtype=torch.float64)
     if draw(st.booleans(), "channels last"):
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -265,6 +266,7 @@ def test_winograd_can_be_excluded() -> None:
     torch.testing.assert_close(transformed, direct)
 
 
+@pytest.mark.parametrize("batch", [3, 17])  # few positions and many, but for the largest
 @pytest.mark.parametrize(
     ("channels", "space", "kernel", "options"),
     [
@@ -278,10 +280,10 @@ def test_winograd_can_be_excluded() -> None:
     ],
 )
 def test_weight_gradient(
-    channels: tuple[int, int], space: tuple[int, ...], kernel: tuple[int, ...], options: dict[str, Any]
+    channels: tuple[int, int], space: tuple[int, ...], kernel: tuple[int, ...], options: dict[str, Any], batch: int
 ) -> None:
     ins, outs = channels
-    x = torch.randn(3, ins, *space, dtype=torch.float64)
+    x = torch.randn(batch, ins, *space, dtype=torch.float64)
     weight = torch.randn(outs, ins // options.get("groups", 1), *kernel, dtype=torch.float64, requires_grad=True)
     y = ptk.conv_bn_relu(x, weight, activation="none", **options)
     expected = ptk.reference.conv_bn_relu(x, weight, activation="none", **options)
@@ -344,7 +346,8 @@ def test_explain() -> None:
     large = torch.randn(1, 8, 16, 16)
     last = torch.channels_last
     for image, weight, groups, kernel in (
-        (x, torch.randn(64, 8, 3, 3), 1, ".implicit_gemm"),
+        (large, torch.randn(64, 8, 3, 3), 1, ".implicit_gemm"),
+        (x, torch.randn(64, 8, 3, 3), 1, ".planes"),
         (x, torch.randn(4, 8, 3, 3), 1, ".planes"),
         (x.to(memory_format=last), torch.randn(4, 8, 3, 3), 1, ".implicit_gemm"),
         (x, torch.randn(4, 8, 1, 1), 1, ".planes"),
@@ -436,6 +439,10 @@ _PLANES = {
     "few channels, strided": ((2, 3, 19, 21), (5, 3, 7, 7), 2, 3, 1, 1),
     "few channels, stride 3": ((2, 3, 19, 21), (5, 3, 5, 3), 3, (4, 1), (1, 2), 1),
     "few channels in three dimensions": ((2, 3, 5, 6, 7), (5, 3, 2, 3, 3), (1, 2, 1), (0, 1, 2), (2, 1, 1), 1),
+    "few positions": ((2, 40, 4, 5), (24, 40, 3, 3), 1, 1, 1, 1),
+    "few positions, strided and dilated": ((3, 70, 11, 9), (40, 70, 3, 2), (3, 2), (2, 1), (1, 2), 1),
+    "few positions in one dimension": ((4, 20, 31), (33, 20, 5), 1, 2, 1, 1),
+    "few positions in three dimensions": ((2, 20, 3, 5, 6), (33, 20, 3, 1, 3), (1, 2, 2), 1, 1, 1),
     "grouped": ((3, 12, 6, 5), (8, 3, 3, 3), 1, 1, 1, 4),
     "depthwise": ((2, 5, 14, 15), (5, 1, 3, 3), 1, 1, 1, 5),
     "depthwise 5x5": ((2, 19, 16, 33), (19, 1, 5, 5), 1, 2, 1, 19),

@@ -1,6 +1,7 @@
 // Convolution, normalisation and activation on the CPU, one ISA level: which kernel answers which problem.
 // Channels-first tensors stay as they are where a kernel reads planes; else they are brought to channels last once, and
 // results return to the caller's layout block by block.
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_columns.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_depthwise_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_normalize_planes.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_planes.h"
@@ -266,12 +267,14 @@ bool input_gradient(const ConvBackwardParams& params) {
     return with_planes_kernel<T>(p, input_gradient_gather(p, {0, 0, 0}), static_cast<const T*>(params.grad_conv),
                                  static_cast<const T*>(params.weight), result, run);
   }
+  const T *grad = static_cast<const T*>(params.grad_conv), *weight = static_cast<const T*>(params.weight);
+  if (has_few_positions(p) && !WinogradConv::fits(p, input_gradient_gather(p, {0, 0, 0})))
+    return ColumnsGradient<T>(p).input(grad, weight, static_cast<T*>(params.grad_input));
   const bool transposed = p.layout == Layout::channels_first && p.in_channels > 1 && volume(p.in) > 1;
   const SharedBuffer buffer(transposed ? input_bytes<T>(p) : 0);
   if (!buffer) return false;
   ConvResult<T> result;
   result.out = transposed ? buffer.as<T>() : static_cast<T*>(params.grad_input);
-  const T *grad = static_cast<const T*>(params.grad_conv), *weight = static_cast<const T*>(params.weight);
   if (!for_phases(p, grad, weight, result, run)) return false;
   if (transposed)
     to_channels_first(result.out, static_cast<T*>(params.grad_input), p.batch, p.in_channels, volume(p.in));
@@ -289,9 +292,13 @@ bool weight_gradient(const ConvBackwardParams& params) {
     if (is_depthwise(p)) return DepthwisePlanesWeightGradient<T>(gather, input, grad, grad_weight).run();
     return PlanesWeightGradient<T>(p, input, grad, grad_weight).run();
   }
+  if (has_few_positions(p) && p.pre_activation == Activation::none)
+    return ColumnsGradient<T>(p).weight(grad, static_cast<const T*>(params.input), grad_weight);
   const SharedBuffer buffer(input_bytes<T>(p));
   if (!buffer) return false;
   const T* input = channels_last_input<T>(p, params.input, buffer);
+  if (ColumnsGradient<T>::source_is_columns(p, gather))
+    return ColumnsGradient<T>(p).weight_of_columns(grad, input, grad_weight);
   if (is_depthwise(p)) return DepthwiseWeightGradient<T>(gather, input, grad, grad_weight).run();
   if constexpr (std::is_same_v<Element<T>, T> && sizeof(T) >= 4) {
     return DirectWeightGradient<T>(flattened(gather), input, grad, grad_weight).run();

@@ -3,7 +3,8 @@
 //
 //   layout   channels last; a vector holds neighbouring channels. Weights are brought to [tap][channel] once per call.
 //
-//   tiling   an item is a line of positions. Up to eight positions share each vector of weights where all of their taps
+//   tiling   an item is some lines of positions. Up to eight positions share each vector of weights where all of their
+//   taps
 //            are inside; fewer take more channels at a time, so that there are always enough sums to hide the latency
 //            of an addition. Positions at the borders are computed one at a time, over the taps that are inside.
 //            Where many are at the borders, an item is a band of lines and some of the channels instead, and reads a
@@ -62,10 +63,12 @@ public:
     const A* weight = static_cast<const A*>(packed);
     const int64_t bands = band_ ? (g_.axis[1].count + band_ - 1) / band_ : 0,
                   chunks = (channels_ + kChunk - 1) / kChunk;
+    // Neighbouring lines read the same lines of the source.
+    const int64_t together = most(1, least(8, lines() / (4 * num_threads())));
     bool ok = true;
-    parallel_items(band_ ? g_.batch * bands * chunks : lines(), [&](int64_t i) {
+    parallel_items(band_ ? g_.batch * bands * chunks : (lines() + together - 1) / together, [&](int64_t i) {
       if (!(band_ ? band(weight, i / chunks / bands, i / chunks % bands * band_, i % chunks * kChunk)
-                  : line(weight, i)))
+                  : some_lines(weight, i * together, least(lines(), (i + 1) * together))))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
     return ok;
@@ -201,6 +204,12 @@ private:
     return s;
   }
 
+  bool some_lines(const A* weight, int64_t begin, int64_t end) const {
+    bool ok = true;
+    for (int64_t i = begin; i < end; ++i) ok = ok && line(weight, i);
+    return ok;
+  }
+
   bool line(const A* weight, int64_t index) const {
     Carver count;
     carve(count, channels_);
@@ -293,7 +302,7 @@ private:
 template <class T>
 class DepthwiseWeightGradient {
   using A = Acc<T>;
-  static constexpr int64_t kSegments = 32;
+  static constexpr int64_t kSegments = 32, kPositions = 8;
 
 public:
   DepthwiseWeightGradient(const Gather& gather, const T* source, const T* grad, T* grad_weight)
@@ -301,7 +310,7 @@ public:
 
   // False when memory ran out.
   bool run() const {
-    const int64_t lines = g_.batch * g_.axis[0].count * g_.axis[1].count, segments = least(kSegments, lines);
+    const int64_t lines = g_.batch * g_.axis[0].count * g_.axis[1].count, segments = most(1, least(kSegments, lines));
     const int64_t size = g_.taps() * ld();
     const SharedBuffer sums(most(1, segments * size) * static_cast<int64_t>(sizeof(A)));
     if (!sums) return false;
@@ -310,57 +319,90 @@ public:
       std::memset(to, 0, size * sizeof(A));
       for (int64_t line = i * lines / segments; line < (i + 1) * lines / segments; ++line) add_line(line, to);
     });
-    finish(sums.as<A>(), segments, size);
+    parallel_items(ld() / kLanes<A>, [&](int64_t i) { finish(sums.as<A>(), segments, size, i * kLanes<A>); });
     return true;
   }
 
 private:
   int64_t ld() const { return round_up(channels_, kLanes<A>); }
 
+  // A few positions at a time for every row of taps, so that gradients stay in L1 and memory is read in order.
   void add_line(int64_t index, A* sums) const {
     const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
     Position p;
     locate(g_, index * w_.count, 1, &p);
     const T* grad = grad_ + index * w_.count * channels_;
-    for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
-      const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
-      if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
-      const T* line = source_ + ((p.image * d_.source + d) * h_.source + h) * w_.source * channels_;
-      for (int64_t t = 0; t < w_.taps; ++t) {
-        const int64_t offset = w_.base + t * w_.delta, last = w_.source - 1 - offset;
-        const int64_t low = offset >= 0 ? 0 : (-offset + w_.step - 1) / w_.step;
-        const int64_t high = last < 0 ? 0 : least(w_.count, last / w_.step + 1);
-        add_tap(line + offset * channels_, grad, low, high, sums + (row * w_.taps + t) * ld());
+    for (int64_t begin = 0; begin < w_.count; begin += kPositions) {
+      const int64_t end = least(w_.count, begin + kPositions);
+      for (int64_t row = 0; row < d_.taps * h_.taps; ++row) {
+        const int64_t d = p.source[0] + row / h_.taps * d_.delta, h = p.source[1] + row % h_.taps * h_.delta;
+        if (d < 0 || d >= d_.source || h < 0 || h >= h_.source) continue;
+        add_row(source_ + ((p.image * d_.source + d) * h_.source + h) * w_.source * channels_, grad, begin, end,
+                sums + row * w_.taps * ld());
       }
     }
   }
 
-  // sums += over positions [low, high) of source * grad, four of them at a time in sums of their own.
-  void add_tap(const T* source, const T* grad, int64_t low, int64_t high, A* sums) const {
-    const int64_t step = w_.step * channels_;
-    for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-      const int64_t valid = channels_ - c;
-      Vec<A> sum[4] = {};
-      int64_t i = low;
-      for (; i + 4 <= high; i += 4)
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n)
-          sum[n] += load_as_partial(source + (i + n) * step + c, valid) *
-                    load_as_partial(grad + (i + n) * channels_ + c, valid);
-      for (; i < high; ++i)
-        sum[0] += load_as_partial(source + i * step + c, valid) * load_as_partial(grad + i * channels_ + c, valid);
-      store(sums + c, load(sums + c) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  // The taps of one row at positions [begin, end) of a line of the source.
+  void add_row(const T* line, const T* grad, int64_t begin, int64_t end, A* sums) const {
+    const int64_t low = begin * w_.step + w_.base, high = (end - 1) * w_.step + w_.base + (w_.taps - 1) * w_.delta;
+    if (low >= 0 && high < w_.source) {
+      const T* from = line + low * channels_;
+      grad += begin * channels_;
+      switch (w_.taps) {
+      case 3:
+        return add_taps<3>(from, grad, end - begin, sums);
+      case 5:
+        return add_taps<5>(from, grad, end - begin, sums);
+      case 7:
+        return add_taps<7>(from, grad, end - begin, sums);
+      }
+    }
+    for (int64_t t = 0; t < w_.taps; ++t) {
+      const int64_t offset = w_.base + t * w_.delta, last = w_.source - 1 - offset;
+      const int64_t first = offset >= 0 ? 0 : (-offset + w_.step - 1) / w_.step;
+      const int64_t stop = last < 0 ? 0 : last / w_.step + 1;
+      const int64_t from = most(begin, first), count = least(end, stop) - from;
+      if (count > 0)
+        add_taps<1>(line + (from * w_.step + offset) * channels_, grad + from * channels_, count, sums + t * ld());
     }
   }
 
-  void finish(const A* sums, int64_t segments, int64_t size) const {
-    const int64_t taps = g_.taps();
-    for (int64_t c = 0; c < channels_; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        A sum = 0;
-        for (int64_t s = 0; s < segments; ++s) sum += sums[s * size + tap * ld() + c];
-        grad_weight_[c * taps + tap] = round_to<T>(sum);
-      }
+  // sums[tap] += over `count` positions of source * grad.
+  template <int K>
+  void add_taps(const T* source, const T* grad, int64_t count, A* sums) const {
+    int64_t c = 0;
+    for (; c + kLanes<A> <= channels_; c += kLanes<A>) add_vector<K>(source + c, grad + c, count, kLanes<A>, sums + c);
+    if (c < channels_) add_vector<K>(source + c, grad + c, count, channels_ - c, sums + c);
+  }
+  template <int K>
+  inline __attribute__((always_inline)) void add_vector(const T* source, const T* grad, int64_t count, int64_t valid,
+                                                        A* sums) const {
+    const int64_t step = w_.step * channels_, tap = w_.delta * channels_;
+    Vec<A> sum[K];
+#pragma GCC unroll 8
+    for (int t = 0; t < K; ++t) sum[t] = load(sums + t * ld());
+    for (int64_t i = 0; i < count; ++i, source += step, grad += channels_) {
+      const Vec<A> factor = load_as_partial(grad, valid);
+#pragma GCC unroll 8
+      for (int t = 0; t < K; ++t) sum[t] = multiply_add<A>(load_as_partial(source + t * tap, valid), factor, sum[t]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < K; ++t) store(sums + t * ld(), sum[t]);
+  }
+
+  // Adds the segments of a vector of channels and writes their weights where they belong.
+  void finish(const A* sums, int64_t segments, int64_t size, int64_t channel) const {
+    const int64_t taps = g_.taps(), valid = least(kLanes<A>, channels_ - channel);
+    T* to = grad_weight_ + channel * taps;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const A* from = sums + tap * ld() + channel;
+      Vec<A> sum = load(from);
+      for (int64_t s = 1; s < segments; ++s) sum += load(from + s * size);
+      A lanes[kLanes<A>];
+      store(lanes, sum);
+      for (int64_t c = 0; c < valid; ++c) to[c * taps + tap] = round_to<T>(lanes[c]);
+    }
   }
 
   const Gather& g_;

@@ -20,6 +20,9 @@ struct Axis {
   int64_t first_out, out_step, out_size;  // position i is element first_out + i * out_step of the result
 };
 
+// Of size 1.
+inline constexpr Axis kUnitAxis = {1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1};
+
 struct Gather {
   Axis axis[3];
   int64_t batch, groups;
@@ -88,6 +91,11 @@ static inline Gather input_gradient_gather(const ConvProblem& p, const int64_t (
   g.weight_result = g.weight_source;
   g.weight_source = weight_out;
   return g;
+}
+
+// So few positions to a weight that it costs about as much to rearrange a weight as to multiply by it.
+static inline bool has_few_positions(const ConvProblem& p) {
+  return p.groups == 1 && volume(p.kernel) > 1 && p.batch * volume(p.out) <= 128;
 }
 
 // Where the weight of a group begins.

@@ -93,7 +93,7 @@ static inline Gather flattened(Gather g) {
   if (!g.is_pointwise()) return g;
   const int64_t positions = g.positions();
   g.batch = 1;
-  for (Axis& a : g.axis) a = {1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1};
+  for (Axis& a : g.axis) a = kUnitAxis;
   g.axis[2].count = g.axis[2].source = g.axis[2].out_size = positions;
   return g;
 }

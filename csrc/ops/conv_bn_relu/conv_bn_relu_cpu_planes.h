@@ -96,7 +96,8 @@ private:
   }
 };
 
-template <class T>
+// `Out`: T, or Acc<T> for sums that are not rounded.
+template <class T, class Out = T>
 class PlanesConv {
   using E = Element<T>;
   using A = Acc<T>;
@@ -106,7 +107,7 @@ class PlanesConv {
 
 public:
   PlanesConv(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
-             const ConvResult<T>& result)
+             const ConvResult<Out>& result)
       : p_(problem), g_(gather), source_(source), weight_(weight), r_(result), taps_(gather.taps()),
         plane_(gather.axis[0].source * gather.axis[1].source * gather.axis[2].source),
         space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
@@ -118,10 +119,11 @@ public:
   }
 
   // With taps, every position is copied once for each of them. That costs less than a transposition and the padding of
-  // channels to vectors where there are few.
+  // channels to vectors where there are few, and less than to rearrange the weights where those are few positions.
   static bool pays(const ConvProblem& p) {
     const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
-    return volume(p.kernel) == 1 || 2 * round_up(out, Traits::kNr) >= 3 * out || (sizeof(T) == 2 && in < 16);
+    return volume(p.kernel) == 1 || has_few_positions(p) || 2 * round_up(out, Traits::kNr) >= 3 * out ||
+           (sizeof(T) == 2 && in < 16);
   }
 
   static int64_t packed_kind() { return 0; }
@@ -224,8 +226,8 @@ private:
       gemm<T>(rows, columns, k, s.a, lda(), s.b, panel_stride(), epilogue);
     };
     if (step + 1 == steps_) {
-      run(PlanesEpilogue<T>{step ? partial : nullptr, columns_, r_, group * g_.group_result() + row, space_,
-                            s.offsets});
+      run(PlanesEpilogue<Out>{step ? partial : nullptr, columns_, r_, group * g_.group_result() + row, space_,
+                              s.offsets});
     } else if (step == 0) {
       run(StoreSums<A>{partial, columns_});
     } else {
@@ -277,7 +279,7 @@ private:
   const ConvProblem& p_;
   const Gather g_;
   const T *source_, *weight_;
-  const ConvResult<T>& r_;
+  const ConvResult<Out>& r_;
   const int64_t taps_, plane_, space_;
   int64_t step_channels_ = 0, steps_ = 1, columns_ = 0, rows_ = 0;
 };

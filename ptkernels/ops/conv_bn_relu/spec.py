@@ -44,7 +44,7 @@ class Case:
 
     name: str
     channels: tuple[int, int] = (4, 6)
-    space: tuple[int, ...] = (7, 9)
+    space: tuple[int, ...] = (11, 13)
     kernel: tuple[int, ...] = (3, 3)
     batch: int = 2
     norm: str = "batch"
@@ -137,21 +137,24 @@ _GRADCHECK = [
     ),
 ]
 
+# Gradients for up to 128 positions have kernels of their own.
 _CONVOLUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("3x3", {"channels": (16, 24)}, {"padding": 1}),
+    ("3x3-few", {"channels": (16, 24), "space": (4, 5)}, {"padding": 1}),
+    ("strides-few", {"channels": (5, 7)}, {"stride": (2, 3), "padding": (1, 2)}),
     ("1x1", {"channels": (33, 40), "kernel": (1, 1)}, {}),
     ("1x1-stride-2", {"channels": (33, 40), "kernel": (1, 1)}, {"stride": 2}),
     ("stem", {"channels": (3, 32), "space": (19, 21), "kernel": (7, 7)}, {"stride": 2, "padding": 3}),
-    ("strides", {"channels": (5, 7), "space": (11, 13)}, {"stride": (2, 3), "padding": (1, 2)}),
-    ("dilated", {"channels": (5, 7), "space": (11, 13)}, {"dilation": (2, 3), "padding": 2, "stride": 2}),
-    ("stride-above-kernel", {"channels": (5, 7), "kernel": (2, 2), "space": (9, 11)}, {"stride": 3}),
+    ("strides", {"channels": (5, 7), "batch": 4}, {"stride": (2, 3), "padding": (1, 2)}),
+    ("dilated", {"channels": (5, 7), "batch": 6}, {"dilation": (2, 3), "padding": 2, "stride": 2}),
+    ("stride-above-kernel", {"channels": (5, 7), "kernel": (2, 2), "batch": 9}, {"stride": 3}),
     ("same", {"channels": (3, 5), "kernel": (2, 4)}, {"padding": "same"}),
     ("grouped", {"channels": (12, 18)}, {"groups": 3, "padding": 1}),
     ("depthwise", {"channels": (37, 37), "space": (9, 14)}, {"groups": 37, "padding": 1}),
     ("depthwise-stride-2", {"channels": (16, 16), "kernel": (5, 5)}, {"groups": 16, "padding": 2, "stride": 2}),
     ("multiplier", {"channels": (4, 8)}, {"groups": 4, "padding": 1}),
-    ("line", {"channels": (7, 9), "space": (23,), "kernel": (5,)}, {"padding": 2}),
-    ("volume", {"channels": (3, 5), "space": (5, 6, 7), "kernel": (3, 3, 3)}, {"padding": 1, "stride": (1, 2, 2)}),
+    ("line", {"channels": (7, 9), "space": (67,), "kernel": (5,)}, {"padding": 2}),
+    ("volume", {"channels": (3, 5), "space": (5, 6, 7), "kernel": (3, 3, 3), "batch": 3}, {"padding": 1, "stride": (1, 2, 2)}),
     ("one-pixel", {"channels": (40, 50), "space": (1, 1), "batch": 5}, {"padding": 1}),
     ("deep", {"channels": (200, 20), "space": (6, 5)}, {"padding": 1}),
 ]
@@ -190,7 +193,7 @@ _QUICK = [
     *(
         Case(f"{name}-channels-last", layout="channels_last", residual=True, options=options_of(**o), **sizes)
         for name, sizes, o in _CONVOLUTIONS
-        if name in ("3x3", "1x1", "depthwise", "volume", "grouped", "line")
+        if name in ("3x3", "3x3-few", "1x1", "depthwise", "volume", "grouped", "line")
     ),
     *(
         Case(name.replace("_", "-"), activation=name, norm=norm, residual=True)
