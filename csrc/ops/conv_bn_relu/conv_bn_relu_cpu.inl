@@ -117,6 +117,7 @@ auto with_kernel(const ConvProblem& p, const Gather& gather, const T* source, co
 // `packed`: where the weights are, or are to be, in the kernel's layout; null for memory of the call.
 template <class Kernel>
 bool pack_and_run(const Kernel& kernel, void* packed, bool is_packed) {
+  if (!packed && kernel.packs_on_the_way()) return kernel.run(nullptr);
   const SharedBuffer own(packed ? 0 : kernel.packed_bytes());
   if (!own) return false;
   if (!packed) packed = own.as<char>();

@@ -42,13 +42,25 @@ public:
     return p.groups == 1 && g.is_pointwise() && g.positions() <= 8192 && p.in_channels * p.out_channels >= 2048;
   }
   bool weight_of_columns(const T* grad, const T* columns, T* grad_weight) const {
-    return multiply(p_.out_channels, g_.positions(), grad, 1, p_.out_channels, columns, grad_weight);
+    const int64_t outs = p_.out_channels, positions = g_.positions();
+    // The other way round where fewer rows and columns are for nothing.
+    if (padded(depth(), outs) >= padded(outs, depth()))
+      return multiply(outs, positions, depth(), grad, 1, outs, columns, grad_weight);
+    const SharedBuffer product(outs * depth() * static_cast<int64_t>(sizeof(T)));
+    if (!product || !multiply(depth(), positions, outs, columns, 1, depth(), grad, product.as<T>())) return false;
+    parallel_items((outs + kChannels - 1) / kChannels, [&](int64_t i) {
+      const int64_t first = i * kChannels;
+      transpose_block(product.as<T>() + first, outs, grad_weight + first * depth(), depth(), depth(),
+                      least(kChannels, outs - first));
+    });
+    return true;
   }
 
   bool input(const T* grad, const T* weight, T* grad_source) const {
     // Not rounded before they are added up.
     const SharedBuffer columns(columns_bytes<A>());
-    return columns && multiply(g_.positions(), p_.out_channels, grad, p_.out_channels, 1, weight, columns.as<A>()) &&
+    return columns &&
+           multiply(g_.positions(), p_.out_channels, depth(), grad, p_.out_channels, 1, weight, columns.as<A>()) &&
            for_chunks(p_.batch, [&](int64_t image, int64_t channel, int64_t end) {
              return add_image(columns.as<A>(), image, channel, end, grad_source);
            });
@@ -61,13 +73,19 @@ private:
     return g_.positions() * depth() * static_cast<int64_t>(sizeof(U));
   }
 
+  // What a product of that size takes, up to a constant.
+  static int64_t padded(int64_t rows, int64_t columns) {
+    return round_up(rows, GemmTraits<T>::kMr) * round_up(columns, GemmTraits<T>::kNr / 2);
+  }
+
   // out[row][column] = sum over k of a[row * ld + k * step] * b[k][column].
   template <class Out>
-  bool multiply(int64_t rows, int64_t depth_of_sums, const T* a, int64_t ld, int64_t step, const T* b, Out* out) const {
+  bool multiply(int64_t rows, int64_t depth_of_sums, int64_t columns, const T* a, int64_t ld, int64_t step, const T* b,
+                Out* out) const {
     Gather g = g_;
     g.batch = 1;
     for (Axis& axis : g.axis) axis = kUnitAxis;
-    g.axis[2].count = g.axis[2].source = g.axis[2].out_size = depth();
+    g.axis[2].count = g.axis[2].source = g.axis[2].out_size = columns;
     g.source_channels = depth_of_sums;
     g.result_channels = rows;
     g.weight_result = ld;

@@ -42,6 +42,7 @@ public:
   int64_t lines() const { return g_.batch * g_.axis[0].count * g_.axis[1].count; }
   Blocks blocks() const { return {w_.count, most(1, g_.positions()), g_.positions()}; }
 
+  static bool packs_on_the_way() { return false; }
   int64_t packed_kind() const { return 0; }
   int64_t packed_bytes() const { return most(1, g_.taps()) * ld_weight() * static_cast<int64_t>(sizeof(A)); }
 

@@ -87,6 +87,7 @@ public:
     channels_ = most(1, least(kChannels, planes * g_.result_channels / wanted));
   }
 
+  static bool packs_on_the_way() { return true; }
   static int64_t packed_kind() { return 0; }
   static int64_t packed_bytes() { return 0; }
   static bool pack(void*) { return true; }

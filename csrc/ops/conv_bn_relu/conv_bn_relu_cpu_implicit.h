@@ -105,6 +105,9 @@ class ImplicitConv {
   using Traits = GemmTraits<T>;
   static constexpr int64_t kDepth = 384, kColumns = 512;
   static constexpr int64_t kRows = detail::kUsesTiles<T> ? 128 : Traits::kMr > 8 ? 8 * Traits::kMr : 16 * Traits::kMr;
+  static constexpr int64_t kMostRows = 2 * kRows;  // in one block, so that it is the only one
+  // Panels that an item packs for itself, in half of L2.
+  static constexpr int64_t kPanelBytes = 256 * 1024;
 
 public:
   ImplicitConv(const ConvProblem& problem, const Gather& gather, const T* source, const T* weight,
@@ -114,8 +117,9 @@ public:
         space_(gather.axis[0].out_size * gather.axis[1].out_size * gather.axis[2].out_size) {
     // As many panels to an item as let the threads finish together; every item reads its rows again.
     const int64_t panels = padded_n<T>(g_.group_result()) / Traits::kNr, threads = num_threads();
+    const int64_t fitting = packs_on_the_way() ? most(1, kPanelBytes / most(1, panel_bytes())) : panels;
     double least_time = 0;
-    for (int64_t width = least(panels, kColumns / Traits::kNr); width >= 1; --width) {
+    for (int64_t width = least(least(panels, fitting), kColumns / Traits::kNr); width >= 1; --width) {
       const int64_t parts = (panels + width - 1) / width;
       const int64_t turns = (most(1, blocks_.count() * g_.groups * parts) + threads - 1) / threads;
       const double time = static_cast<double>(turns) * (static_cast<double>(width) + 0.5);
@@ -129,16 +133,25 @@ public:
   int64_t packed_kind() const { return lines_.is_used() ? 3 : 2; }
   int64_t packed_bytes() const { return g_.groups * group_stride() * static_cast<int64_t>(sizeof(E)); }
 
+  // Where one item meets every weight, it can pack its own in cache: run() then takes null.
+  bool packs_on_the_way() const { return blocks_.count() == 1; }
+
   // False when memory ran out, as for run().
   bool pack(void* to) const {
     E* packed = static_cast<E*>(to);
     const int64_t panels = padded_n<T>(g_.group_result()) / Traits::kNr;
-    const int64_t chunks = most(1, (g_.group_source() + kPackedChannels - 1) / kPackedChannels);
     if (pads_depth()) std::memset(packed, 0, packed_bytes());
     bool ok = true;
-    parallel_items(g_.groups * panels * chunks, [&](int64_t i) {
-      if (!pack_panel(packed, i / (panels * chunks), i / chunks % panels, i % chunks * kPackedChannels))
+    parallel_items(g_.groups * panels * chunks(), [&](int64_t i) {
+      const int64_t rest = i / chunks(), group = rest / panels, panel = rest % panels;
+      A* loose = static_cast<A*>(thread_scratch(loose_size() * sizeof(A)));
+      E* base = packed + group * group_stride() + panel * panel_stride();
+      if (loose) {
+        pack_panel(base, step_stride(), group, panel, i % chunks() * kPackedChannels, loose);
+      } else {
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      }
+      release_large_scratch();
     });
     return ok;
   }
@@ -156,7 +169,10 @@ public:
   const Blocks& blocks() const { return blocks_; }
 
 private:
-  static Blocks even_blocks(const Gather& g) { return {kRows, most(1, g.positions()), g.positions()}; }
+  static Blocks even_blocks(const Gather& g) {
+    const int64_t rows = g.positions() <= kMostRows ? most(1, g.positions()) : kRows;
+    return {rows, most(1, g.positions()), g.positions()};
+  }
   // Whole lines, or equal parts of a long one.
   static Blocks line_blocks(const Gather& g) {
     const int64_t width = most(1, g.axis[2].count);
@@ -170,6 +186,9 @@ private:
     return lines_.is_used() ? Lines<T>::pitch(step.channels) : step.channels;
   }
   int64_t padded_depth(const DepthStep& step) const { return padded_k<T>(step.rows * step.taps * pitch(step)); }
+  int64_t chunks() const { return most(1, (g_.group_source() + kPackedChannels - 1) / kPackedChannels); }
+  int64_t loose_size() const { return kPackedChannels * volume(g_.kernel) * Traits::kNr; }
+  int64_t panel_bytes() const { return panel_stride() * steps_.count() * static_cast<int64_t>(sizeof(E)); }
   int64_t panel_stride() const { return padded_depth(steps_.largest()) * Traits::kNr; }
   int64_t step_stride() const { return panel_stride() * (padded_n<T>(g_.group_result()) / Traits::kNr); }
   int64_t group_stride() const { return most(64, step_stride() * steps_.count()); }
@@ -180,16 +199,13 @@ private:
     return false;
   }
 
-  // Channels [first, first + kPackedChannels) of one panel. They are read in the order in which they lie in memory into
-  // loose[channel][tap][column], in cache, and go from there to their steps.
-  bool pack_panel(E* packed, int64_t group, int64_t index, int64_t first) const {
+  // Channels [first, first + kPackedChannels) of one panel, whose steps lie `stride` apart. They are read in the order
+  // in which they lie in memory into loose[channel][tap][column], in cache, and go from there to their steps.
+  void pack_panel(E* panel, int64_t stride, int64_t group, int64_t index, int64_t first, A* loose) const {
     constexpr int64_t nr = Traits::kNr, unit = Traits::kPack;
     const int64_t n0 = index * nr, columns = least(nr, g_.group_result() - n0), taps = volume(g_.kernel);
     const int64_t end = least(g_.group_source(), first + kPackedChannels);
-    A* loose = static_cast<A*>(thread_scratch(kPackedChannels * taps * nr * sizeof(A)));
-    if (!loose) return false;
     load_weights(g_, weight_ + weight_offset(p_, group), n0, columns, first, end - first, loose);
-    E* panel = packed + group * group_stride() + index * panel_stride();
     for (int64_t row = 0; row < g_.axis[0].taps * g_.axis[1].taps; ++row)
       for (int64_t tap = 0; tap < g_.axis[2].taps; ++tap) {
         const A* from = loose + tap_offset(g_, row / g_.axis[1].taps, row % g_.axis[1].taps, tap) * nr;
@@ -198,7 +214,7 @@ private:
           const DepthStep step = steps_.at(i);
           const int64_t stop = least(end, step.channel + step.channels);
           int64_t k = ((row - step.row) * step.taps + tap - step.tap) * pitch(step) + c - step.channel;
-          E* to = panel + i * step_stride();
+          E* to = panel + i * stride;
           while (c < stop) {
             const A* one = from + (c - first) * taps * nr;
             if (unit == 2 && k % 2 == 0 && c + 1 < stop) {
@@ -212,8 +228,6 @@ private:
           }
         }
       }
-    release_large_scratch();
-    return true;
   }
 
   static void pack_pairs([[maybe_unused]] const A* even, [[maybe_unused]] const A* odd, [[maybe_unused]] E* to) {
@@ -226,9 +240,12 @@ private:
     }
   }
 
+  int64_t item_step_stride() const { return columns_ / Traits::kNr * panel_stride(); }
+
   struct Scratch {
     E* rows;  // gathered rows, or copied lines
-    A* partial;
+    E* weights;
+    A *partial, *loose;
     T *out, *residual;
     Position* positions;
     int64_t* offsets;
@@ -236,10 +253,12 @@ private:
   int64_t ld_rows() const { return padded_depth(steps_.largest()) + 64 / static_cast<int64_t>(sizeof(E)); }
   bool is_transposed() const { return r_.layout == Layout::channels_first && space_ > 1 && g_.result_channels > 1; }
 
-  Scratch carve(Carver& carver) const {
+  Scratch carve(Carver& carver, bool packs) const {
     Scratch s;
     const int64_t lines = lines_.bytes() / static_cast<int64_t>(sizeof(E));
-    s.rows = carver.take<E>(lines_.is_used() ? lines : round_up(kRows, 32) * ld_rows());
+    s.rows = carver.take<E>(lines_.is_used() ? lines : round_up(blocks_.rows, 32) * ld_rows());
+    s.weights = carver.take<E>(packs ? item_step_stride() * steps_.count() : 0);
+    s.loose = carver.take<A>(packs ? loose_size() : 0);
     s.partial = carver.take<A>(blocks_.rows * columns_);
     s.out = carver.take<T>(is_transposed() ? blocks_.rows * columns_ : 0);
     s.residual = carver.take<T>(is_transposed() && r_.residual ? blocks_.rows * columns_ : 0);
@@ -248,12 +267,22 @@ private:
     return s;
   }
 
+  // The panels of an item, packed in its own memory.
+  void pack_columns(const Scratch& s, int64_t group, int64_t column, int64_t columns) const {
+    const int64_t first = column / Traits::kNr, panels = (columns + Traits::kNr - 1) / Traits::kNr;
+    if (pads_depth()) std::memset(s.weights, 0, columns_ / Traits::kNr * panel_bytes());
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t i = 0; i < chunks(); ++i)
+        pack_panel(s.weights + panel * panel_stride(), item_step_stride(), group, first + panel, i * kPackedChannels,
+                   s.loose);
+  }
+
   bool item(const E* packed, int64_t group, int64_t block, int64_t column) const {
     Carver count;
-    carve(count);
+    carve(count, !packed);
     Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
     if (!carver.next) return false;
-    const Scratch s = carve(carver);
+    const Scratch s = carve(carver, !packed);
     TileScope tiles;
     const int64_t begin = blocks_.begin(block), rows = blocks_.size(block);
     const int64_t channel = group * g_.group_result() + column, columns = least(columns_, g_.group_result() - column);
@@ -270,8 +299,13 @@ private:
     T* out = transposed ? s.out : r_.out;
     const ConvEpilogue<T> epilogue{
         steps_.count() > 1 ? s.partial : nullptr, columns_, r_, channel, s.offsets, residual, out};
-    multiply(s, packed + group * group_stride() + column / Traits::kNr * panel_stride(), group, begin, rows, columns,
-             epilogue);
+    if (packed) {
+      const E* panels = packed + group * group_stride() + column / Traits::kNr * panel_stride();
+      multiply(s, panels, step_stride(), group, begin, rows, columns, epilogue);
+    } else {
+      pack_columns(s, group, column, columns);
+      multiply(s, s.weights, item_step_stride(), group, begin, rows, columns, epilogue);
+    }
     if (transposed)
       planes_from_rows(s.out, columns_, r_.out, g_.result_channels, space_, begin, begin + rows, channel, columns);
     if (r_.statistics) {
@@ -283,12 +317,12 @@ private:
     return true;
   }
 
-  void multiply(const Scratch& s, const E* packed, int64_t group, int64_t begin, int64_t rows, int64_t columns,
-                const ConvEpilogue<T>& epilogue) const {
+  void multiply(const Scratch& s, const E* panels, int64_t stride, int64_t group, int64_t begin, int64_t rows,
+                int64_t columns, const ConvEpilogue<T>& epilogue) const {
     typename Lines<T>::Block lines{};
     for (int64_t i = 0, part = -1; i < steps_.count(); ++i) {
       const DepthStep step = steps_.at(i);
-      const E* weights = packed + i * step_stride();
+      const E* weights = panels + i * stride;
       GemmBlock<T> pairs[kMaxGemmBlocks];
       int64_t count = 1, depth = step.depth(), lda = ld_rows();
       if (lines_.is_used()) {

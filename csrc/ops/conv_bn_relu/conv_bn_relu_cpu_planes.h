@@ -126,6 +126,7 @@ public:
            (sizeof(T) == 2 && in < 16);
   }
 
+  static bool packs_on_the_way() { return true; }
   static int64_t packed_kind() { return 0; }
   static int64_t packed_bytes() { return 0; }
   static bool pack(void*) { return true; }

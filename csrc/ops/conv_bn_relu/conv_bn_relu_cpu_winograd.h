@@ -63,6 +63,7 @@ public:
     return tiles >= 16 && 22 * (is_cached ? tiles : tiles + 16) < 9 * g.positions();
   }
 
+  static bool packs_on_the_way() { return false; }
   int64_t packed_kind() const { return 1; }
   int64_t packed_bytes() const { return kElements * element_stride() * static_cast<int64_t>(sizeof(float)); }
 

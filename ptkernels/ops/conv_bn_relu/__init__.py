@@ -143,20 +143,20 @@ def evaluate(tensors: tuple[Any, ...], options: tuple[Any, ...], variant: Varian
     training, momentum, eps, stride, padding, dilation, groups, activation, negative_slope = options
     # The first attempt checks nothing that the operator checks itself. Whatever goes wrong in it is left to the second,
     # which handles every case and words every error.
-    results = None
+    results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None = None
     space = tensors[0].dim() - 2 if isinstance(tensors[0], Tensor) else 0
     lists = [_plain_list(value, space) for value in (stride, padding, dilation)]
     if None not in lists and _is_plain(training, momentum, eps, groups, negative_slope):
         args = (
             *tensors, training, eps, *lists, groups, activation, negative_slope,
         )  # fmt: skip
-        rest = () if variant is PLAIN else _plain_variant(variant, space)
         with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             if _records(args):
-                results = conv_op(*args, not recompute, *rest)
+                results = register.record(args, not recompute, _plain_variant(variant, space))
             else:
                 # Nothing to record: the autograd kernel, which is Python, would double the latency.
                 with torch._C._AutoDispatchBelowAutograd():
+                    rest = () if variant is PLAIN else _plain_variant(variant, space)
                     results = conv_op(*args, False, *rest)
     if results is None:
         results = _convolve(checked_arguments(tensors, options, variant), recompute)

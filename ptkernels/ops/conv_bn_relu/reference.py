@@ -191,7 +191,7 @@ def update_running(running: Tensor | None, value: Tensor, momentum: float) -> No
     """``running = (1 - momentum) * running + momentum * value``, in place."""
     if running is not None:
         with torch.no_grad():
-            running.copy_(running * (1.0 - momentum) + value.detach().to(running.dtype) * momentum)
+            running.lerp_(value.to(running.dtype), momentum)
 
 
 def update_statistics(

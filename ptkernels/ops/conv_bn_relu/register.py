@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,42 +104,51 @@ def _fake_backward(*args: Any) -> Gradients:
     )
 
 
+class _Call(NamedTuple):
+    """What a call has beside its tensors, in one object: a Function pays for each of its arguments."""
+
+    keyset: Any
+    save_conv: bool
+    training: bool
+    options: tuple[Any, ...]
+    """From eps to negative_slope, as both operators take them."""
+    variant: tuple[Any, ...]
+    beside: list[Tensor]
+    """Filled with what the operator returns beside the result, which has no derivative."""
+
+
 class _ConvBNReLU(Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, save_conv: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, conv, mean, var = forward_of_function(conv_op, keyset, *args[:16], save_conv, *args[16:])
-        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, training, *options = args[:16]
-        ctx.mark_non_differentiable(conv, mean, var)
-        ctx.set_materialize_grads(False)
-        ctx.training, ctx.options, ctx.variant = training, tuple(options), Variant(*args[16:])
-        measures = training or ctx.variant.num_groups != 0
-        ctx.save_for_backward(
-            input,
-            weight,
-            bias,
-            bn_weight,
-            bn_bias,
-            mean if measures else running_mean,
-            var if measures else running_var,
-            residual,
-            conv if save_conv else None,
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = forward_of_function(
+            conv_op, call.keyset, *tensors, call.training, *call.options, call.save_conv, *call.variant
         )
-        return out, conv, mean, var
+        out, conv, mean, var = results
+        call.beside.extend((conv, mean, var))
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual = tensors
+        if call.training or call.variant[2]:  # num_groups
+            running_mean, running_var = mean, var
+        kept = conv if call.save_conv else None
+        ctx.save_for_backward(
+            input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, kept
+        )  # fmt: skip
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        nothing = (None,) * (11 + len(ctx.options) + len(ctx.variant))
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
         if grad_out is None:
-            return nothing
-        needs = ctx.needs_input_grad[2:]
-        needed = [needs[index] for index in _DIFFERENTIATED]
-        args = (grad_out, *ctx.saved_tensors, ctx.training, *ctx.options, needed, *ctx.variant)
+            return (None,) * 9
+        call, needs = ctx.call, ctx.needs_input_grad
+        needed = [*needs[1:6], needs[8]]
+        args = (grad_out, *ctx.saved_tensors, call.training, *call.options, needed, *call.variant)
         grads: Gradients
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
             grads = backward_op(*args)
         else:
             grads = below_autograd(backward_op, None, *args)
-        return (None, None, *grads[:5], None, None, grads[5], *nothing[10:])
+        return (None, *grads[:5], None, None, grads[5])
 
 
 class _ConvBNReLUBackward(Function):
@@ -180,6 +189,29 @@ class _ConvBNReLUBackward(Function):
         return (None, grad_grad_out, *operand_grads, None, None, second.get(5), *tail)
 
 
+def record(args: tuple[Any, ...], save_conv: bool, variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator with a derivative, for plain tensors outside of any transform; arguments as it takes them.
+
+    Where autocast has nothing to do, what the dispatcher would call is called: it would turn every argument into
+    Python's and back once more.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    if torch.is_autocast_enabled(args[0].device.type):
+        result = conv_op(*args, save_conv, *variant)
+    else:
+        result = _recorded(None, args, save_conv, variant)
+    return result
+
+
+def _recorded(
+    keyset: Any, args: tuple[Any, ...], save_conv: bool, variant: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(keyset, save_conv, args[8], args[9:16], variant, [])
+    out = apply(_ConvBNReLU, call, *args[:8])
+    conv, mean, var = call.beside
+    return out, conv, mean, var
+
+
 def _autograd_conv(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = complete_forward(args)
     args, save_conv, variant = args[:16], bool(args[16]), Variant(*args[17:])
@@ -193,7 +225,7 @@ def _autograd_conv(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         measures = args[8] or variant.num_groups
         return out, conv, *((mean, var) if measures and mean is not None and var is not None else (none, none.clone()))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(_ConvBNReLU, keyset, save_conv, *args, *variant)
+        result = _recorded(keyset, args, save_conv, variant)
     else:
         result = below_autograd(conv_op, keyset, *args, save_conv, *variant)
     return result

@@ -154,7 +154,11 @@ _CONVOLUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("depthwise-stride-2", {"channels": (16, 16), "kernel": (5, 5)}, {"groups": 16, "padding": 2, "stride": 2}),
     ("multiplier", {"channels": (4, 8)}, {"groups": 4, "padding": 1}),
     ("line", {"channels": (7, 9), "space": (67,), "kernel": (5,)}, {"padding": 2}),
-    ("volume", {"channels": (3, 5), "space": (5, 6, 7), "kernel": (3, 3, 3), "batch": 3}, {"padding": 1, "stride": (1, 2, 2)}),
+    (
+        "volume",
+        {"channels": (3, 5), "space": (5, 6, 7), "kernel": (3, 3, 3), "batch": 3},
+        {"padding": 1, "stride": (1, 2, 2)},
+    ),
     ("one-pixel", {"channels": (40, 50), "space": (1, 1), "batch": 5}, {"padding": 1}),
     ("deep", {"channels": (200, 20), "space": (6, 5)}, {"padding": 1}),
 ]
