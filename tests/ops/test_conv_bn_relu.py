@@ -450,6 +450,10 @@ _PLANES = {
     "depthwise 2x4, dilated": ((2, 5, 17, 19), (5, 1, 2, 4), 1, 1, (2, 1), 5),
     "depthwise, wide padding": ((1, 3, 14, 14), (3, 1, 3, 3), 1, 6, 1, 3),
     "depthwise in bands": ((1, 2, 90, 90), (2, 1, 3, 3), 1, 1, 1, 2),
+    "depthwise, strided": ((2, 5, 15, 17), (5, 1, 3, 3), 2, 1, 1, 5),
+    "depthwise 5x5, strided": ((2, 3, 31, 30), (3, 1, 5, 5), 2, 2, 1, 3),
+    "depthwise 7x3, strided and dilated": ((1, 3, 20, 33), (3, 1, 7, 3), 2, (3, 2), (1, 2), 3),
+    "depthwise, strided in bands": ((1, 2, 120, 150), (2, 1, 3, 3), 2, 1, 1, 2),
     "depthwise in one dimension": ((2, 5, 211), (5, 1, 9), 1, 4, 1, 5),
 }
 

@@ -84,7 +84,8 @@ template <class T>
 bool reads_planes(const ConvProblem& p) {
   if (p.transposed || p.norm_groups || p.pre_activation != Activation::none) return false;
   if (conv_layout(p) == Layout::channels_first) return true;
-  if (p.layout != Layout::channels_first || volume(p.out) == 1 || is_depthwise(p)) return false;
+  if (p.layout != Layout::channels_first || volume(p.out) == 1) return false;
+  if (is_depthwise(p)) return DepthwisePlanes<T>::fits_strided(p);
   if constexpr (std::is_same_v<T, float>)
     if (WinogradConv::fits(p, forward_gather(p))) return false;
   return PlanesConv<T>::pays(p);

@@ -1,7 +1,8 @@
 // Depthwise convolution of channels-first tensors as they lie: one plane after the other, in one or two dimensions.
 //
 //   layout    a vector holds neighbouring positions. Lines of a plane are copied, widened to the type of the sums, into
-//             a window with zeros at its borders: there, a tap of neighbouring positions is one load.
+//             a window with zeros at its borders: there, a tap of neighbouring positions is one load. With a stride of
+//             2 a line's even elements come first, then its odd ones.
 //
 //   tiling    an item is a band of lines of some channels; a band's window stays in L1. Four lines of positions at a
 //             time share what they load. Where the lines of a window are further apart, or its height is not one of
@@ -20,7 +21,7 @@
 namespace ptk::PTK_ISA {
 
 // The part of a plane that a band of lines of positions meets: line l of the window, `width` elements long, is line
-// begin + l + base of the plane, with zeros where there is none.
+// begin * step + l + base of the plane, with zeros where there is none.
 template <class T>
 class PlaneWindow {
   using A = Acc<T>;
@@ -30,8 +31,10 @@ public:
   static constexpr int kLane = kLanes<A>, kLines = 4;
 
   explicit PlaneWindow(const Gather& gather) : g_(gather) {
-    width_ = w_.count + (w_.taps - 1) * w_.delta;
-    const int64_t fitting = most(1, kElements / width_ - reach()), bands = (h_.count + fitting - 1) / fitting;
+    half_ = w_.count + ((w_.taps - 1) * w_.delta + w_.step - 1) / w_.step;
+    width_ = w_.step * half_;
+    const int64_t fitting = most(1, (kElements / width_ - reach() - 1) / h_.step + 1),
+                  bands = (h_.count + fitting - 1) / fitting;
     band_ = (h_.count + bands - 1) / bands;
     bands_ = (h_.count + band_ - 1) / band_;
   }
@@ -41,25 +44,29 @@ public:
   int64_t bands() const { return bands_; }
   int64_t taps() const { return h_.taps * w_.taps; }
   // With room for vectors, and for lines of positions, that begin inside.
-  int64_t elements() const { return (band_ + reach() + kLines - 1) * width_ + 9 * kLane; }
+  int64_t elements() const { return (lines(band_) + (kLines - 1) * h_.step) * width_ + 9 * kLane; }
   // What a tap reads, counted from the window's element of the same line and column.
-  int64_t tap(int64_t i) const { return i / w_.taps * h_.delta * width_ + i % w_.taps * w_.delta; }
+  int64_t tap(int64_t i) const { return i / w_.taps * h_.delta * width_ + place(i % w_.taps * w_.delta); }
 
   // The borders are the same for all channels.
-  void clear(A* window) const { std::memset(window, 0, (band_ + reach()) * width_ * sizeof(A)); }
+  void clear(A* window) const { std::memset(window, 0, lines(band_) * width_ * sizeof(A)); }
 
-  void copy(const T* plane, int64_t begin, int64_t lines, A* window) const {
-    const int64_t top = begin + h_.base, low = most(0, -top), high = least(lines + reach(), h_.source - top);
+  void copy(const T* plane, int64_t begin, int64_t count, A* window) const {
+    const int64_t top = begin * h_.step + h_.base, low = most(0, -top), high = least(lines(count), h_.source - top);
     const int64_t left = most(0, w_.base), at = most(0, -w_.base);
     const int64_t length = most(0, least(width_ - at, w_.source - left));
     for (int64_t row = low; row < high; ++row) {
       const T* from = plane + (top + row) * w_.source + left;
       // The next channel's plane is on its way.
       __builtin_prefetch(from + h_.source * w_.source);
-      if constexpr (std::is_same_v<A, T>) {
-        copy_elements(from, length, window + row * width_ + at);
-      } else {
-        pack_row(from, 1, length, length, window + row * width_ + at);
+      for (int64_t i = 0; i < least(w_.step, length); ++i) {
+        const int64_t elements = (length - i + w_.step - 1) / w_.step;
+        A* to = window + row * width_ + place(at + i);
+        if constexpr (std::is_same_v<A, T>) {
+          copy_spaced(from + i, w_.step, elements, to);
+        } else {
+          pack_row(from + i, w_.step, elements, elements, to);
+        }
       }
     }
   }
@@ -69,8 +76,12 @@ public:
 
 private:
   int64_t reach() const { return (h_.taps - 1) * h_.delta; }
+  // Of the window, for so many of positions.
+  int64_t lines(int64_t count) const { return (count - 1) * h_.step + reach() + 1; }
+  // Of an element of a line of the plane in that of the window.
+  int64_t place(int64_t column) const { return column % w_.step * half_ + column / w_.step; }
 
-  int64_t width_, band_, bands_;
+  int64_t half_, width_, band_, bands_;
 };
 
 template <class T>
@@ -81,10 +92,17 @@ class DepthwisePlanes {
 public:
   DepthwisePlanes(const Gather& gather, const T* source, const T* weight, const ConvResult<T>& result)
       : g_(gather), source_(source), weight_(weight), r_(result) {
-    if (h_.delta == 1 && (h_.taps == 3 || h_.taps == 5 || h_.taps == 7)) shared_taps_ = h_.taps;
+    if (shares_taps(h_.taps, h_.delta)) shared_taps_ = h_.taps;
     ld_sums_ = shared_taps_ ? round_up(w_.count, 2 * kLane) : window_.width();
     const int64_t planes = g_.batch * window_.bands(), wanted = 8 * num_threads();
     channels_ = most(1, least(kChannels, planes * g_.result_channels / wanted));
+  }
+
+  static bool shares_taps(int64_t taps, int64_t delta) { return delta == 1 && (taps == 3 || taps == 5 || taps == 7); }
+  // Also of a stride of 2, of which no gradient is computed in planes.
+  static bool fits_strided(const ConvProblem& p) {
+    return is_depthwise(p) && p.in[0] == 1 && p.kernel[0] == 1 && p.padding[0] == 0 && p.stride[1] == 2 &&
+           p.stride[2] == 2 && shares_taps(p.kernel[1], p.dilation[1]) && volume(p.out) >= kFewest;
   }
 
   static bool packs_on_the_way() { return true; }
@@ -104,7 +122,7 @@ public:
   }
 
 private:
-  static constexpr int64_t kChannels = 16;
+  static constexpr int64_t kChannels = 16, kFewest = 49;
 
   struct Scratch {
     A *window, *sums, *weight;
@@ -143,11 +161,11 @@ private:
   void sum(const Scratch& s, int64_t lines) const {
     switch (shared_taps_) {
     case 3:
-      return sum_lines<3>(s, lines);
+      return h_.step == 1 ? sum_lines<3, 1>(s, lines) : sum_lines<3, 2>(s, lines);
     case 5:
-      return sum_lines<5>(s, lines);
+      return h_.step == 1 ? sum_lines<5, 1>(s, lines) : sum_lines<5, 2>(s, lines);
     case 7:
-      return sum_lines<7>(s, lines);
+      return h_.step == 1 ? sum_lines<7, 1>(s, lines) : sum_lines<7, 2>(s, lines);
     default:
       const int64_t count = (lines - 1) * window_.width() + w_.count;
       int64_t i = 0;
@@ -156,21 +174,21 @@ private:
     }
   }
 
-  // Windows of H lines, each next to the one before it.
-  template <int H>
+  // Windows of H lines, each S behind the one before it.
+  template <int H, int S>
   void sum_lines(const Scratch& s, int64_t lines) const {
     for (int64_t y = 0; y < lines; y += kLines) {
       int64_t x = 0;
-      for (; x + kLane < w_.count; x += 2 * kLane) sum_square<H, 2>(s, y, x);
-      if (x < w_.count) sum_square<H, 1>(s, y, x);
+      for (; x + kLane < w_.count; x += 2 * kLane) sum_square<H, S, 2>(s, y, x);
+      if (x < w_.count) sum_square<H, S, 1>(s, y, x);
     }
   }
 
-  // kLines lines of V vectors. Line l of the window is line l - i of the taps of the i-th line of positions.
-  template <int H, int V>
+  // kLines lines of V vectors. Line l of the window is line l - i * S of the taps of the i-th line of positions.
+  template <int H, int S, int V>
   void sum_square(const Scratch& s, int64_t y, int64_t x) const {
     const int64_t ld = window_.width(), width = w_.taps;
-    const A* window = s.window + y * ld + x;
+    const A* window = s.window + y * S * ld + x;
     Vec<A> sum[kLines][V] = {};
     for (int64_t t = 0; t < width; ++t) {
       Vec<A> factor[H];
@@ -178,14 +196,14 @@ private:
       for (int h = 0; h < H; ++h) factor[h] = broadcast(s.weight[h * width + t]);
       const A* from = window + s.taps[t];
 #pragma GCC unroll 16
-      for (int line = 0; line < kLines + H - 1; ++line, from += ld) {
+      for (int line = 0; line < (kLines - 1) * S + H; ++line, from += ld) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
           Vec<A> x = load(from + v * kLane);
           PTK_OPAQUE(x);
 #pragma GCC unroll 4
           for (int i = 0; i < kLines; ++i)
-            if (line - i >= 0 && line - i < H) sum[i][v] += x * factor[line - i];
+            if (line - i * S >= 0 && line - i * S < H) sum[i][v] += x * factor[line - i * S];
         }
       }
     }
