@@ -58,6 +58,8 @@ def _load_cpu() -> Library:
         torch.ops.ptkernels._set_max_isa(_env.settings.max_isa)
     if _env.settings.packed_mb is not None:
         torch.ops.ptkernels._limit_packed_weights(_env.settings.packed_mb << 20)
+    if _env.settings.batch_invariant:
+        torch.ops.ptkernels._batch_invariant(True)
     if not _env.settings.winograd:
         torch.ops.ptkernels._allow_winograd(False)
     return Library("libptkernels.so", path, True, "PTKERNELS_LIBRARY" if _env.settings.library else "packaged")

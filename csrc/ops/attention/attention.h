@@ -79,6 +79,8 @@ struct Problem {
   const int64_t* first_q = nullptr;
   const int64_t* first_k = nullptr;
   int64_t total_q = 0;
+
+  bool batch_invariant = false;  // the forward gives a row the same bits whatever else is in the call
 };
 
 // No size is zero in the problems that kernels get, but len_k where there are sinks: the glue answers those itself.
@@ -113,6 +115,9 @@ struct AttentionKernels {
 };
 
 PTK_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+// Whether kernels on the CPU are to be batch invariant; process-wide, set by _batch_invariant().
+bool is_batch_invariant();
 
 // Name of the kernel that the active level runs for a problem.
 PTK_EXPORT const char* attention_kernel_name(const Problem& problem);

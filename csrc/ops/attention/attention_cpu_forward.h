@@ -74,12 +74,15 @@ PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A
     store_as(p + j, p0);
     store_as(p + j + kLanes<A>, p1);
   }
-  // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared.
+  // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared. Every vector
+  // goes to the sum that its place names, wherever n is: a row's sum is the same whether keys are hidden or not there.
   const Vec<A> lane = iota<A>();
   for (; j < n_padded; j += kLanes<A>) {
     Vec<A> v = softmax_exp2<P>((load(s + j) - shift) * scale);
     v = lane < static_cast<A>(n - j) ? v : Vec<A>{};
-    sum0 += v;
+    const Vec<A> added = sum0 + v;
+    sum0 = sum1;
+    sum1 = added;
     store_as(p + j, v);
   }
   return sum0 + sum1;

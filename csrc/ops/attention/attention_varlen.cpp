@@ -12,7 +12,8 @@ struct CpuBackend {
 
   static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
 
-  static void forward(const ForwardParams& params, const Tensor&) {
+  static void forward(ForwardParams params, const Tensor&) {
+    params.problem.batch_invariant = is_batch_invariant();
     PTK_CHECK(PTK_DISPATCH(attention_kernels).forward(params), "attention_varlen: out of memory");
   }
 

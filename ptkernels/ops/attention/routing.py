@@ -64,11 +64,13 @@ def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tens
         BackendError: the backend asked for cannot run this call.
         FallbackError: no kernel covers the call, and ``PTKERNELS_STRICT=1``.
     """
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(OP, query.device.type)
     reason = fallback_reason(query, key, value, attn_mask, options)
     if reason is not None:
+        _backend.check_batch_invariant(OP, query.device.type, reason)
         _backend.fallback(OP, reason)
     return reason is not None
 
@@ -160,15 +162,19 @@ def explain(
     beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     attn_mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond, draw=False)
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
     if reason := fallback_reason(query, key, value, attn_mask, options):
+        _backend.check_batch_invariant(OP, device, reason)
         return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.state.batch_invariant:
+        reason += f"; {_backend.BATCH_INVARIANT}"
     call = normalize(query, key, value, attn_mask, options, enable_gqa)
     if runs_on_triton(device):
         return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(query, key, value))

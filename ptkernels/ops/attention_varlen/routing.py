@@ -31,11 +31,13 @@ def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options)
 
 def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for."""
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(OP, query.device.type)
     reason = fallback_reason(query, key, value, options)
     if reason is not None:
+        _backend.check_batch_invariant(OP, query.device.type, reason)
         _backend.fallback(OP, reason)
     return reason is not None
 
@@ -67,17 +69,21 @@ def explain(
     bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
     options = options._replace(bottom_right=bottom_right)
     check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], options=options)
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         reason = "backend 'reference' was asked for"
         return Explanation(OP, _LOOP, "reference", reason, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
     if uncovered := fallback_reason(query, key, value, options):
+        _backend.check_batch_invariant(OP, device, uncovered)
         return Explanation(OP, _LOOP, "reference", uncovered)
     if _backend.runs_on_triton(device, library.DEVICES):
         return Explanation(OP, "Triton", "triton", f"fused kernel for {device} tensors; {_triton.NOT_YET_RUN}")
     # The choice of kernel is that of one batch as long as the longest sequence.
     kernel, reason = "shape propagation", f"fused kernel for {device} tensors"
+    if _backend.state.batch_invariant:
+        reason += f"; {_backend.BATCH_INVARIANT}"
     if device == "cuda":
         kernel, reason = dense.cuda_kernel(query, key, value, reason)
     if device == "cpu":
