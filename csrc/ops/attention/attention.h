@@ -58,9 +58,10 @@ struct Problem {
   double softcap = 0;         // cap(x) = softcap * tanh(x / softcap); 0: cap(x) = x
   HeadValues alibi;           // slopes; data is null without
   HeadValues sinks;           // data is null without
-  // Added to the scores by distance: len_q + len_k - 1 contiguous numbers per [batch, head], that of j - i at place
-  // j - i + len_q - 1. Data is null without.
+  // Added to the scores by distance: `distances` contiguous numbers per [batch, head], that of j - i at place
+  // j - i + distance_zero, which is one less than the largest len_q they are made for. Data is null without.
   HeadValues relative_bias;
+  int64_t distances = 0, distance_zero = 0;
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
   // A boolean mask may have one element for so many rows and as many keys: [batch, heads_q, blocks_q, blocks_k] then.

@@ -32,13 +32,14 @@ PTK_INLINE Vec<A> joined(Vec<A> before, Vec<A> factor, Vec<A> sums, Vec<A> share
   return before * factor + added;
 }
 
+// The scale is read from memory: as a value it would keep one of the registers that the sums need.
 template <class A>
 struct ScaleAndStore {
   A* to;
   int64_t ld;
-  A scale;
+  const A* scale;
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t) const {
-    store(to + row * ld + column, sums * scale);
+    store(to + row * ld + column, sums * broadcast(*scale));
   }
 };
 
@@ -91,7 +92,7 @@ class InvariantForward {
 
 public:
   InvariantForward(const Problem& problem, const InvariantRows<T>& operands, const View& out, void* lse)
-      : p_(problem), operands_(operands), out_(out), lse_(static_cast<A*>(lse)) {
+      : p_(problem), operands_(operands), out_(out), lse_(static_cast<A*>(lse)), scale_(static_cast<A>(problem.scale)) {
     for (int64_t b = 0; b < p_.batch; ++b) longest_ = most(longest_, operands_.sequence(b).len_q);
     const int64_t group = p_.heads_q / p_.heads_kv;
     fold_ = group * longest_ <= kQueries ? group : 1;
@@ -376,7 +377,7 @@ private:
     const int64_t k0 = block * kKeys + seen.begin, keys = seen.end - seen.begin;
     A* scores = s.scores + seen.begin;
     gemm<T>(rows.count, padded_n<T>(keys), p_.dim_qk, s.query, ldq(), key + seen.begin / kNr * key_panel(), key_panel(),
-            ScaleAndStore<A>{scores, kLds, static_cast<A>(p_.scale)});
+            ScaleAndStore<A>{scores, kLds, &scale_});
     if (operands_.has_key_scales())
       for (int64_t r = 0; r < rows.count; ++r) operands_.scale_keys(rows.seq, head_kv, k0, keys, scores + r * kLds);
     const int64_t step = rows.fold == 1 ? rows.count : 1;
@@ -466,6 +467,7 @@ private:
   const InvariantRows<T>& operands_;
   const View& out_;
   A* lse_;
+  const A scale_;
   int64_t longest_ = 0, fold_ = 1;
 };
 

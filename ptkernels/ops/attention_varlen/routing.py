@@ -21,11 +21,15 @@ _LOOP = "plain torch loop over sequences"
 
 def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
-    tangent = FORWARD_MODE if has_tangent(query, key, value, *options.tensors) else None
+    tangent = FORWARD_MODE if has_tangent(query, key, value, *options.learned) else None
     if _backend.runs_on_triton(query.device.type, library.DEVICES):
+        if options.relative_bias is not None:
+            return "the Triton kernels have no relative_bias"
         return _triton.uncovered(query) or tangent
     if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):
         return _backend.no_kernel(query.device.type, library.DEVICES)
+    if query.is_cuda and options.relative_bias is not None:
+        return "the CUDA kernels have no relative_bias"
     return tangent
 
 
@@ -59,12 +63,13 @@ def explain(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    relative_bias: Any = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Account of the call :func:`ptkernels.attention_varlen` would make with these arguments, without making it."""
     query, key, value, _ = autocast_if_enabled(query, key, value, None)
     check_window(window)
-    beyond = (window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
     _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, *beyond, draw=False)
     bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
     options = options._replace(bottom_right=bottom_right)
