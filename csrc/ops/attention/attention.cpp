@@ -1,4 +1,5 @@
 // Schema of attention and its CPU implementation: the kernel of the active ISA.
+#include "csrc/core/float32_precision.h"
 #include "csrc/ops/attention/attention_glue.h"
 
 #include <atomic>
@@ -23,6 +24,7 @@ struct CpuBackend {
 
   static void forward(ForwardParams params, const Tensor&) {
     params.problem.batch_invariant = is_batch_invariant();
+    params.problem.float32_products = allowed_float32_products(params.problem.dtype);
     PTK_CHECK(PTK_DISPATCH(attention_kernels).forward(params), "attention: out of memory");
   }
 
@@ -33,6 +35,21 @@ struct CpuBackend {
 
 }  // namespace
 
+Float32Products allowed_float32_products(DType dtype) {
+  if (dtype != DType::f32 || active_isa() < Isa::amx) {
+    return Float32Products::exact;
+  }
+  switch (float32_precision()) {
+  case Float32Precision::high:
+    return Float32Products::three_bf16;
+  case Float32Precision::medium:
+    return Float32Products::one_bf16;
+  case Float32Precision::highest:
+    break;
+  }
+  return Float32Products::exact;
+}
+
 bool is_batch_invariant() {
   return batch_invariant;
 }
@@ -40,6 +57,7 @@ bool is_batch_invariant() {
 const char* attention_kernel_name(const Problem& problem) {
   Problem asked = problem;
   asked.batch_invariant = is_batch_invariant();
+  asked.float32_products = allowed_float32_products(asked.dtype);
   return PTK_DISPATCH(attention_kernels).describe(asked);
 }
 

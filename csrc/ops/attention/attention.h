@@ -41,6 +41,9 @@ struct HeadValues {
 
 inline constexpr int64_t kUnbounded = int64_t{1} << 40;
 
+// What the CPU kernels may multiply float32 by: itself, or pieces of 16 bits.
+enum class Float32Products : uint8_t { exact, three_bf16, one_bf16 };
+
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 0;
@@ -81,6 +84,7 @@ struct Problem {
   const int64_t* first_k = nullptr;
   int64_t total_q = 0;
 
+  Float32Products float32_products = Float32Products::exact;  // of the forward
   bool batch_invariant = false;  // the forward gives a row the same bits whatever else is in the call
 };
 
@@ -116,6 +120,9 @@ struct AttentionKernels {
 };
 
 PTK_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+// What torch.set_float32_matmul_precision allows a kernel of the active level, which alone is asked.
+Float32Products allowed_float32_products(DType dtype);
 
 // Whether kernels on the CPU are to be batch invariant; process-wide, set by _batch_invariant().
 bool is_batch_invariant();

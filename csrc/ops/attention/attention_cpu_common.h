@@ -3,7 +3,7 @@
 
 #include "csrc/core/parallel.h"
 #include "csrc/cpu/carver.h"
-#include "csrc/cpu/gemm/gemm.h"
+#include "csrc/cpu/gemm/pieces.h"
 #include "csrc/cpu/math.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/ops/attention/attention.h"

@@ -15,6 +15,7 @@ struct CpuBackend {
 
   static void forward(ForwardParams params, const Tensor&) {
     params.problem.batch_invariant = is_batch_invariant();
+    params.problem.float32_products = allowed_float32_products(params.problem.dtype);
     PTK_CHECK(PTK_DISPATCH(attention_kernels).forward(params), "attention_varlen: out of memory");
   }
 

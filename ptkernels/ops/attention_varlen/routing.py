@@ -98,7 +98,7 @@ def explain(
         longest = (query[:rows], key[:keys], value[:keys])
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in longest)
         kernel = dense.cpu_kernel(q, k, v, None, is_causal)
-    return Explanation(OP, kernel, device, reason)
+    return Explanation(OP, kernel, device, reason + dense.precision_note(kernel))
 
 
 def kernels() -> list[KernelInfo]:
