@@ -50,7 +50,7 @@ def attend(precision: str, inputs: tuple[Tensor, ...], **options: Any) -> Tensor
 @pytest.mark.parametrize(("lq", "lk"), LENGTHS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_error_is_that_of_the_pieces(precision: str, lq: int, lk: int, options: dict[str, Any]) -> None:
-    """An error of scores by ``d`` is one of weights by a factor of up to ``exp(2 d)``; the second product adds its own."""
+    """An error of scores by ``d`` is one of weights by a factor of up to ``exp(2 d)``; the values add their own."""
     query, key, value = inputs = operands(lq, lk)
     out = attend(precision, inputs, **options).double()
     torch.manual_seed(5)
