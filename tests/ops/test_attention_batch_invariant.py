@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ import ptkernels as ptk
 from ptkernels import _backend, _loader
 from ptkernels.errors import BackendError
 
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HEADS, KV_HEADS = 6, 2
 # Three blocks of keys, the last of them neither whole nor a multiple of any vector.
@@ -308,6 +313,28 @@ def test_context_ends_and_nests() -> None:
         assert "invariant" not in str(ptk.explain(ptk.attention, x, x, x))
     finally:
         _backend._set_batch_invariant(True)
+
+
+def test_compiled_functions_follow_the_choice_when_they_run() -> None:
+    query, key, value = (torch.randn(1, 4, 300, 32) for _ in range(3))
+    compiled = torch.compile(ptk.attention, fullgraph=True, backend="aot_eager")
+    invariant = ptk.attention(query, key, value, is_causal=True)
+    assert torch.equal(compiled(query, key, value, is_causal=True), invariant)
+    assert torch.equal(compiled(query[:, :, -1:], key, value), invariant[:, :, -1:])
+
+
+def test_environment_variable() -> None:
+    code = """
+import torch, ptkernels as ptk
+query, key, value = (torch.randn(1, 4, 300, 32) for _ in range(3))
+whole = ptk.attention(query, key, value, is_causal=True)
+assert torch.equal(ptk.attention(query[:, :, -1:], key, value), whole[:, :, -1:])
+print(ptk.explain(ptk.attention, query, key, value).reason)
+"""
+    environment = {**os.environ, "PTKERNELS_BATCH_INVARIANT": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert _backend.BATCH_INVARIANT in result.stdout
 
 
 def test_no_other_backend_offers_it() -> None:
