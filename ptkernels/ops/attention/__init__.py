@@ -150,7 +150,7 @@ def attention(
         the results is ``O(Lq + Lk)``. The gradient of ``attn_mask`` has the size of ``attn_mask``, and costs no more.
         Softmax and every accumulation run in float32, in float64 for float64. Results do not depend on the number
         of threads; in :func:`ptkernels.batch_invariant` neither on anything else in the call, at 1.0 to 1.04 times the
-        time of a prefill and 1.2 to 2 times that of decoding. The algorithm is the online softmax of Milakov and
+        time of a prefill and 1.2 to 1.9 times that of decoding. The algorithm is the online softmax of Milakov and
         Gimelshein (2018), tiled as in FlashAttention (Dao et al., 2022; Dao, 2023).
 
         Dropout takes one seed from torch's default generator on the CPU per call. Which weights it drops is a function
