@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ptkernels import errors, nn, quantization, reference
-from ptkernels._backend import backend
+from ptkernels._backend import backend, batch_invariant
 from ptkernels._registry import Explanation, get
 from ptkernels._replace import replace
 from ptkernels._sdpa import patch_sdpa
@@ -35,6 +35,7 @@ __all__ = [
     "attention_weights",
     "attention_with_kv_cache",
     "backend",
+    "batch_invariant",
     "conv_bn_relu",
     "conv_transpose_bn_relu",
     "errors",

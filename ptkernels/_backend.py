@@ -14,16 +14,17 @@ from ptkernels.errors import BackendError, FallbackError, FallbackWarning
 
 
 class _State:
-    __slots__ = ("backend", "strict", "warned")
+    __slots__ = ("backend", "batch_invariant", "strict", "warned")
 
-    def __init__(self, backend: str | None, strict: bool) -> None:
+    def __init__(self, backend: str | None, strict: bool, batch_invariant: bool) -> None:
         self.backend = backend
         self.strict = strict
+        self.batch_invariant = batch_invariant
         self.warned: set[tuple[str, str]] = set()
 
 
 # Process-wide on purpose, like torch.backends: torch.compile guards on it, and worker threads see the same choice.
-state = _State(_env.settings.backend, _env.settings.strict)
+state = _State(_env.settings.backend, _env.settings.strict, _env.settings.batch_invariant)
 
 
 def unavailable(name: str) -> str | None:
@@ -78,6 +79,73 @@ class backend(contextlib.ContextDecorator):  # noqa: N801 - used as a function, 
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         state.backend = self._outer.pop()
+
+
+class batch_invariant(contextlib.ContextDecorator):  # noqa: N801 - used as a function, like torch.no_grad
+    """Give a row of attention the same bits whatever else is in the call: a context manager, also a decorator.
+
+    :func:`ptkernels.attention`, :func:`ptkernels.attention_varlen` and :func:`ptkernels.attention_with_kv_cache` then
+    return, for one query and the keys and values it sees, results that are equal bit by bit, log-sum-exp included, in
+    a prefill of the whole sequence, in a prefill in chunks and in decoding token by token; alone and in a batch; padded
+    (with a boolean mask) and packed; in a contiguous cache and in pages of any size; with any number of threads. That
+    holds for every dtype and with every option but dropout, which depends on a row's place in the call, between calls
+    of the same head dims and the same ISA level. A quantised cache agrees with itself, not with tensors.
+
+    Other operators are as they are, the backward of attention among them: a model's output is invariant only where its
+    other layers are. There are kernels for it on CPUs only; calls that would run elsewhere raise.
+
+    The choice holds for the whole process while the context is entered, contexts nest, and a compiled function follows
+    the choice at the time it runs: enter it outside of ``torch.compile``. ``PTKERNELS_BATCH_INVARIANT=1`` enters it at
+    import. A prefill takes 1.0 to 1.04 times as long, decoding 1.2 to 1.9 times
+    (csrc/ops/attention/README.md).
+
+    Raises:
+        ptkernels.errors.BackendError: by calls for which there is no such kernel.
+
+    Example:
+        >>> import torch, ptkernels as ptk
+        >>> query, key, value = (torch.randn(2, 4, 300, 64) for _ in range(3))
+        >>> with ptk.batch_invariant():
+        ...     whole = ptk.attention(query, key, value, is_causal=True)
+        ...     last = ptk.attention(query[1:, :, -1:], key[1:], value[1:])
+        >>> torch.equal(whole[1:, :, -1:], last)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._outer: list[bool] = []
+
+    def __enter__(self) -> batch_invariant:
+        self._outer.append(state.batch_invariant)
+        _set_batch_invariant(True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _set_batch_invariant(self._outer.pop())
+
+
+def _set_batch_invariant(wanted: bool) -> None:
+    _loader.load()
+    torch.ops.ptkernels._batch_invariant(wanted)
+    state.batch_invariant = wanted
+
+
+BATCH_INVARIANT = "batch invariant: a row has the same bits whatever else is in the call"
+
+
+def check_batch_invariant(op: str, device_type: str, fallback_reason: str | None = None) -> None:
+    """Raise where batch invariance was asked for and is not to be had."""
+    if not state.batch_invariant:
+        return
+    reason = fallback_reason
+    if state.backend not in (None, "cpu"):
+        reason = f"backend {state.backend!r} does not offer it"
+    elif device_type not in ("cpu", "meta"):
+        reason = f"got tensors on {device_type}, expected them on the cpu: no other device's kernels offer it"
+    if reason is not None:
+        raise BackendError(f"{op}: batch_invariant() was asked for: {reason}")
 
 
 def check_requested(op: str, device_type: str) -> None:

@@ -1,16 +1,17 @@
 """Environment variables of ptkernels: the only module that reads them, once, at import.
 
-===========================  ==================================================================================
-``PTKERNELS_BACKEND``        ``cpu``, ``cuda``, ``triton`` or ``reference``: what `ptkernels.backend` starts as
-``PTKERNELS_STRICT``         ``1``: a call that the fused kernels cannot take raises instead of running the reference
-``PTKERNELS_MAX_ISA``        highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
-                             ``avx512_vnni``, ``avx512_bf16`` or ``amx``
-``PTKERNELS_PACKED_MB``      MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
-``PTKERNELS_WINOGRAD``       ``0``: no convolution is computed by Winograd's transforms
-``PTKERNELS_CUDA_ARCH``      newest CUDA C++ kernels to use, whether or not they have passed on a GPU: ``cuda_cores``,
-                             ``sm_80`` or ``sm_90a``. Default: the newest that have
-``PTKERNELS_LIBRARY``        path of the libptkernels.so to load instead of the installed one
-===========================  ==================================================================================
+============================= ==================================================================================
+``PTKERNELS_BACKEND``         ``cpu``, ``cuda``, ``triton`` or ``reference``: what `ptkernels.backend` starts as
+``PTKERNELS_STRICT``          ``1``: a call that the fused kernels cannot take raises instead of running the reference
+``PTKERNELS_MAX_ISA``         highest instruction set the CPU kernels may use: ``baseline``, ``avx2``, ``avx512``,
+                              ``avx512_vnni``, ``avx512_bf16`` or ``amx``
+``PTKERNELS_PACKED_MB``       MiB of packed weights that CPU kernels may keep between calls; default 256, 0 for none
+``PTKERNELS_BATCH_INVARIANT`` ``1``: what `ptkernels.batch_invariant` starts as
+``PTKERNELS_WINOGRAD``        ``0``: no convolution is computed by Winograd's transforms
+``PTKERNELS_CUDA_ARCH``       newest CUDA C++ kernels to use, whether or not they have passed on a GPU: ``cuda_cores``,
+                              ``sm_80`` or ``sm_90a``. Default: the newest that have
+``PTKERNELS_LIBRARY``         path of the libptkernels.so to load instead of the installed one
+============================= ==================================================================================
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Settings:
     strict: bool = False
     max_isa: str | None = None
     packed_mb: int | None = None
+    batch_invariant: bool = False
     winograd: bool = True
     cuda_arch: str | None = None
     library: Path | None = None
@@ -74,6 +76,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         strict=_flag(environ, "PTKERNELS_STRICT"),
         max_isa=_choice(environ, "PTKERNELS_MAX_ISA", ISA_LEVELS),
         packed_mb=_count(environ, "PTKERNELS_PACKED_MB"),
+        batch_invariant=_flag(environ, "PTKERNELS_BATCH_INVARIANT"),
         winograd=_choice(environ, "PTKERNELS_WINOGRAD", ("0", "1")) != "0",
         cuda_arch=_choice(environ, "PTKERNELS_CUDA_ARCH", CUDA_ARCHITECTURES),
         library=Path(library) if library else None,

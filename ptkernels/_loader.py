@@ -13,6 +13,8 @@ import torch
 from . import _cuda, _env
 
 _PACKAGED = Path(__file__).parent / "lib"
+# As csrc/core/float32_precision.h counts them.
+_PRECISIONS = ("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,29 @@ def _load_cpu() -> Library:
         raise ImportError(
             f"ptkernels: {path} is no libptkernels.so: it registers no operator (torch {torch.__version__})"
         )
+    _tell_float32_precision()
     if _env.settings.max_isa is not None:
         torch.ops.ptkernels._set_max_isa(_env.settings.max_isa)
     if _env.settings.packed_mb is not None:
         torch.ops.ptkernels._limit_packed_weights(_env.settings.packed_mb << 20)
+    if _env.settings.batch_invariant:
+        torch.ops.ptkernels._batch_invariant(True)
     if not _env.settings.winograd:
         torch.ops.ptkernels._allow_winograd(False)
     return Library("libptkernels.so", path, True, "PTKERNELS_LIBRARY" if _env.settings.library else "packaged")
+
+
+_library = torch.library.Library("ptkernels", "FRAGMENT")
+
+
+def _tell_float32_precision() -> None:
+    """Let kernels read torch's setting when they run, which its C interface does not let them do."""
+
+    def precision() -> int:
+        return _PRECISIONS.index(torch.get_float32_matmul_precision())
+
+    _library.impl("_float32_precision", precision, "CompositeExplicitAutograd")
+    torch.ops.ptkernels._tell_float32_precision()
 
 
 def _load_cuda() -> Library:

@@ -164,7 +164,7 @@ def test_packed_sequences_are_those_of_a_batch(host: Any, architecture: str, dty
     out, lse = host.attention_varlen(query, key, value, *starts, -1, -1, *packed_rest)
     grad_out, grad_lse = random_gradients(out, lse)
     packed = host._attention_varlen_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *starts, -1, -1, [True] * 3 + [False] * 2, *packed_rest
+        grad_out, grad_lse, query, key, value, out, lse, *starts, -1, -1, [True] * 3 + [False] * 3, *packed_rest
     )
 
     def part(tensor: Tensor, bounds: Tensor, index: int) -> Tensor:
@@ -221,6 +221,9 @@ def test_biases_by_distance_and_masks_of_blocks_are_refused(host: Any) -> None:
     sample = make((1, 2, 20, 6), (1, 2, 37, 6), (1, 2, 37, 3))
     with pytest.raises(RuntimeError, match="attention: relative_bias: got a value, expected none"):
         host.attention(*sample.args, relative_bias=torch.ones(2, 56))
+    rows, starts = torch.randn(7, 2, 64), torch.tensor([0, 7])
+    with pytest.raises(RuntimeError, match="attention: relative_bias: got a value, expected none"):
+        host.attention_varlen(*[rows] * 3, starts, starts, 7, 7, relative_bias=torch.ones(2, 13))
     blocks = {"attn_mask": torch.ones(1, 1, dtype=torch.bool), "mask_block_size": 64}
     with pytest.raises(RuntimeError, match=r"mask_block_size: got 64, expected 1 on .*, which has no kernel"):
         host.attention(*sample.args, **blocks)

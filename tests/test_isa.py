@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 EMULATED = ROOT / "build" / "emulated" / "libptkernels.so"
 SUITES = ["tests/contract/test_values.py", "tests/contract/test_derivatives.py", "tests/test_gemm.py"]
+SUITES += ["tests/ops/test_attention_batch_invariant.py", "tests/ops/test_attention_float32_precision.py"]
 # What depends on the kernels, without the samples marked slow; the rest of the contract is the same at every level.
-SUBSET = "test_gemm or values or same_bits or left_alone or gradcheck"
+SUBSET = "test_gemm or values or same_bits or left_alone or gradcheck or (batch_invariant and everything)"
+SUBSET += " or float32_precision"
 
 introspection = _loader.introspection()
 DETECTED = "baseline" if introspection is None else introspection.detected_isa()

@@ -272,7 +272,7 @@ class _Packing:
     def differentiate(self, rows: _Rows, columns: _Rows, grad: Tensor, operands: Any, saved: Any, *options: Any) -> Any:
         out, lse = saved
         places = (rows.cu_seqlens, columns.cu_seqlens, -1, -1)
-        wanted = (True, True, True, False, False)
+        wanted = (True, True, True, False, False, False)
         return varlen_backward_op(grad, None, *operands, out, lse.t(), *places, wanted, *options)[:3]
 
 

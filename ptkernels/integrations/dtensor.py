@@ -182,6 +182,8 @@ def attention_varlen(operands: Operands, options: Mapping[str, Any]) -> Any:
     if not options["dropout_p"]:
         dims = dict.fromkeys(("query", "key", "value"), 1)
         dims |= {n: operands[n].dim() - 1 for n in ("alibi_slopes", "sinks") if operands[n] is not None}
+        if operands["relative_bias"] is not None:
+            dims["relative_bias"] = operands["relative_bias"].dim() - 2
         cuts.append(Cut(dims, (Shard(1), Shard(0)), _sizes_of(operands, dims)))
     return _run("attention_varlen", function, operands, cuts, **options)
 

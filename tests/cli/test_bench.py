@@ -15,12 +15,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from ptkernels import reference
+from ptkernels import _registry, reference
 from ptkernels.cli import main
 from ptkernels.cli.bench import peers, pretrained, results, runner
 from ptkernels.cli.bench.gate import Oracle
 from ptkernels.cli.bench.peers import attention as attention_peers
+from ptkernels.cli.bench.peers import peers_of
 from ptkernels.cli.bench.problem import Problem, UnsupportedError
+from ptkernels.ops.attention.spec import _bench_case
 
 pytest.importorskip("rich")
 
@@ -323,3 +325,32 @@ def test_the_model_section_is_in_results_and_page(tmp_path: Path, monkeypatch: p
     assert content["model"]["seconds"] == section.seconds
     assert content["rows"][-1]["case"] == "sentences"
     assert "nearest neighbours changed: 0 of 3" in html.read_text()
+
+
+def test_scaling_has_a_row_per_length_and_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path, page = tmp_path / "run.json", tmp_path / "run.html"
+    arguments = ["--dtype", "float32", "--direction", "forward", "--json", str(path), "--html", str(page)]
+    threads = torch.get_num_threads()
+    assert main(["bench", *arguments, "scaling", "--longest", "256", "--thread-counts", "1", "2"]) == 0
+    assert torch.get_num_threads() == threads
+    rows = read(path)["rows"]
+    assert [(row["shape"]["Lq"], row["shape"]["threads"]) for row in rows] == [(128, 1), (256, 1), (128, 2), (256, 2)]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and list(row["peers"]) == ["torch-sdpa"] for row in rows)
+    assert "Time over length" in page.read_text()
+    assert "doubling-256" in capsys.readouterr().out
+
+
+def test_a_mask_of_blocks_is_a_mask_of_pairs_to_peers() -> None:
+    """Hidden blocks are neither counted as work nor seen by a peer that knows only pairs."""
+    spec = _registry.get("attention")
+    case = next(c for c in spec.bench_cases() if c.name == "longformer-4096" and c.direction == "forward")
+    shape = {**case.shape, "Hq": 1, "Hkv": 1, "Lq": 640, "Lk": 640}
+    small = _bench_case("small", "Longformer", shape, torch.float32, "forward")
+    problem = Problem(spec, small)
+    seen = int(problem.named["attn_mask"].sum()) * 64 * 64
+    assert small.work_flops == 4 * 64 * seen < 4 * 64 * 640 * 640
+    ours = problem.contender("ours", spec.function).outputs()[0]
+    for peer in peers_of(spec)[:2]:
+        torch.testing.assert_close(peer.prepare(problem, 1).outputs()[0], ours, rtol=1e-4, atol=1e-4)
+    assert problem.named["mask_block_size"] == 64

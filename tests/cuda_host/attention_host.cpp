@@ -281,13 +281,14 @@ STABLE_TORCH_LIBRARY(ptkernels_cuda_host, library) {
   library.def("attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
               "int max_seqlen_q, int max_seqlen_k, bool is_causal=False, float? scale=None, Tensor? alibi_slopes=None, "
               "Tensor? sinks=None, Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, "
-              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0) -> (Tensor, Tensor)");
+              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None) -> "
+              "(Tensor, Tensor)");
   library.def("_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
               "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
               "bool[] output_mask, bool is_causal=False, float? scale=None, Tensor? alibi_slopes=None, "
               "Tensor? sinks=None, Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, "
-              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0) "
-              "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+              "bool bottom_right=False, float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None) "
+              "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   library.def("attention_with_kv_cache(Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
               "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
               "float? scale=None, bool is_causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, "

@@ -406,18 +406,6 @@ def test_gradients_of_few_queries(dtype: torch.dtype, lq: int, lk: int, heads_kv
         assert all(map(torch.equal, again, ours))
 
 
-def test_precision_of_float32_products_stays() -> None:
-    """What asks for less accuracy gets the same bits, and explain says so."""
-    query, key, value = operands(33, 47)
-    expected = ptk.attention(query, key, value)
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert torch.equal(ptk.attention(query, key, value), expected)
-        assert any("'high' changes nothing" in hint for hint in ptk.explain(ptk.attention, query, key, value).faster)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def test_gradients_of_few_queries_leave_hidden_keys_alone() -> None:
     query, key, value = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (2, 600, 600))
     with torch.no_grad():

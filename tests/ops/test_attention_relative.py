@@ -172,6 +172,86 @@ def test_bad_tables(changes: dict[str, Any], error: type[Exception], message: st
         ptk.t5_relative_bias(**arguments)
 
 
+PACKED = ([0, 5, 5, 42, 43], [0, 60, 71, 72, 172])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "each"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "bottom_right": True}], ids=["full", "causal"])
+def test_packed_sequences_have_the_bias_of_the_longest(own: bool, options: dict[str, Any]) -> None:
+    """Every sequence alone, with its part of the bias: values, gradients, and the gradients' sum."""
+    offsets = [torch.tensor(ends) for ends in PACKED]
+    longest_q, longest_k = 40, 101
+    query, key, value = (torch.randn(n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (43, 172, 172))
+    lead = (4,) if own else ()
+    bias = torch.randn(*lead, 2, longest_q + longest_k - 1, dtype=torch.float64, requires_grad=True)
+    out = ptk.attention_varlen(
+        query, key, value, *offsets, longest_q, longest_k, relative_bias=bias, scale=0.4, **options
+    )
+    parts = []
+    for index in range(4):
+        rows, keys = (slice(*ends[index : index + 2]) for ends in PACKED)
+        q, k, v = (t.transpose(0, 1) for t in (query[rows], key[keys], value[keys]))
+        lq, lk = q.size(1), k.size(1)
+        of_sequence = (bias[index] if own else bias)[:, longest_q - lq : longest_q + lk - 1]
+        mask = matrix(of_sequence, lq, lk) if lq else bias.new_zeros(2, 0, lk)
+        if options:
+            mask = mask.masked_fill(torch.ones(lq, lk).triu(lk - lq + 1).bool(), -math.inf)
+        parts.append(ptk.attention(q, k, v, mask, scale=0.4).transpose(0, 1))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    grad, leaves_ = torch.randn_like(out), (query, key, value, bias)
+    actual = torch.autograd.grad(out, leaves_, grad)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, leaves_, grad), rtol=1e-11, atol=1e-11)
+
+
+def test_t5_packed_is_t5_padded() -> None:
+    table = torch.randn(32, 2, requires_grad=True)
+    offsets, lengths = torch.tensor([0, 30, 47]), (30, 17)
+    packed = torch.randn(47, 2, 16)
+    bias = ptk.t5_relative_bias(table, 30, 30)
+    out = ptk.attention_varlen(packed, packed, packed, offsets, offsets, 30, 30, relative_bias=bias, scale=1.0)
+    (grad,) = torch.autograd.grad(out.square().sum(), table)
+    alone = []
+    for begin, length in zip(offsets.tolist(), lengths, strict=False):
+        x = packed[begin : begin + length].transpose(0, 1)
+        own = ptk.t5_relative_bias(table, length, length)
+        alone.append(ptk.attention(x, x, x, relative_bias=own, scale=1.0).transpose(0, 1))
+    torch.testing.assert_close(out, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    (expected,) = torch.autograd.grad(torch.cat(alone).square().sum(), table)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "each"])
+def test_vmap_of_a_packed_bias(own: bool) -> None:
+    offsets = torch.tensor([0, 5, 12])
+    x = torch.randn(12, 2, 4, dtype=torch.float64)
+    bias = torch.randn(3, *((2,) if own else ()), 2, 15, dtype=torch.float64, requires_grad=True)
+
+    def call(one: Tensor) -> Tensor:
+        return ptk.attention_varlen(x, x, x, offsets, offsets, 8, 8, relative_bias=one, is_causal=True)
+
+    mapped, looped = torch.vmap(call)(bias), torch.stack([call(one) for one in bias])
+    torch.testing.assert_close(mapped, looped)
+    grad = torch.randn_like(looped)
+    torch.testing.assert_close(torch.autograd.grad(mapped, bias, grad), torch.autograd.grad(looped, bias, grad))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "shape", "message"),
+    [
+        ((None, 8), (2, 15), "relative_bias: got a value without max_seqlen_q and max_seqlen_k, expected both"),
+        ((8, None), (2, 15), "relative_bias: got a value without max_seqlen_q and max_seqlen_k, expected both"),
+        ((8, 8), (2, 14), r"relative_bias: got shape \[2, 14\], expected \[2, 15\].*or \[2, 2, 15\]"),
+        ((8, 8), (3, 2, 15), r"relative_bias: got shape \[3, 2, 15\], expected \[2, 15\]"),
+    ],
+    ids=["no-queries", "no-keys", "distances", "sequences"],
+)
+def test_bad_packed_biases(bounds: tuple[int | None, int | None], shape: tuple[int, ...], message: str) -> None:
+    offsets, x = torch.tensor([0, 5, 12]), torch.randn(12, 2, 4)
+    with pytest.raises(ValueError, match=f"attention_varlen: {message}"):
+        ptk.attention_varlen(x, x, x, offsets, offsets, *bounds, relative_bias=torch.randn(shape))
+
+
 def test_not_beside_nested_tensors() -> None:
     nested = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(4, 2, 8)], layout=torch.jagged)
     nested = nested.transpose(1, 2)

@@ -84,6 +84,9 @@ static inline void pack_a(const T* src, int64_t stride_m, int64_t stride_k, int6
 
 namespace detail {
 
+// Between a row that is packed in pieces and the one whose piece is asked for.
+inline constexpr int64_t kRowsAhead = 32;
+
 // A unit is what one lane holds: kPack elements that meet in one multiply instruction.
 template <class E>
 using UnitOf = std::conditional_t<sizeof(E) == 8, double, float>;
@@ -102,6 +105,8 @@ static inline void pack_panel_k_contiguous(const T* src, int64_t stride_n, int64
       Vec<Unit> rows[lanes];
       for (int i = 0; i < lanes; ++i) {
         const T* row = src + (n0 + i) * stride_n + k0;
+        // The next panel's: hardware does not follow pieces of rows into memory.
+        __builtin_prefetch(row + nr * stride_n, 0, 2);
         if (i >= valid) {
           rows[i] = Vec<Unit>{};
         } else if constexpr (std::is_same_v<T, E>) {
@@ -143,8 +148,10 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
   }
   if (stride_n == 1 && columns == Traits::kNr) {
     if constexpr (Traits::kPack == 1) {
-      for (int64_t kk = 0; kk < k; ++kk)
+      for (int64_t kk = 0; kk < k; ++kk) {
+        __builtin_prefetch(src + (kk + detail::kRowsAhead) * stride_k, 0, 2);
         pack_row(src + kk * stride_k, 1, Traits::kNr, Traits::kNr, dst + kk * Traits::kNr);
+      }
       if (k_padded > k) std::memset(dst + k * Traits::kNr, 0, (k_padded - k) * Traits::kNr * sizeof(E));
       return;
     } else if constexpr (std::is_same_v<E, bf16>) {
@@ -153,6 +160,7 @@ static inline void pack_b_panel(const Source* src, int64_t stride_k, int64_t str
         for (int n = 0; n < Traits::kNr; n += kLanes<uint32_t>) {
           auto half = [&](int64_t row) {
             HalfBits bits{};
+            __builtin_prefetch(src + (row + detail::kRowsAhead) * stride_k + n, 0, 2);
             if (row < k) bits = *reinterpret_cast<const HalfBitsUnaligned*>(src + row * stride_k + n);
             return __builtin_convertvector(bits, Vec<uint32_t>);
           };

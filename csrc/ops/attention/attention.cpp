@@ -1,10 +1,19 @@
 // Schema of attention and its CPU implementation: the kernel of the active ISA.
+#include "csrc/core/float32_precision.h"
 #include "csrc/ops/attention/attention_glue.h"
+
+#include <atomic>
 
 #include <torch/csrc/stable/library.h>
 
 namespace ptk {
 namespace {
+
+std::atomic<bool> batch_invariant{false};
+
+void set_batch_invariant(bool wanted) {
+  batch_invariant = wanted;
+}
 
 struct CpuBackend {
   static constexpr const char* kDevice = "cpu";
@@ -13,7 +22,9 @@ struct CpuBackend {
 
   static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
 
-  static void forward(const ForwardParams& params, const Tensor&) {
+  static void forward(ForwardParams params, const Tensor&) {
+    params.problem.batch_invariant = is_batch_invariant();
+    params.problem.float32_products = allowed_float32_products(params.problem.dtype);
     PTK_CHECK(PTK_DISPATCH(attention_kernels).forward(params), "attention: out of memory");
   }
 
@@ -24,8 +35,30 @@ struct CpuBackend {
 
 }  // namespace
 
+Float32Products allowed_float32_products(DType dtype) {
+  if (dtype != DType::f32 || active_isa() < Isa::amx) {
+    return Float32Products::exact;
+  }
+  switch (float32_precision()) {
+  case Float32Precision::high:
+    return Float32Products::three_bf16;
+  case Float32Precision::medium:
+    return Float32Products::one_bf16;
+  case Float32Precision::highest:
+    break;
+  }
+  return Float32Products::exact;
+}
+
+bool is_batch_invariant() {
+  return batch_invariant;
+}
+
 const char* attention_kernel_name(const Problem& problem) {
-  return PTK_DISPATCH(attention_kernels).describe(problem);
+  Problem asked = problem;
+  asked.batch_invariant = is_batch_invariant();
+  asked.float32_products = allowed_float32_products(asked.dtype);
+  return PTK_DISPATCH(attention_kernels).describe(asked);
 }
 
 }  // namespace ptk
@@ -41,9 +74,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
               "Tensor? dropout_seed=None, int window_left=-1, int window_right=-1, bool bottom_right=False, "
               "float softcap=0.0, float dropout_p=0.0, Tensor? relative_bias=None, int mask_block_size=1) "
               "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  library.def("_batch_invariant(bool wanted) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptkernels, CPU, library) {
   library.impl("attention", TORCH_BOX(&ptk::attention_forward<ptk::CpuBackend>));
   library.impl("_attention_backward", TORCH_BOX(&ptk::attention_backward<ptk::CpuBackend>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptkernels, CompositeExplicitAutograd, library) {
+  library.impl("_batch_invariant", TORCH_BOX(&ptk::set_batch_invariant));
 }

@@ -41,6 +41,9 @@ struct HeadValues {
 
 inline constexpr int64_t kUnbounded = int64_t{1} << 40;
 
+// What the CPU kernels may multiply float32 by: itself, or pieces of 16 bits.
+enum class Float32Products : uint8_t { exact, three_bf16, one_bf16 };
+
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 0;
@@ -58,9 +61,10 @@ struct Problem {
   double softcap = 0;         // cap(x) = softcap * tanh(x / softcap); 0: cap(x) = x
   HeadValues alibi;           // slopes; data is null without
   HeadValues sinks;           // data is null without
-  // Added to the scores by distance: len_q + len_k - 1 contiguous numbers per [batch, head], that of j - i at place
-  // j - i + len_q - 1. Data is null without.
+  // Added to the scores by distance: `distances` contiguous numbers per [batch, head], that of j - i at place
+  // j - i + distance_zero, which is one less than the largest len_q they are made for. Data is null without.
   HeadValues relative_bias;
+  int64_t distances = 0, distance_zero = 0;
   MaskKind mask_kind = MaskKind::none;
   ConstView mask;  // expanded to [batch, heads_q, len_q, len_k]
   // A boolean mask may have one element for so many rows and as many keys: [batch, heads_q, blocks_q, blocks_k] then.
@@ -79,6 +83,9 @@ struct Problem {
   const int64_t* first_q = nullptr;
   const int64_t* first_k = nullptr;
   int64_t total_q = 0;
+
+  Float32Products float32_products = Float32Products::exact;  // of the forward
+  bool batch_invariant = false;  // the forward gives a row the same bits whatever else is in the call
 };
 
 // No size is zero in the problems that kernels get, but len_k where there are sinks: the glue answers those itself.
@@ -113,6 +120,12 @@ struct AttentionKernels {
 };
 
 PTK_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+// What torch.set_float32_matmul_precision allows a kernel of the active level, which alone is asked.
+Float32Products allowed_float32_products(DType dtype);
+
+// Whether kernels on the CPU are to be batch invariant; process-wide, set by _batch_invariant().
+bool is_batch_invariant();
 
 // Name of the kernel that the active level runs for a problem.
 PTK_EXPORT const char* attention_kernel_name(const Problem& problem);

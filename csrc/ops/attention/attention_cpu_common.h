@@ -3,7 +3,7 @@
 
 #include "csrc/core/parallel.h"
 #include "csrc/cpu/carver.h"
-#include "csrc/cpu/gemm/gemm.h"
+#include "csrc/cpu/gemm/pieces.h"
 #include "csrc/cpu/math.h"
 #include "csrc/cpu/scratch.h"
 #include "csrc/ops/attention/attention.h"
@@ -70,7 +70,7 @@ PTK_INLINE A head_value(const HeadValues& values, int64_t batch, int64_t head) {
 template <class A>
 PTK_INLINE const A* relative_bias_of(const Problem& p, int64_t batch, int64_t head) {
   const int64_t* strides = p.relative_bias.strides;
-  return static_cast<const A*>(p.relative_bias.data) + batch * strides[0] + head * strides[1] + p.len_q - 1;
+  return static_cast<const A*>(p.relative_bias.data) + batch * strides[0] + head * strides[1] + p.distance_zero;
 }
 
 // Lane i of the result combines all lanes of rows[i], which are lost.

@@ -74,12 +74,15 @@ PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A
     store_as(p + j, p0);
     store_as(p + j + kLanes<A>, p1);
   }
-  // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared.
+  // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared. Every vector
+  // goes to the sum that its place names, wherever n is: a row's sum is the same whether keys are hidden or not there.
   const Vec<A> lane = iota<A>();
   for (; j < n_padded; j += kLanes<A>) {
     Vec<A> v = softmax_exp2<P>((load(s + j) - shift) * scale);
     v = lane < static_cast<A>(n - j) ? v : Vec<A>{};
-    sum0 += v;
+    const Vec<A> added = sum0 + v;
+    sum0 = sum1;
+    sum1 = added;
     store_as(p + j, v);
   }
   return sum0 + sum1;
@@ -90,15 +93,17 @@ PTK_INLINE A exp2_row(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A 
   return reduce_add<A>(exp2_row_sums(s, p, n, n_padded, scale, shift));
 }
 
-template <class T>
+// G is what the engine multiplies: T, or pieces of float32.
+template <class T, class G = T>
 class TiledForward {
-  using E = Element<T>;
+  using E = Element<G>;
   using A = Acc<T>;
-  using Traits = GemmTraits<T>;
+  using Traits = GemmTraits<G>;
+  static constexpr bool kInPieces = !std::is_same_v<G, T>;
   static constexpr bool kSeparateP = !std::is_same_v<E, A>;
 
 public:
-  static constexpr int64_t kQueries = detail::kUsesTiles<T> ? 128 : 8 * Traits::kMr;
+  static constexpr int64_t kQueries = detail::kUsesTiles<G> ? 128 : 8 * Traits::kMr;
   static constexpr int64_t kKeys = 256;
 
   explicit TiledForward(const ForwardParams& params) : f_(params), p_(params.problem) {
@@ -132,7 +137,7 @@ private:
   static constexpr int64_t kParallelWork = 1 << 17;
   static constexpr int64_t kPad = 64 / sizeof(A);
   static constexpr int64_t kLds = kKeys + kPad;
-  static constexpr int64_t kLdp = kSeparateP ? kKeys + 64 / static_cast<int64_t>(sizeof(E)) : kLds;
+  static constexpr int64_t kLdp = kSeparateP ? kPlanes<G> * (kKeys + 64 / static_cast<int64_t>(sizeof(E))) : kLds;
   static constexpr int64_t kCostOfABlock = 32;
 
   // Heads of sequences of one length are counted through as one group; packed sequences are a group each.
@@ -189,18 +194,18 @@ private:
     A *scores, *out, *max, *sum, *factor;
   };
 
-  int64_t ldq() const { return padded_k<T>(p_.dim_qk) + 64 / static_cast<int64_t>(sizeof(E)); }
-  int64_t panel_k() const { return padded_k<T>(p_.dim_qk) * Traits::kNr; }
-  static int64_t panel_v(int64_t keys) { return padded_k<T>(keys) * Traits::kNr; }
+  int64_t ldq() const { return kPlanes<G> * (padded_k<G>(p_.dim_qk) + 64 / static_cast<int64_t>(sizeof(E))); }
+  int64_t panel_k() const { return kPlanes<G> * padded_k<G>(p_.dim_qk) * Traits::kNr; }
+  static int64_t panel_v(int64_t keys) { return kPlanes<G> * padded_k<G>(keys) * Traits::kNr; }
 
   Scratch carve(Carver& carver) const {
     Scratch s;
-    s.k = carver.take<E>(panel_k() * padded_n<T>(keys_capacity_) / Traits::kNr);
-    s.v = carver.take<E>(panel_v(keys_capacity_) * padded_n<T>(p_.dim_v) / Traits::kNr);
+    s.k = carver.take<E>(panel_k() * padded_n<G>(keys_capacity_) / Traits::kNr);
+    s.v = carver.take<E>(panel_v(keys_capacity_) * padded_n<G>(p_.dim_v) / Traits::kNr);
     s.q = carver.take<E>(round_up(queries_, 32) * ldq());
     s.scores = carver.take<A>(round_up(queries_, 32) * kLds);
     s.prob = kSeparateP ? carver.take<E>(round_up(queries_, 32) * kLdp) : reinterpret_cast<E*>(s.scores);
-    s.out = carver.take<A>(queries_ * padded_n<T>(p_.dim_v));
+    s.out = carver.take<A>(queries_ * padded_n<G>(p_.dim_v));
     s.max = carver.take<A>(round_up(queries_, kLanes<A>));
     s.sum = carver.take<A>(round_up(queries_, kLanes<A>));
     s.factor = carver.take<A>(round_up(queries_, kLanes<A>));
@@ -236,8 +241,13 @@ private:
     const int64_t begin = packed_begin(seq), keys = packed_end(seq) - begin;
     const auto key = head_of<T>(f_.key, seq.batch, head_kv, seq.first_k + begin);
     const auto value = head_of<T>(f_.value, seq.batch, head_kv, seq.first_k + begin);
-    pack_b<T>(key.data, key.stride_dim, key.stride_row, p_.dim_qk, keys, s.k, padded_k<T>(p_.dim_qk));
-    pack_b<T>(value.data, value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, padded_k<T>(keys));
+    if constexpr (kInPieces) {
+      pack_b_pieces<G>(key.data, key.stride_dim, key.stride_row, p_.dim_qk, keys, s.k, panel_k());
+      pack_b_pieces<G>(value.data, value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, panel_v(keys));
+    } else {
+      pack_b<T>(key.data, key.stride_dim, key.stride_row, p_.dim_qk, keys, s.k, padded_k<G>(p_.dim_qk));
+      pack_b<T>(value.data, value.stride_row, value.stride_dim, keys, p_.dim_v, s.v, padded_k<G>(keys));
+    }
   }
 
   // Up to kKeys keys, whole panels of them but for the last.
@@ -259,9 +269,13 @@ private:
   }
 
   void run_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0) const {
-    const int64_t rows = least(queries_, seq.len_q - q0), ldo = padded_n<T>(p_.dim_v);
+    const int64_t rows = least(queries_, seq.len_q - q0), ldo = padded_n<G>(p_.dim_v);
     const auto query = head_of<T>(f_.query, seq.batch, head, seq.first_q);
-    pack_a<T>(query.row(q0), query.stride_row, query.stride_dim, rows, p_.dim_qk, s.q, ldq());
+    if constexpr (kInPieces) {
+      pack_a_pieces<G>(query.row(q0), query.stride_row, query.stride_dim, rows, p_.dim_qk, s.q, ldq());
+    } else {
+      pack_a<T>(query.row(q0), query.stride_row, query.stride_dim, rows, p_.dim_qk, s.q, ldq());
+    }
     // Softmax takes maxima before it multiplies by the scale; the sign must be in the scores by then.
     if (p_.scale < 0) negate(s.q, rows * ldq());
     if (p_.scale == 0) std::memset(s.q, 0, rows * ldq() * sizeof(E));
@@ -275,19 +289,30 @@ private:
     for (Run run = next_run(seq, head, q0, rows, begin, end); run.begin < end;
          run = next_run(seq, head, q0, rows, run.end, end)) {
       const int64_t k0 = run.begin, keys = run.end - k0;
-      gemm<T>(rows, padded_n<T>(keys), p_.dim_qk, s.q, ldq(), s.k + (k0 - packed) / Traits::kNr * panel_k(), panel_k(),
-              StoreSums<A>{s.scores, kLds});
+      multiply(rows, padded_n<G>(keys), p_.dim_qk, s.q, ldq(), s.k + (k0 - packed) / Traits::kNr * panel_k(), panel_k(),
+               StoreSums<A>{s.scores, kLds});
       softmax_block(s, seq, head, q0, rows, k0, keys);
       const E* v = s.v + (k0 - packed) * Traits::kNr;
       if (is_first) {
-        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, StoreSums<A>{s.out, ldo});
+        multiply(rows, ldo, keys, s.prob, kLdp, v, panel, StoreSums<A>{s.out, ldo});
       } else {
-        gemm<T>(rows, ldo, keys, s.prob, kLdp, v, panel, RescaleAndAdd<A>{s.out, ldo, s.factor});
+        multiply(rows, ldo, keys, s.prob, kLdp, v, panel, RescaleAndAdd<A>{s.out, ldo, s.factor});
       }
       is_first = false;
     }
     if (is_first) std::memset(s.out, 0, rows * ldo * sizeof(A));
     write_block(s, seq, head, q0, rows);
+  }
+
+  template <class Epilogue>
+  static inline __attribute__((always_inline)) void multiply(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda,
+                                                             const E* b, int64_t panel_stride,
+                                                             const Epilogue& epilogue) {
+    if constexpr (kInPieces) {
+      gemm_pieces<G>(m, n, k, a, lda, b, panel_stride, epilogue);
+    } else {
+      gemm<T>(m, n, k, a, lda, b, panel_stride, epilogue);
+    }
   }
 
   static void negate(E* q, int64_t n) {
@@ -313,7 +338,8 @@ private:
     if (has_shaped_scores(p_))
       shape_rows<T>(p_, seq, head, s.scores, kLds, q0, rows, k0, keys, static_cast<A>(__builtin_fabs(p_.scale)));
     for (int64_t i = 0; i < rows; i += kLanes<A>) softmax_rows(s, seq, q0, i, least(kLanes<A>, rows - i), k0, keys);
-    if (p_.seeds) drop_rows(Dropout::of(p_, seq.batch, head), s.prob, kLdp, q0, rows, k0, keys);
+    for (int plane = 0; p_.seeds && plane < kPlanes<G>; ++plane)
+      drop_rows(Dropout::of(p_, seq.batch, head), s.prob + plane * kLdp / 2, kLdp, q0, rows, k0, keys);
   }
 
   // Of as many rows as a vector has lanes, so that what there is to do once per row is done for all of them at once.
@@ -321,7 +347,7 @@ private:
                     int64_t keys) const {
     const A lowest = -static_cast<A>(__builtin_inf());
     const A scale = score_unit() * static_cast<A>(kLog2E);
-    const int64_t padded = round_up(padded_k<T>(keys), kLanes<A>);
+    const int64_t padded = round_up(padded_k<G>(keys), kLanes<A>);
     int64_t valid[kLanes<A>];
     Vec<A> part[kLanes<A>];
 #pragma GCC unroll 1
@@ -341,9 +367,15 @@ private:
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kLanes<A>; ++i) {
       part[i] = Vec<A>{};
-      if (i < count)
-        part[i] = exp2_row_sums(s.scores + (first + i) * kLds, s.prob + (first + i) * kLdp, valid[i], padded, scale,
-                                shift_of[i]);
+      if (i >= count) continue;
+      A* scores = s.scores + (first + i) * kLds;
+      E* prob = s.prob + (first + i) * kLdp;
+      if constexpr (kInPieces) {
+        part[i] = exp2_row_sums(scores, scores, valid[i], padded, scale, shift_of[i]);
+        split_row(scores, 1, padded, padded, prob, kPlanes<G> > 1 ? prob + kLdp / 2 : nullptr);
+      } else {
+        part[i] = exp2_row_sums(scores, prob, valid[i], padded, scale, shift_of[i]);
+      }
     }
     store(s.max + first, after);
     store(s.sum + first, load(s.sum + first) * factor + sums_of_lanes<A>(part));
@@ -351,7 +383,7 @@ private:
   }
 
   void write_block(const Scratch& s, const Sequence& seq, int64_t head, int64_t q0, int64_t rows) const {
-    const int64_t ldo = padded_n<T>(p_.dim_v);
+    const int64_t ldo = padded_n<G>(p_.dim_v);
     const auto out = head_of<T>(f_.out, seq.batch, head, seq.first_q);
     A* lse = static_cast<A*>(f_.lse) + lse_offset(p_, seq, head) + q0;
     for (int64_t i = 0; i < rows; ++i) {

@@ -243,7 +243,7 @@ public:
     const int64_t heads = p_.batch * p_.heads_q;
     const int64_t keys = has_key_sums() ? heads * p_.len_k : 0, rows = has_row_sums() ? heads * p_.len_q : 0;
     const int64_t slopes = b_.grad_alibi.data ? heads * splits : 0, sinks = b_.grad_sinks.data ? heads : 0;
-    const int64_t relative = b_.grad_relative.data ? heads * splits * distances() : 0;
+    const int64_t relative = b_.grad_relative.data ? heads * splits * p_.distances : 0;
     const int64_t all = keys + rows + slopes + sinks + relative;
     if (all == 0) return true;
     memory_ = static_cast<double*>(__builtin_calloc(all, sizeof(double)));
@@ -274,7 +274,7 @@ public:
     const int64_t of_head = b.seq.batch * p_.heads_q + b.head;
     if (b_.grad_alibi.data) slopes_[of_head * splits_ + split] -= distance_sum(b, grads);
     if (b_.grad_relative.data)
-      add_to_distances(b, grads, relative_ + (split * p_.batch * p_.heads_q + of_head) * distances());
+      add_to_distances(b, grads, relative_ + (split * p_.batch * p_.heads_q + of_head) * p_.distances);
     if (has_key_sums()) {
       for (int64_t j = 0; j < b.keys; ++j) {
         Vec<A> sum{};
@@ -295,10 +295,10 @@ public:
     if (slopes.data) reduce(slopes_, splits_, slopes.data, slopes.strides[0], slopes.strides[1], 0);
     if (sinks.data) reduce(sinks_, 1, sinks.data, sinks.strides[0], sinks.strides[1], 0);
     if (const View& relative = b_.grad_relative; relative.data) {
-      const int64_t of_split = p_.batch * p_.heads_q * distances();
+      const int64_t of_split = p_.batch * p_.heads_q * p_.distances;
       for (int64_t split = 1; split < splits_; ++split)
         for (int64_t i = 0; i < of_split; ++i) relative_[i] += relative_[split * of_split + i];
-      reduce(relative_, distances(), relative.data, relative.strides[0], relative.strides[1], relative.strides[2]);
+      reduce(relative_, p_.distances, relative.data, relative.strides[0], relative.strides[1], relative.strides[2]);
     }
   }
 
@@ -319,8 +319,6 @@ private:
     return total;
   }
 
-  int64_t distances() const { return p_.len_q + p_.len_k - 1; }
-
   // Sums of the block's diagonals. Lanes are queries, along which distances fall. Neighbouring vectors of a key go
   // first: those of the next key overlap them, and would wait for their stores.
   void add_to_distances(const Block& b, const A* grads, double* sums) const {
@@ -334,7 +332,7 @@ private:
       }
     }
     // Rows of padding, whose gradients are 0, would lie before the first distance.
-    const int64_t first = b.k0 - b.q0 - b.queries + p_.len_q;
+    const int64_t first = b.k0 - b.q0 - b.queries + 1 + p_.distance_zero;
     for (int64_t i = most(0, -first); i < b.keys + b.queries - 1; ++i) sums[first + i] += part[i];
   }
 

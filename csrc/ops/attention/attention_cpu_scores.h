@@ -74,7 +74,10 @@ template <class A>
 static inline void slope_row(A* scores, int64_t n, A scale, A slope, int64_t origin) {
   Vec<A> distance = iota<A>() - static_cast<A>(origin);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
-    store(scores + j, load(scores + j) * scale - absolute<A>(distance) * slope);
+    // Rounded by itself: which of the two products is contracted would be the compiler's choice.
+    Vec<A> fall = absolute<A>(distance) * slope;
+    PTK_OPAQUE(fall);
+    store(scores + j, load(scores + j) * scale - fall);
     distance += static_cast<A>(kLanes<A>);
   }
 }

@@ -136,16 +136,16 @@ HeadValues head_values(const char* name, const Tensor& tensor, const Tensor& que
   return {tensor.const_data_ptr(), {per_batch ? tensor.stride(0) : 0, tensor.stride(per_batch ? 1 : 0)}};
 }
 
-// Of a problem whose lengths are known. The tensor becomes contiguous in its last dimension.
+// Made for so many queries and keys. The tensor becomes contiguous in its last dimension.
 template <typename Backend>
-void set_relative_bias(Problem& p, Tensor& tensor, const Tensor& query) {
+void set_relative_bias(Problem& p, Tensor& tensor, const Tensor& query, int64_t queries, int64_t keys) {
   PTK_CHECK(
       requires { Backend::kHasRelativeBias; }, "attention: relative_bias: got a value, expected none on ",
       Backend::kDevice, ", which has no kernel for it");
   check_device<Backend>("relative_bias", tensor, query);
   check_dtype("relative_bias", tensor, lse_dtype(p.dtype));
   const auto sizes = tensor.sizes();
-  const int64_t distances = std::max<int64_t>(p.len_q + p.len_k - 1, 0);
+  const int64_t distances = std::max<int64_t>(queries + keys - 1, 0);
   const bool per_batch = sizes.size() == 3;
   const bool fits = (per_batch ? sizes[0] == p.batch : sizes.size() == 2) && tensor.size(-2) == p.heads_q &&
                     tensor.size(-1) == distances;
@@ -154,6 +154,8 @@ void set_relative_bias(Problem& p, Tensor& tensor, const Tensor& query) {
   if (tensor.stride(-1) != 1) {
     tensor = torch::stable::contiguous(tensor);
   }
+  p.distances = distances;
+  p.distance_zero = queries - 1;
   p.relative_bias = {tensor.const_data_ptr(), {per_batch ? tensor.stride(0) : 0, tensor.stride(-2)}};
 }
 
@@ -249,7 +251,7 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
     set_mask(p, *options.attn_mask, options.mask_block);
   }
   if (options.relative_bias) {
-    set_relative_bias<Backend>(p, *options.relative_bias, query);
+    set_relative_bias<Backend>(p, *options.relative_bias, query, p.len_q, p.len_k);
   }
   return p;
 }

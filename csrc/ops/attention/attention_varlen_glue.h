@@ -80,6 +80,12 @@ void make_packed_problem(PackedProblem& packed, const Tensor& query, const Tenso
   p.first_k = packed.k.first.data();
   p.total_q = query.size(0);
   set_options<Backend>(p, query, options);
+  if (options.relative_bias) {
+    PTK_CHECK(max_seqlen_q >= 0 && max_seqlen_k >= 0,
+              "attention_varlen: relative_bias: got a value without "
+              "max_seqlen_q and max_seqlen_k, expected both: they say which number belongs to which distance");
+    set_relative_bias<Backend>(p, *options.relative_bias, query, max_seqlen_q, max_seqlen_k);
+  }
 }
 
 inline Tensor empty_packed(const Tensor& like, int64_t tokens, int64_t heads, int64_t dim, DType dtype) {
@@ -108,9 +114,10 @@ std::tuple<Tensor, Tensor>
 varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
                int64_t max_seqlen_k, bool is_causal, std::optional<double> scale, std::optional<Tensor> alibi_slopes,
                std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed, int64_t window_left,
-               int64_t window_right, bool bottom_right, double softcap, double dropout_p) {
-  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
-                  window_left,  window_right, bottom_right, softcap,      dropout_p};
+               int64_t window_right, bool bottom_right, double softcap, double dropout_p,
+               std::optional<Tensor> relative_bias) {
+  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
+                  window_left,  window_right, bottom_right, softcap,      dropout_p, relative_bias};
   PackedProblem packed;
   make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                options);
@@ -134,9 +141,9 @@ varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tens
   return {out, lse};
 }
 
-// In the order of output_mask: query, key, value, alibi_slopes, sinks.
+// In the order of output_mask: query, key, value, alibi_slopes, sinks, relative_bias.
 using PackedGradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-                                   std::optional<Tensor>, std::optional<Tensor>>;
+                                   std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
 template <typename Backend>
 PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
@@ -144,9 +151,10 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
                                 int64_t max_seqlen_k, std::vector<bool> output_mask, bool is_causal,
                                 std::optional<double> scale, std::optional<Tensor> alibi_slopes,
                                 std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed, int64_t window_left,
-                                int64_t window_right, bool bottom_right, double softcap, double dropout_p) {
-  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,    dropout_seed,
-                  window_left,  window_right, bottom_right, softcap,      dropout_p};
+                                int64_t window_right, bool bottom_right, double softcap, double dropout_p,
+                                std::optional<Tensor> relative_bias) {
+  Options options{std::nullopt, is_causal,    scale,        alibi_slopes, sinks,     dropout_seed,
+                  window_left,  window_right, bottom_right, softcap,      dropout_p, relative_bias};
   PackedProblem packed;
   make_packed_problem<Backend>(packed, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                options);
@@ -166,7 +174,7 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
     grad_lse = torch::stable::contiguous(*grad_lse);
   }
   lse = torch::stable::contiguous(lse);
-  PTK_CHECK(output_mask.size() == 5, "attention_varlen: output_mask: got ", output_mask.size(), " entries, expected 5");
+  PTK_CHECK(output_mask.size() == 6, "attention_varlen: output_mask: got ", output_mask.size(), " entries, expected 6");
 
   const auto gradient = [&](bool wanted, const Tensor& of) {
     return wanted ? std::optional(empty_packed(of, of.size(0), of.size(1), of.size(2), p.dtype)) : std::nullopt;
@@ -176,7 +184,8 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
   std::optional<Tensor> grad_value = gradient(output_mask[2], value);
   const std::optional<Tensor> grad_alibi = zeros_like_addend(output_mask[3], "alibi_slopes", alibi_slopes, p);
   const std::optional<Tensor> grad_sinks = zeros_like_addend(output_mask[4], "sinks", sinks, p);
-  const PackedGradients gradients{grad_query, grad_key, grad_value, grad_alibi, grad_sinks};
+  const std::optional<Tensor> grad_relative = zeros_like_addend(output_mask[5], "relative_bias", relative_bias, p);
+  const PackedGradients gradients{grad_query, grad_key, grad_value, grad_alibi, grad_sinks, grad_relative};
   if (is_empty(p)) {
     for (auto* grad : {&grad_query, &grad_key, &grad_value}) {
       if (*grad) {
@@ -202,6 +211,7 @@ PackedGradients varlen_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
   params.grad_value = mutable_viewed(grad_value);
   params.grad_alibi = summing_view(grad_alibi, 2);
   params.grad_sinks = summing_view(grad_sinks, 2);
+  params.grad_relative = summing_view(grad_relative, 3);
   Backend::backward(params, query);
   return gradients;
 }

@@ -10,7 +10,9 @@
 namespace ptk {
 
 const char* kv_cache_kernel_name(const KvCacheParams& params) {
-  return PTK_DISPATCH(kv_cache_kernels).describe(params);
+  KvCacheParams asked = params;
+  asked.batch_invariant = is_batch_invariant();
+  return PTK_DISPATCH(kv_cache_kernels).describe(asked);
 }
 
 namespace {
@@ -37,6 +39,7 @@ std::tuple<Tensor, Tensor> append_and_attend(Tensor query, Tensor k_cache, Tenso
   call.check_options(scale, is_causal, window_left, window_right, softcap, alibi_slopes, sinks);
 
   KvCacheParams& p = call.params;
+  p.batch_invariant = is_batch_invariant();
   const KvCacheKernels& kernels = PTK_DISPATCH(kv_cache_kernels);
   Tensor out = empty_out(query, p);
   Tensor lse = empty_lse(query, p);

@@ -62,6 +62,8 @@ struct KvCacheParams {
   const int64_t* total = nullptr;
   const int64_t* leftpad = nullptr;
 
+  bool batch_invariant = false;  // as in attention.h
+
   View out;             // [batch, heads_q, len_q, dim_v], uninitialised, stride 1 in dim
   void* lse = nullptr;  // [batch, heads_q, len_q] contiguous, float32 (float64 for float64)
 };

@@ -1,6 +1,6 @@
 // Attention with a cache on the CPU, one ISA level: which kernel answers which problem. The kernels are in
-// kv_cache_cpu_append.h, kv_cache_cpu_direct.h (few queries) and kv_cache_cpu_tiled.h.
-#include "csrc/ops/attention_kv_cache/kv_cache_cpu_tiled.h"
+// kv_cache_cpu_append.h, kv_cache_cpu_direct.h (few queries), kv_cache_cpu_tiled.h and kv_cache_cpu_invariant.h.
+#include "csrc/ops/attention_kv_cache/kv_cache_cpu_invariant.h"
 
 namespace ptk::PTK_ISA {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 #if PTK_ISA_LEVEL >= 3
 // Above avx512 the levels differ in bfloat16 products only.
 bool is_own(const KvCacheParams& p) {
-  return PTK_ISA_LEVEL > 3 && p.dtype == DType::bf16 && !DirectAttend<float>::suits(p);
+  return PTK_ISA_LEVEL > 3 && p.dtype == DType::bf16 && (p.batch_invariant || !DirectAttend<float>::suits(p));
 }
 
 bool append(const KvCacheParams& p) {
@@ -20,13 +20,14 @@ bool append(const KvCacheParams& p) {
 
 bool attend(const KvCacheParams& p) {
 #if PTK_ISA_LEVEL > 3
-  if (is_own(p)) return TiledAttend<bf16>(p).run();
+  if (is_own(p)) return p.batch_invariant ? InvariantAttend<bf16>(p).run() : TiledAttend<bf16>(p).run();
 #endif
   return avx512::kv_cache_kernels().attend(p);
 }
 
 const char* describe(const KvCacheParams& p) {
-  return is_own(p) ? PTK_NAME(PTK_ISA, "tiled") : avx512::kv_cache_kernels().describe(p);
+  if (!is_own(p)) return avx512::kv_cache_kernels().describe(p);
+  return p.batch_invariant ? PTK_NAME(PTK_ISA, "invariant") : PTK_NAME(PTK_ISA, "tiled");
 }
 #else
 // Codes are widened to float32: a quantised cache under float64 queries takes the tiled kernel, which has float64.
@@ -39,6 +40,7 @@ bool append(const KvCacheParams& p) {
 }
 
 bool attend(const KvCacheParams& p) {
+  if (p.batch_invariant) return with_type(p.dtype, [&](auto t) { return InvariantAttend<decltype(t)>(p).run(); });
   if (!is_direct(p)) return p.dtype == DType::f64 ? TiledAttend<double>(p).run() : TiledAttend<float>(p).run();
   if (p.cache_type == CacheType::s8) return DirectAttend<int8_t>(p).run();
   if (p.cache_type == CacheType::e4m3) return DirectAttend<e4m3>(p).run();
@@ -46,6 +48,7 @@ bool attend(const KvCacheParams& p) {
 }
 
 const char* describe(const KvCacheParams& p) {
+  if (p.batch_invariant) return PTK_NAME(PTK_ISA, "invariant");
   return is_direct(p) ? PTK_NAME(PTK_ISA, "direct") : PTK_NAME(PTK_ISA, "tiled");
 }
 #endif

@@ -2,8 +2,9 @@
 //
 //   rows       all queries of all heads that share a key and value head; products by attention_cpu_stored_rows.h
 //   chunks     kChunk slots at fixed places of the sequence: scores of the chunk, softmax, then P V
-//   threads    every (sequence, kv head, chunk) is an item; partial results are merged in the order of the slots, so
-//              results do not depend on the number of threads
+//   threads    every (sequence, chunk, kv head) is an item, in this order: heads of a slot share pages of memory where
+//              slots lie outside. Partial results are merged in the order of the slots, so results do not depend on the
+//              number of threads
 #pragma once
 
 #include "csrc/ops/attention/attention_cpu_stored_rows.h"
@@ -106,7 +107,7 @@ private:
 
   bool attend() {
     const int64_t items = first_chunk_[p_.batch] * p_.heads_kv;
-    partial_ = static_cast<A*>(__builtin_malloc(most(items, 1) * rows_ * partial_row() * sizeof(A)));
+    partial_ = static_cast<A*>(borrow_block(most(items, 1) * rows_ * partial_row() * sizeof(A)));
     if (!partial_) return false;
     const int64_t work = items * kChunk * rows_ * (p_.dim_qk + p_.dim_v);
     const int64_t threads = work < kParallelWork ? 1 : least(num_threads(), items);
@@ -114,9 +115,12 @@ private:
     parallel_for(0, threads, [&](int64_t begin, int64_t end) {
       if (!run_items(items * begin / threads, items * end / threads)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
-    for (int64_t b = 0; ok && b < p_.batch; ++b)
-      for (int64_t head = 0; ok && head < p_.heads_kv; ++head) ok = merge(b, head);
-    __builtin_free(partial_);
+    const int64_t heads = ok ? p_.batch * p_.heads_kv : 0, parts = least(threads, heads);
+    parallel_for(0, parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = heads * begin / parts; i < heads * end / parts; ++i)
+        if (!merge(i / p_.heads_kv, i % p_.heads_kv)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    });
+    return_block(partial_);
     return ok;
   }
 
@@ -127,7 +131,7 @@ private:
 
   Scratch carve(Carver& carver) const {
     Scratch s;
-    s.query = carver.take<A>(rows_ * ld_q_);
+    s.query = carver.take<A>(p_.heads_kv * rows_ * ld_q_);
     s.scores = carver.take<A>(rows_ * kLds);
     s.rotation = carver.take<A>(Rotation<A>::kScratch + ld_q_);
     s.keys = carver.take<const C*>(kChunk + StoredRows<C>::kBlock);
@@ -135,7 +139,7 @@ private:
     return s;
   }
 
-  // Items count (sequence, head, chunk) with the chunk innermost.
+  // Items count (sequence, chunk, head) with the head innermost.
   bool run_items(int64_t begin, int64_t end) const {
     Carver count;
     carve(count);
@@ -145,11 +149,10 @@ private:
     int64_t batch = 0, loaded = -1;
     for (int64_t i = begin; i < end; ++i) {
       while (i >= first_chunk_[batch + 1] * p_.heads_kv) ++batch;
-      const int64_t chunks = first_chunk_[batch + 1] - first_chunk_[batch];
-      const int64_t inside = i - first_chunk_[batch] * p_.heads_kv, head = inside / chunks;
-      if (loaded != batch * p_.heads_kv + head) load_queries(s, batch, head);
-      loaded = batch * p_.heads_kv + head;
-      run_chunk(s, batch, head, inside % chunks, partial_ + i * rows_ * partial_row());
+      for (int64_t head = 0; loaded != batch && head < p_.heads_kv; ++head) load_queries(s, batch, head);
+      loaded = batch;
+      const int64_t inside = i - first_chunk_[batch] * p_.heads_kv;
+      run_chunk(s, batch, inside % p_.heads_kv, inside / p_.heads_kv, partial_ + i * rows_ * partial_row());
     }
     return true;
   }
@@ -162,7 +165,7 @@ private:
     A* row = s.rotation + Rotation<A>::kScratch;
     for (int64_t r = 0; r < rows_; ++r) {
       read_query(p_, batch, head_of_row(head_kv, r), r % p_.len_q, rotation, row);
-      StoredRows<C>::to_pairs(row, p_.dim_qk, s.query + r * ld_q_);
+      StoredRows<C>::to_pairs(row, p_.dim_qk, s.query + (head_kv * rows_ + r) * ld_q_);
     }
   }
 
@@ -173,7 +176,7 @@ private:
     list_rows(rows_of<const C>(p_, p_.key, batch, head_kv), begin, end, s.keys);
     list_rows(rows_of<const C>(p_, p_.value, batch, head_kv), begin, end, s.values);
     StoredRows<C>::look_ahead(s.keys, s.values, n);
-    stored_.score(s.query, rows_, s.keys, n, s.scores);
+    stored_.score(s.query + head_kv * rows_ * ld_q_, rows_, s.keys, n, s.scores);
     for (int64_t r = 0; r < rows_; ++r) {
       A* scores = s.scores + r * kLds;
       finish_scores(p_, batch, head_of_row(head_kv, r), r % p_.len_q, begin, end, score_scale(), scores);
@@ -202,9 +205,9 @@ private:
     if (!sums) return false;
     A* ordered = sums + ld_v_;
     const int64_t chunks = first_chunk_[batch + 1] - first_chunk_[batch];
-    const A* first = partial_ + (first_chunk_[batch] * p_.heads_kv + head_kv * chunks) * rows_ * partial_row();
+    const A* first = partial_ + (first_chunk_[batch] * p_.heads_kv + head_kv) * rows_ * partial_row();
     for (int64_t r = 0; r < rows_; ++r) {
-      auto row = [&](int64_t chunk) { return first + (chunk * rows_ + r) * partial_row(); };
+      auto row = [&](int64_t chunk) { return first + (chunk * p_.heads_kv * rows_ + r) * partial_row(); };
       A top = -kInfinity<A>, denominator = 0;
       for (int64_t c = 0; c < chunks; ++c) top = top > row(c)[ld_v_] ? top : row(c)[ld_v_];
       const A shift = top == -kInfinity<A> ? 0 : top;

@@ -14,6 +14,66 @@
 
 namespace ptk::PTK_ISA {
 
+// ---- stored rows as the engine's elements
+
+inline constexpr int64_t kGatherStep = 2 * kLanes<float>;
+// Between rows that gather_slots() writes: as long as whole steps.
+PTK_INLINE int64_t gathered_row_of(const KvCacheParams& p) {
+  return round_up(most(p.dim_qk, p.dim_v), kGatherStep);
+}
+
+// Numbers of any cache type are exact in every element type they are converted to.
+template <class E, class C>
+static void convert_stored(const C* row, int64_t n, E* out) {
+  if constexpr (std::is_same_v<C, E>) {
+    std::memcpy(out, row, n * sizeof(E));
+  } else if constexpr (sizeof(C) == 1 && sizeof(E) != 8) {
+    using Pair = PairOf<C>;
+    int64_t d = 0;
+    auto write = [&](const C* from, E* to) {
+      Vec<float> low, high;
+      Pair::load_pair(from, low, high);
+      const float unit = std::is_same_v<C, e4m3> ? kE4m3Unit : 1;
+      store_as(to, low * unit);
+      store_as(to + kLanes<float>, high * unit);
+    };
+    for (; d + Pair::kStep <= n; d += Pair::kStep) write(row + d, out + d);
+    if (d < n) {
+      C buffer[Pair::kStep] = {};
+      for (int64_t i = d; i < n; ++i) buffer[i - d] = row[i];
+      write(buffer, out + d);  // gathered rows are as long as whole steps
+    }
+  } else if constexpr (std::is_same_v<C, int8_t>) {
+    for (int64_t d = 0; d < n; ++d) out[d] = row[d];
+  } else if constexpr (std::is_same_v<C, e4m3>) {
+    for (int64_t d = 0; d < n; ++d) {
+      Vec<float> low, high;
+      C buffer[PairOf<C>::kStep] = {row[d]};
+      PairOf<C>::load_pair(buffer, low, high);
+      out[d] = low[0] * kE4m3Unit;
+    }
+  } else if constexpr (std::is_same_v<Acc<C>, E>) {
+    pack_row(row, 1, n, n, out);
+  }
+}
+
+template <class E>
+static void gather_slots(const KvCacheParams& p, const CacheView& view, int64_t batch, int64_t head, int64_t begin,
+                         int64_t end, int64_t dim, E* out) {
+  const auto from = [&](auto type) {
+    using C = decltype(type);
+    const auto rows = rows_of<const C>(p, view, batch, head);
+    const int64_t ld = gathered_row_of(p);
+    rows.for_runs(begin, end, [&](const C* first, int64_t slot, int64_t count) {
+      for (int64_t j = 0; j < count; ++j)
+        convert_stored(first + j * rows.stride_slot, dim, out + (slot - begin + j) * ld);
+    });
+  };
+  if (p.cache_type == CacheType::s8) return from(int8_t());
+  if (p.cache_type == CacheType::e4m3) return from(e4m3());
+  with_type(p.dtype, from);
+}
+
 template <class G>
 class TiledAttend {
   using E = Element<G>;
@@ -77,12 +137,11 @@ private:
   };
 
   int64_t ld_q() const { return padded_k<G>(p_.dim_qk) + 64 / static_cast<int64_t>(sizeof(E)); }
-  int64_t ld_g() const { return round_up(most(p_.dim_qk, p_.dim_v), kStep); }
+  int64_t ld_g() const { return gathered_row_of(p_); }
   int64_t panel_k() const { return padded_k<G>(p_.dim_qk) * Traits::kNr; }
   int64_t key_block() const { return kKeys / Traits::kNr * panel_k(); }
   static constexpr int64_t kPanelV = kKeys * Traits::kNr;
   int64_t value_block() const { return padded_n<G>(p_.dim_v) / Traits::kNr * kPanelV; }
-  static constexpr int64_t kStep = 2 * kLanes<float>;
 
   Scratch carve(Carver& carver) const {
     const int64_t key_blocks = (longest_ + kKeys - 1) / kKeys, rows = round_up(kQueries, 32);
@@ -128,65 +187,15 @@ private:
     return true;
   }
 
-  // One row of stored values as the engine's elements; numbers of any cache type are exact in them.
-  template <class C>
-  static void convert_stored(const C* row, int64_t n, E* out) {
-    if constexpr (std::is_same_v<C, E>) {
-      std::memcpy(out, row, n * sizeof(E));
-    } else if constexpr (sizeof(C) == 1 && sizeof(E) != 8) {
-      using Pair = PairOf<C>;
-      int64_t d = 0;
-      auto write = [&](const C* from, E* to) {
-        Vec<float> low, high;
-        Pair::load_pair(from, low, high);
-        const float unit = std::is_same_v<C, e4m3> ? kE4m3Unit : 1;
-        store_as(to, low * unit);
-        store_as(to + kLanes<float>, high * unit);
-      };
-      for (; d + Pair::kStep <= n; d += Pair::kStep) write(row + d, out + d);
-      if (d < n) {
-        C buffer[Pair::kStep] = {};
-        for (int64_t i = d; i < n; ++i) buffer[i - d] = row[i];
-        write(buffer, out + d);  // gathered rows are as long as whole steps
-      }
-    } else if constexpr (std::is_same_v<C, int8_t>) {
-      for (int64_t d = 0; d < n; ++d) out[d] = row[d];
-    } else if constexpr (std::is_same_v<C, e4m3>) {
-      for (int64_t d = 0; d < n; ++d) {
-        Vec<float> low, high;
-        C buffer[PairOf<C>::kStep] = {row[d]};
-        PairOf<C>::load_pair(buffer, low, high);
-        out[d] = low[0] * kE4m3Unit;
-      }
-    } else if constexpr (std::is_same_v<Acc<C>, E>) {
-      pack_row(row, 1, n, n, out);
-    }
-  }
-
-  void gather(const CacheView& view, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t dim,
-              E* out) const {
-    const auto from = [&](auto type) {
-      using C = decltype(type);
-      const auto rows = rows_of<const C>(p_, view, batch, head);
-      rows.for_runs(begin, end, [&](const C* first, int64_t slot, int64_t count) {
-        for (int64_t j = 0; j < count; ++j)
-          convert_stored(first + j * rows.stride_slot, dim, out + (slot - begin + j) * ld_g());
-      });
-    };
-    if (p_.cache_type == CacheType::s8) return from(int8_t());
-    if (p_.cache_type == CacheType::e4m3) return from(e4m3());
-    with_type(p_.dtype, from);
-  }
-
   void pack_head(const Scratch& s, int64_t batch, int64_t head) const {
     const Slots slots = head_slots(batch);
     for (int64_t k0 = first_packed(batch); k0 < slots.end; k0 += kKeys) {
       const int64_t begin = most(k0, slots.begin), keys = least(k0 + kKeys, slots.end) - begin;
       const int64_t block = (k0 - first_packed(batch)) / kKeys;
-      gather(p_.key, batch, head, begin, begin + keys, p_.dim_qk, s.gathered);
+      gather_slots(p_, p_.key, batch, head, begin, begin + keys, p_.dim_qk, s.gathered);
       pack_b<E>(s.gathered, 1, ld_g(), p_.dim_qk, keys, reinterpret_cast<ElementB<E>*>(s.key + block * key_block()),
                 padded_k<G>(p_.dim_qk));
-      gather(p_.value, batch, head, begin, begin + keys, p_.dim_v, s.gathered);
+      gather_slots(p_, p_.value, batch, head, begin, begin + keys, p_.dim_v, s.gathered);
       for (int64_t n0 = 0; n0 < p_.dim_v; n0 += Traits::kNr)
         pack_b_panel<E>(s.gathered + n0, ld_g(), 1, keys, least(Traits::kNr, p_.dim_v - n0),
                         reinterpret_cast<ElementB<E>*>(s.value + block * value_block() + n0 / Traits::kNr * kPanelV),

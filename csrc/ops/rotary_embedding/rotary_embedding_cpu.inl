@@ -154,24 +154,23 @@ private:
   // In place.
   void rotate(const Scratch& s, A* row) const {
     const int64_t n = p_.rotary_dim, half = n / 2;
-    const auto turn = [&](int64_t d, Vec<A> x, Vec<A> partner)
-                          __attribute__((always_inline)) { return x * load(s.cos + d) + partner * load(s.sin + d); };
+    // Products are rounded before they are added, as in the composition and in attention's cache: the same bits.
+    const auto turn = [&](int64_t d, int64_t valid, Vec<A> x, Vec<A> partner) __attribute__((always_inline)) {
+      Vec<A> straight = x * load_partial(s.cos + d, valid), across = partner * load_partial(s.sin + d, valid);
+      PTK_OPAQUE(straight);
+      PTK_OPAQUE(across);
+      store_partial(row + d, straight + across, valid);
+    };
     if (p_.interleaved) {
       for (int64_t d = 0; d < n; d += kLane) {
         const Vec<A> x = load(row + d);
-        store_partial(row + d, turn(d, x, swap_pairs<A>(x, std::make_integer_sequence<int, kLane>{})), n - d);
-      }
-    } else if (half % kLane == 0) {
-      for (int64_t d = 0; d < half; d += kLane) {
-        const Vec<A> a = load(row + d), b = load(row + d + half);
-        store(row + d, turn(d, a, b));
-        store(row + d + half, turn(d + half, b, a));
+        turn(d, n - d, x, swap_pairs<A>(x, std::make_integer_sequence<int, kLane>{}));
       }
     } else {
-      for (int64_t d = 0; d < half; ++d) {
-        const A a = row[d], b = row[d + half];
-        row[d] = a * s.cos[d] + b * s.sin[d];
-        row[d + half] = b * s.cos[d + half] + a * s.sin[d + half];
+      for (int64_t d = 0; d < half; d += kLane) {
+        const Vec<A> a = load_partial(row + d, half - d), b = load_partial(row + d + half, half - d);
+        turn(d, half - d, a, b);
+        turn(d + half, half - d, b, a);
       }
     }
   }

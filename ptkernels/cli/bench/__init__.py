@@ -1,5 +1,6 @@
 """Check every operator against its float64 reference, then time it against its peers on shapes of real models.
 
+``ptkernels bench scaling`` times attention at lengths that double, with several numbers of threads, and draws them.
 ``ptkernels bench compare BEFORE.json AFTER.json`` puts two result files side by side; ``ptkernels bench page FILE.json
 FILE.html`` draws one.
 """
@@ -22,7 +23,7 @@ from ptkernels.cli import machine
 from ptkernels.cli.arguments import parse_dtype
 from ptkernels.cli.files import write_atomically
 
-from . import compare, limits
+from . import compare, limits, scaling
 from .peers import peers_of
 from .problem import dtype_name
 from .report import print_report
@@ -35,7 +36,7 @@ EXTRA = "pip install ptkernels[bench]"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
     parser.set_defaults(action=measure)
-    actions = parser.add_subparsers(metavar="[compare | page]")
+    actions = parser.add_subparsers(metavar="[compare | page | scaling]")
     comparison = actions.add_parser("compare", help="put two result files side by side", description=compare.__doc__)
     comparison.add_argument("before", metavar="BEFORE.json")
     comparison.add_argument("after", metavar="AFTER.json")
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("results", metavar="FILE.json")
     drawing.add_argument("html", metavar="FILE.html")
     drawing.set_defaults(action=page)
+    growing = actions.add_parser("scaling", help="attention at lengths that double", description=scaling.__doc__)
+    scaling.add_arguments(growing)
+    growing.set_defaults(action=scale)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +109,14 @@ def measure(arguments: argparse.Namespace) -> int:
     if not results.rows:
         raise ValueError("no case was run: nothing matches the selection, or every case was skipped")
     return 1 if results.failures() else 0
+
+
+def scale(arguments: argparse.Namespace) -> int:
+    """Measure attention at lengths that double, with several numbers of threads."""
+    _require_extra(page=arguments.html is not None)
+    specs = [_registry.get("attention")]
+    results, _ = _open_results(specs)
+    return scaling.run(arguments, results, _selection(arguments, specs))
 
 
 def page(arguments: argparse.Namespace) -> int:

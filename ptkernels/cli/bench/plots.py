@@ -111,6 +111,34 @@ def roofline(rows: list[Row], limits: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def scaling(rows: list[Row]) -> str:
+    """Time over length, a line for every number of threads: solid for ours, dashed for the best peer."""
+    kinds = list(dict.fromkeys((row.dtype, row.direction) for row in rows))
+    figure, axes = _figure(10, 5.5)
+    for dtype, direction in kinds:
+        for threads in sorted({row.shape["threads"] for row in rows}):
+            line = [
+                row for row in rows if (row.dtype, row.direction, row.shape["threads"]) == (dtype, direction, threads)
+            ]
+            lengths = [row.shape["Lq"] for row in line]
+            label = f"{dtype} {direction}, {threads} thread{'s' if threads > 1 else ''}"
+            style: dict[str, Any] = {
+                "color": DTYPE_COLOURS.get(dtype, OURS_COLOUR),
+                "marker": PEER_MARKERS[threads % len(PEER_MARKERS)],
+            }
+            style["fillstyle"] = "full" if direction == "forward" else "none"
+            axes.plot(lengths, [(row.seconds or 0) * 1e3 for row in line], label=label, **style)
+            timed = [(row.shape["Lq"], row.peers[row.best_peer] * 1e3) for row in line if row.best_peer]
+            if timed:
+                axes.plot(*zip(*timed, strict=True), linestyle="--", linewidth=1, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("length of query and key (dashed: best peer)")
+    axes.set_ylabel("ms")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    return _svg(figure)
+
+
 def model_times(model: ModelRun) -> str:
     """Time of the pretrained model per attention implementation."""
     figure, axes = _figure(7, 0.8 + 0.4 * len(model.seconds))
@@ -142,6 +170,9 @@ def figures(results: Results) -> list[tuple[str, str]]:
         drawn.append(("Speed against the peers", speedups(results.rows)))
     if any(row.seconds for row in results.rows):
         drawn.append(("Roofline", roofline(results.rows, results.machine["limits"])))
+    doubling = [row for row in results.rows if "threads" in row.shape and row.seconds]
+    if doubling:
+        drawn.append(("Time over length", scaling(doubling)))
     if results.model is not None and results.model.seconds:
         drawn.append((f"{results.model.name} with the attention exchanged", model_times(results.model)))
     return drawn

@@ -49,8 +49,13 @@ class Options(NamedTuple):
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """What the operator of packed sequences and the Triton kernels take as well."""
+        """What the Triton kernels take as well."""
         return self[:-2]
+
+    @property
+    def packed(self) -> tuple[Any, ...]:
+        """What the operator of packed sequences takes as well."""
+        return self[:-1]
 
     @property
     def keep_below(self) -> int:

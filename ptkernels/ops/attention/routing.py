@@ -64,11 +64,13 @@ def runs_on_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tens
         BackendError: the backend asked for cannot run this call.
         FallbackError: no kernel covers the call, and ``PTKERNELS_STRICT=1``.
     """
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(OP, query.device.type)
     reason = fallback_reason(query, key, value, attn_mask, options)
     if reason is not None:
+        _backend.check_batch_invariant(OP, query.device.type, reason)
         _backend.fallback(OP, reason)
     return reason is not None
 
@@ -97,6 +99,20 @@ def cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     return name
 
 
+def splits_float32(kernel: str) -> bool:
+    """Whether a CPU kernel multiplies float32 in pieces of 16 bits, as torch.set_float32_matmul_precision allows."""
+    return "_bf16x" in kernel
+
+
+def precision_note(kernel: str) -> str:
+    """What the account of a call adds for such a kernel."""
+    if not splits_float32(kernel):
+        return ""
+    products, bits = ("three products", 15) if kernel.endswith("x3") else ("one product", 7)
+    precision = torch.get_float32_matmul_precision()
+    return f"; float32 precision {precision!r}: {products} of bfloat16, relative error below 2^-{bits}"
+
+
 def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple[str, str]:
     """Name of the CUDA kernel, and the reason with what is known of it and why it is no newer one."""
     architecture, why_no_newer = _cuda.choose(query, key, value, torch.cuda.get_device_capability(query.device))
@@ -112,7 +128,7 @@ def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, reason: str) -> tuple
     return f"cuda {architecture}", reason
 
 
-def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def _hints(query: Tensor, key: Tensor, value: Tensor, kernel: str = "") -> list[str]:
     hints = [
         f"{name}: its last dimension has stride {tensor.stride(-1)}; kernels read rows fastest with stride 1"
         for name, tensor in (("query", query), ("key", key), ("value", value))
@@ -121,8 +137,8 @@ def _hints(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.device.type == "cpu":
         hints += _loader.isa_hints(query.dtype)
         precision = torch.get_float32_matmul_precision()
-        if query.dtype == torch.float32 and precision != "highest":
-            hints.append(f"float32 precision {precision!r} changes nothing: the kernels multiply float32 as float32")
+        if query.dtype == torch.float32 and precision != "highest" and not splits_float32(kernel):
+            hints.append(f"float32 precision {precision!r} changes nothing: this kernel multiplies float32 as float32")
     return hints
 
 
@@ -160,15 +176,19 @@ def explain(
     beyond = (window, softcap, alibi_slopes, sinks, relative_bias, mask_block_size)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *beyond)
     attn_mask, options = resolve(query.dtype, attn_mask, dropout_p, is_causal, scale, *beyond, draw=False)
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return Explanation(OP, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
     if reason := fallback_reason(query, key, value, attn_mask, options):
+        _backend.check_batch_invariant(OP, device, reason)
         return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.state.batch_invariant:
+        reason += f"; {_backend.BATCH_INVARIANT}"
     call = normalize(query, key, value, attn_mask, options, enable_gqa)
     if runs_on_triton(device):
         return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", _hints(query, key, value))
@@ -177,7 +197,7 @@ def explain(
         kernel = cpu_kernel(call.query, call.key, call.value, call.attn_mask, is_causal)
     elif device == "cuda":
         kernel, reason = cuda_kernel(call.query, call.key, call.value, reason)
-    return Explanation(OP, kernel, device, reason, _hints(query, key, value))
+    return Explanation(OP, kernel, device, reason + precision_note(kernel), _hints(query, key, value, kernel))
 
 
 def kernels() -> list[KernelInfo]:

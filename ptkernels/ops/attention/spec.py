@@ -424,12 +424,27 @@ def _make_inputs(
         .requires_grad_(direction == "forward+backward")
         for size in sizes
     )
-    return operands, {"is_causal": shape["causal"], "enable_gqa": shape["Hq"] != shape["Hkv"]}
+    options: dict[str, Any] = {"is_causal": shape["causal"], "enable_gqa": shape["Hq"] != shape["Hkv"]}
+    if "block" in shape:
+        mask = _local_and_global_blocks(shape).to(generator.device)
+        options |= {"attn_mask": mask, "mask_block_size": shape["block"]}
+    return operands, options
+
+
+def _local_and_global_blocks(shape: dict[str, Any]) -> Tensor:
+    """Longformer's pattern: ``reach`` blocks to either side, and the first block, which sees and is seen by all."""
+    rows, keys = (torch.arange(-(-shape[length] // shape["block"])) for length in ("Lq", "Lk"))
+    distances = keys - rows[:, None]
+    seen: Tensor = (distances.abs() <= shape["reach"]) | (rows[:, None] == 0) | (keys == 0)
+    return seen
 
 
 def _bench_case(name: str, model: str, shape: dict[str, Any], dtype: torch.dtype, direction: Direction) -> BenchCase:
     batch, heads, kv_heads, lq, lk, dim = (shape[size] for size in ("B", "Hq", "Hkv", "Lq", "Lk", "D"))
-    flops = 4 * batch * heads * dim * _scored_pairs(lq, lk, shape["causal"])
+    pairs = _scored_pairs(lq, lk, shape["causal"])
+    if "block" in shape:
+        pairs = int(_local_and_global_blocks(shape).sum()) * shape["block"] ** 2
+    flops = 4 * batch * heads * dim * pairs
     query_bytes, kv_bytes = (batch * h * length * dim * dtype.itemsize for h, length in ((heads, lq), (kv_heads, lk)))
     lse_bytes = batch * heads * lq * 4
     traffic = 2 * query_bytes + 2 * kv_bytes + lse_bytes
@@ -455,6 +470,7 @@ _BENCH_SHAPES: list[tuple[str, str, dict[str, int], bool, bool]] = [
     ("sd-unet-4096", "SD-UNet", {"B": 1, "Hq": 8, "Lq": 4096, "D": 40}, False, True),
     ("sd-unet-1024", "SD-UNet", {"B": 1, "Hq": 8, "Lq": 1024, "D": 80}, False, True),
     ("sd-unet-cross", "SD-UNet", {"B": 1, "Hq": 8, "Lq": 4096, "Lk": 77, "D": 40}, False, True),
+    ("longformer-4096", "Longformer", {"B": 1, "Hq": 12, "Lq": 4096, "D": 64, "block": 64, "reach": 4}, False, True),
 ]
 
 
@@ -466,6 +482,20 @@ def bench_cases() -> list[BenchCase]:
         directions: tuple[Direction, ...] = ("forward", "forward+backward") if trained else ("forward",)
         for dtype in (torch.float32, torch.bfloat16):
             cases += [_bench_case(name, model, shape, dtype, direction) for direction in directions]
+    return cases
+
+
+def doubling_cases(longest: int) -> list[BenchCase]:
+    """GPT-2's heads, causal, at lengths that double from 128 to ``longest``."""
+    cases = []
+    directions: tuple[Direction, ...] = ("forward", "forward+backward")
+    length = 128
+    while length <= longest:
+        shape = {"B": 1, "Hq": 12, "Hkv": 12, "Lq": length, "Lk": length, "D": 64, "causal": True}
+        for dtype in (torch.float32, torch.bfloat16):
+            for direction in directions:
+                cases.append(_bench_case(f"doubling-{length}", "GPT-2", shape, dtype, direction))
+        length *= 2
     return cases
 
 

@@ -154,6 +154,7 @@ def attention_with_kv_cache(
         heads that share it, read every stored row once, which is what bounds decoding; more are tiled like
         :func:`ptkernels.attention`, with a packed copy of one head per thread. Arithmetic is float32 (float64 for
         float64), except that bfloat16 products use the bfloat16 instructions of the machine where there are any.
+        Inside :func:`ptkernels.batch_invariant` a query has the bits that it has in a prefill, at some cost.
         Results do not depend on the number of threads: keys are split at fixed slots (Flash-Decoding; Dao et al., 2023)
         and partial results merged in order. Paged caches are those of Kwon et al. (2023), rotation that of Su et al.
         (2021). Autocast leaves the call as it is.

@@ -34,6 +34,8 @@ def runs_on_reference(query: Any) -> bool:
         BackendError: the backend asked for cannot run this call.
         FallbackError: no kernel covers the call, and ``PTKERNELS_STRICT=1``.
     """
+    if isinstance(query, Tensor):
+        _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         return True
     if not isinstance(query, Tensor):
@@ -42,6 +44,7 @@ def runs_on_reference(query: Any) -> bool:
     _backend.check_requested(OP, device)
     reason = _fallback_reason(query)
     if reason is not None:
+        _backend.check_batch_invariant(OP, device, reason)
         _backend.fallback(OP, reason)
     return reason is not None
 
@@ -96,6 +99,7 @@ def explain(
     """
     options.pop("return_lse", None)
     check_all(query, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
+    _backend.check_batch_invariant(OP, query.device.type)
     if _backend.state.backend == "reference":
         requested = "backend 'reference' was asked for"
         return Explanation(OP, _COMPOSITION, "reference", requested, ["leave ptkernels.backend('reference')"])
@@ -106,6 +110,8 @@ def explain(
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
         reason = f"backend {_backend.state.backend!r} was asked for"
+    if _backend.state.batch_invariant:
+        reason += f"; {_backend.BATCH_INVARIANT}"
     if _backend.runs_on_triton(device, library.DEVICES):
         return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}")
     if device == "cuda":

@@ -37,6 +37,7 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -59,6 +60,7 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -80,6 +82,7 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`ptkernels.attention` within each of several sequences that lie one after another, without padding.
@@ -93,7 +96,8 @@ def attention_varlen(
         value: ``[tokens_k, Hkv, Dv]``. ``D`` and ``Dv`` are 1 to 512 and may differ.
         cu_seqlens_q: ``[sequences + 1]``, int32 or int64: 0, then where each sequence ends. The last is ``tokens_q``.
         cu_seqlens_k: the same for key and value.
-        max_seqlen_q: an upper bound of the lengths, which is checked. Nothing depends on it; other libraries need it.
+        max_seqlen_q: an upper bound of the lengths, which is checked. Nothing but the places of ``relative_bias``
+            depends on it; other libraries need it.
         max_seqlen_k: the same for key and value.
         dropout_p: as in :func:`ptkernels.attention`.
         is_causal: row ``i`` of a sequence attends to its keys ``j <= i`` only.
@@ -104,6 +108,9 @@ def attention_varlen(
         softcap: as in :func:`ptkernels.attention`.
         alibi_slopes: ``[Hq]`` or ``[sequences, Hq]``.
         sinks: ``[Hq]`` or ``[sequences, Hq]``.
+        relative_bias: ``[Hq, max_seqlen_q + max_seqlen_k - 1]`` or ``[sequences, Hq, ...]``, needs both bounds: added
+            to the scores of every sequence by distance, ``j - i`` at place ``j - i + max_seqlen_q - 1``.
+            ``ptkernels.t5_relative_bias(table, max_seqlen_q, max_seqlen_k)`` makes it from T5's table. Differentiable.
         return_lse: also return the log-sum-exp of every row.
 
     Returns:
@@ -135,6 +142,7 @@ def attention_varlen(
 
         operands: dict[str, Any] = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q}
         operands |= {"cu_seqlens_k": cu_seqlens_k, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        operands["relative_bias"] = relative_bias
         given: dict[str, Any] = {
             "max_seqlen_q": max_seqlen_q,
             "max_seqlen_k": max_seqlen_k,
@@ -147,13 +155,15 @@ def attention_varlen(
     check_window(window)
     if not isinstance(query, Tensor):
         raise TypeError(f"{checks.OP}: query: got {type(query).__name__}, expected torch.Tensor")
-    _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, window, softcap, alibi_slopes, sinks)
+    beyond = (window, softcap, alibi_slopes, sinks, relative_bias)
+    _, options = resolve(query.dtype, None, dropout_p, is_causal, scale, *beyond)
     options = options._replace(bottom_right=bottom_right)
     bounds = [-1 if bound is None else bound for bound in (max_seqlen_q, max_seqlen_k)]
     checks.check_inputs(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], options=options)
     if routing.runs_on_reference(query, key, value, options):
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = reference.attention_varlen_with(query, key, value, cu_seqlens_q, cu_seqlens_k, options=options)
+            packing = (cu_seqlens_q, cu_seqlens_k, bounds[0])
+            out, lse = reference.attention_varlen_with(query, key, value, *packing, options=options)
     else:
-        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options.shared)
+        out, lse = varlen_op(query, key, value, cu_seqlens_q, cu_seqlens_k, bounds[0], bounds[1], *options.packed)
     return (out, lse) if return_lse else out

@@ -36,7 +36,7 @@ def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Ten
     offsets = [_merge_offsets(args[3], in_dims[3], size, tokens), _merge_offsets(args[4], in_dims[4], size, keys)]
     sequences = args[3].numel() // (1 if in_dims[3] is None else size) - 1
     options = merge_options(Options(*args[7:]), Options(*in_dims[7:]), size, sequences)
-    out, lse = varlen_op(*operands, *offsets, *args[5:7], *options.shared)
+    out, lse = varlen_op(*operands, *offsets, *args[5:7], *options.packed)
     return (out.unflatten(0, (size, tokens)), lse.unflatten(1, (size, tokens))), (0, 1)
 
 
@@ -50,15 +50,15 @@ def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor | N
     sequences = args[7].numel() // (1 if in_dims[7] is None else size) - 1
     given, dims = Options(*args[12:]), Options(*in_dims[12:])
     options = merge_options(given, dims, size, sequences, keep_shared=not any(args[11][3:]))
-    grads = varlen_backward_op(grad_out, grad_lse, query, key, value, out, lse, *offsets, *args[9:12], *options.shared)
+    grads = varlen_backward_op(grad_out, grad_lse, query, key, value, out, lse, *offsets, *args[9:12], *options.packed)
     results = [
         None if grad is None else grad.unflatten(0, (size, length))
         for grad, length in zip(grads[:3], (tokens, keys, keys), strict=True)
     ]
-    for grad, tensor, dim in zip(grads[3:], given.tensors, dims.tensors, strict=True):
+    for grad, tensor, dim, own in zip(grads[3:], given.learned, dims.learned, (1, 1, 2), strict=True):
         if grad is not None and tensor is not None:
             grad = grad.unflatten(0, (size, sequences))
-            is_shared = tensor.dim() - (dim is not None) == 1
+            is_shared = tensor.dim() - (dim is not None) == own
             grad = grad.sum(1) if is_shared else grad
         results.append(grad)
     return tuple(results), tuple(None if grad is None else 0 for grad in results)

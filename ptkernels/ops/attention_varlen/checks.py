@@ -67,6 +67,30 @@ def _check_sequences(query: Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, length
             raise TypeError(f"{OP}: {name}: got {type(length).__name__}, expected int")
 
 
+def _check_relative_bias(query: Tensor, sequences: int, tensor: Tensor, queries: int, keys: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{OP}: relative_bias: got {type(tensor).__name__}, expected torch.Tensor")
+    if queries < 0 or keys < 0:
+        raise ValueError(
+            f"{OP}: relative_bias: got a value without max_seqlen_q and max_seqlen_k, expected both: they say which "
+            "number belongs to which distance"
+        )
+    expected = [query.size(1), max(queries + keys - 1, 0)]
+    if list(tensor.shape) not in (expected, [sequences, *expected]):
+        raise ValueError(
+            f"{OP}: relative_bias: got shape {list(tensor.shape)}, expected {expected}, a number for every distance "
+            f"from key to query, or {[sequences, *expected]}"
+        )
+    _check_wide("relative_bias", tensor, query)
+
+
+def _check_wide(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != compute_dtype(query.dtype):
+        raise TypeError(f"{OP}: {name}: got dtype {_name(tensor.dtype)}, expected {_name(compute_dtype(query.dtype))}")
+    if tensor.device != query.device:
+        raise ValueError(f"{OP}: {name}: got device {tensor.device}, expected {query.device} like query")
+
+
 def _check_options(query: Tensor, sequences: int, options: Options) -> None:
     for name, flag in (("is_causal", options.is_causal), ("bottom_right", options.bottom_right)):
         if not isinstance(flag, bool):
@@ -87,12 +111,7 @@ def _check_options(query: Tensor, sequences: int, options: Options) -> None:
             raise ValueError(
                 f"{OP}: {name}: got shape {list(tensor.shape)}, expected [{heads}] or [{sequences}, {heads}]"
             )
-        if tensor.dtype != compute_dtype(query.dtype):
-            raise TypeError(
-                f"{OP}: {name}: got dtype {_name(tensor.dtype)}, expected {_name(compute_dtype(query.dtype))}"
-            )
-        if tensor.device != query.device:
-            raise ValueError(f"{OP}: {name}: got device {tensor.device}, expected {query.device} like query")
+        _check_wide(name, tensor, query)
     if options.keep_below != KEEP_ALL and options.dropout_seed is not None and options.dropout_seed.dim() > 1:
         raise ValueError(f"{OP}: dropout_seed: expected an int64 tensor of shape [] or [a divisor of the sequences]")
 
@@ -117,3 +136,5 @@ def check_inputs(
     _check_operands(query, key, value)
     _check_sequences(query, cu_seqlens_q, cu_seqlens_k, {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     _check_options(query, cu_seqlens_q.size(0) - 1, options)
+    if options.relative_bias is not None:
+        _check_relative_bias(query, cu_seqlens_q.size(0) - 1, options.relative_bias, max_seqlen_q, max_seqlen_k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,19 @@ Gradients = tuple[Tensor | None, ...]
 _OPTIONS, _OUTPUT_MASK, _BACKWARD_OPTIONS = 7, 11, 12
 
 
+# Among the options: the places of those that have a gradient.
+_LEARNED = tuple(map(Options._fields.index, ("alibi_slopes", "sinks", "relative_bias")))
+
+
+def _tensors(options: Options) -> tuple[Tensor | None, ...]:
+    return (*options.learned, options.dropout_seed)
+
+
+def _with_tensors(options: Options, tensors: Sequence[Tensor | None] = (None,) * 4) -> Options:
+    slopes, sinks, relative, seed = tensors
+    return options._replace(alibi_slopes=slopes, sinks=sinks, relative_bias=relative, dropout_seed=seed)
+
+
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     query, _, value = args[:3]
     options = Options(*args[_OPTIONS:])
@@ -36,7 +49,7 @@ def _fake_backward(*args: Any) -> Gradients:
     query, options, wanted = args[2], Options(*args[_BACKWARD_OPTIONS:]), args[_OUTPUT_MASK]
     check_inputs(*args[2:5], *args[7:_OUTPUT_MASK], options=options)
     found = [(tensor, tensor.dtype) for tensor in args[2:5]]
-    found += [(tensor, compute_dtype(query.dtype)) for tensor in options.tensors]
+    found += [(tensor, compute_dtype(query.dtype)) for tensor in options.learned]
     return tuple(
         tensor.new_empty(tensor.shape, dtype=dtype) if needed and tensor is not None else None
         for (tensor, dtype), needed in zip(found, wanted, strict=True)
@@ -48,11 +61,9 @@ class _Varlen(Function):
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = forward_of_function(varlen_op, keyset, *args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:5], out, lse, *args[_OPTIONS + 2 : _OPTIONS + 5])
-        ctx.lengths, ctx.options = (
-            args[5:7],
-            Options(*args[_OPTIONS:])._replace(alibi_slopes=None, sinks=None, dropout_seed=None),
-        )
+        options = Options(*args[_OPTIONS:])
+        ctx.save_for_backward(*args[:5], out, lse, *_tensors(options))
+        ctx.lengths, ctx.options = args[5:7], _with_tensors(options)
         return out, lse
 
     @staticmethod
@@ -60,27 +71,29 @@ class _Varlen(Function):
         needed = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:
             return (None,) * len(needed)
-        query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, slopes, sinks, seed = ctx.saved_tensors
+        query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = out.new_zeros(()).expand_as(out)
-        options = ctx.options._replace(alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+        options = _with_tensors(ctx.options, tensors)
         # The keyset comes first among the inputs.
-        wanted = [*needed[1:4], *needed[_OPTIONS + 3 : _OPTIONS + 5]]
+        wanted = [*needed[1:4], *(needed[_OPTIONS + 1 + place] for place in _LEARNED)]
         args = (grad_out, grad_lse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, wanted)
         if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
-            grads = varlen_backward_op(*args, *options.shared)
+            grads = varlen_backward_op(*args, *options.packed)
         else:
-            grads = below_autograd(varlen_backward_op, None, *args, *options.shared)
-        every = (None, *grads[:3], *(None,) * 6, *grads[3:])
-        return (*every, *(None,) * (len(needed) - len(every)))
+            grads = below_autograd(varlen_backward_op, None, *args, *options.packed)
+        found: dict[int, Tensor | None] = dict(zip((1, 2, 3), grads[:3], strict=True))
+        found |= {_OPTIONS + 1 + place: grad for place, grad in zip(_LEARNED, grads[3:], strict=True)}
+        return tuple(found.get(at) for at in range(len(needed)))
 
 
 class _VarlenBackward(Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:5], *args[7:9], *args[_BACKWARD_OPTIONS + 2 : _BACKWARD_OPTIONS + 5])
-        ctx.options = Options(*args[_BACKWARD_OPTIONS:])._replace(alibi_slopes=None, sinks=None, dropout_seed=None)
+        options = Options(*args[_BACKWARD_OPTIONS:])
+        ctx.save_for_backward(*args[:5], *args[7:9], *_tensors(options))
+        ctx.longest, ctx.options = args[9], _with_tensors(options)
         grads: Gradients = forward_of_function(varlen_backward_op, keyset, *args)
         return grads
 
@@ -91,17 +104,16 @@ class _VarlenBackward(Function):
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         _backend.fallback(OP, "double backward has no kernel")
-        *operands, cu_seqlens_q, cu_seqlens_k, slopes, sinks, seed = ctx.saved_tensors
-        saved = dict(enumerate(operands)) | {_BACKWARD_OPTIONS + 2: slopes, _BACKWARD_OPTIONS + 3: sinks}
+        operands, packing = ctx.saved_tensors[:5], (*ctx.saved_tensors[5:7], ctx.longest)
+        *learned, seed = ctx.saved_tensors[7:]
+        learned_places = [_BACKWARD_OPTIONS + place for place in _LEARNED]
+        saved = dict(enumerate(operands)) | dict(zip(learned_places, learned, strict=True))
         places = [at for at, tensor in saved.items() if tensor is not None]
 
         def gradients(*primals: Tensor) -> tuple[Any, ...]:
             now = saved | dict(zip(places, primals, strict=True))
-            options = ctx.options._replace(
-                alibi_slopes=now[_BACKWARD_OPTIONS + 2], sinks=now[_BACKWARD_OPTIONS + 3], dropout_seed=seed
-            )
-            found = (*(now[at] for at in range(5)), cu_seqlens_q, cu_seqlens_k)
-            results = reference.attention_varlen_gradients(*found, options=options)
+            options = _with_tensors(ctx.options, [*(now[at] for at in learned_places), seed])
+            results = reference.attention_varlen_gradients(*(now[at] for at in range(5)), *packing, options=options)
             return tuple(results[index] for index in given)
 
         pullback: Any = torch.func.vjp(gradients, *(saved[at] for at in places))[1]
@@ -115,12 +127,12 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
     options = Options(*args[_OPTIONS:])
-    args = (*args[:_OPTIONS], *options.shared)
-    differentiable = (*args[:3], *options.tensors)
+    args = (*args[:_OPTIONS], *options.packed)
+    differentiable = (*args[:3], *options.learned)
     if has_tangent(*differentiable):
         check_inputs(*args[:_OPTIONS], options=options)
         _backend.fallback(OP, FORWARD_MODE)
-        return reference.attention_varlen_with(*args[:5], options=options)
+        return reference.attention_varlen_with(*args[:6], options=options)
     if _needs_grad(*differentiable):
         result: tuple[Tensor, Tensor] = apply(_Varlen, keyset, *args)
     else:
@@ -130,11 +142,11 @@ def _autograd_forward(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _autograd_backward(keyset: Any, *args: Any) -> Gradients:
     options = Options(*args[_BACKWARD_OPTIONS:])
-    args = (*args[:_BACKWARD_OPTIONS], *options.shared)
-    differentiable = (*args[:5], *options.tensors)
+    args = (*args[:_BACKWARD_OPTIONS], *options.packed)
+    differentiable = (*args[:5], *options.learned)
     if has_tangent(*differentiable):
         _backend.fallback(OP, FORWARD_MODE)
-        results = reference.attention_varlen_gradients(*args[:5], *args[7:9], options=options)
+        results = reference.attention_varlen_gradients(*args[:5], *args[7:10], options=options)
         return tuple(grad if needed else None for grad, needed in zip(results, args[_OUTPUT_MASK], strict=True))
     if _needs_grad(*differentiable):
         result: Gradients = apply(_VarlenBackward, keyset, *args)

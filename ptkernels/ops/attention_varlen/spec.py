@@ -33,6 +33,11 @@ class _Case:
     slopes: int = 0
     """Dimensions of ``alibi_slopes``."""
     sinks: bool = False
+    relative: int = 0
+    """Dimensions of ``relative_bias``."""
+    room: int = 32
+    """How many times as long as the longest sequence the bounds are, as a caller who compiles for a bucket of lengths
+    would leave."""
     layout: str = "contiguous"
     offsets_dtype: torch.dtype = torch.int64
     options: tuple[tuple[str, Any], ...] = ()
@@ -56,18 +61,23 @@ class _Case:
         kwargs: dict[str, Any] = {
             "cu_seqlens_q": offsets(self.lengths_q, self.offsets_dtype).to(device),
             "cu_seqlens_k": offsets(lengths_k, self.offsets_dtype).to(device),
-            # Room to grow, as a caller who compiles for a bucket of lengths would leave.
-            "max_seqlen_q": 32 * max(self.lengths_q, default=0),
-            "max_seqlen_k": 32 * max(lengths_k, default=0),
+            "max_seqlen_q": self.room * max(self.lengths_q, default=0),
+            "max_seqlen_k": self.room * max(lengths_k, default=0),
             **dict(self.options),
         }
         learned = ["query", "key", "value"]
-        sizes = (len(self.lengths_q), self.heads)
+        sizes: tuple[int, ...] = (len(self.lengths_q), self.heads)
         for name, dims in (("alibi_slopes", self.slopes), ("sinks", int(self.sinks))):
             if dims:
                 values = torch.randint(1, 17, sizes[-dims:], generator=generator, device=device) / 16
                 kwargs[name] = values.to(torch.promote_types(dtype, torch.float32)).requires_grad_(requires_grad)
                 learned.append(name)
+        if self.relative:
+            sizes = (*sizes, max(kwargs["max_seqlen_q"] + kwargs["max_seqlen_k"] - 1, 0))
+            values = torch.randn(sizes[-self.relative :], generator=generator, device=device, dtype=torch.float64)
+            wide = torch.promote_types(dtype, torch.float32)
+            kwargs["relative_bias"] = values.to(wide).requires_grad_(requires_grad)
+            learned.append("relative_bias")
         return Sample(self.name, operands, kwargs, tuple(learned))
 
 
@@ -78,6 +88,8 @@ _GRADCHECK = [
     _Case("plain", (2, 3), (3, 1), d=2, dv=3),
     _Case("causal", (3, 0, 2), d=2, heads=2, kv_heads=1, options=_CAUSAL),
     _Case("shaped", (2, 3), (4, 2), d=2, slopes=1, sinks=True, options=_CORNER),
+    _Case("relative-bias", (2, 3), (3, 1), d=2, relative=2, room=1),
+    _Case("relative-bias-each", (3, 0, 2), (1, 2, 2), d=2, relative=3, room=2, options=_CAUSAL),
 ]
 
 _QUICK = [
@@ -91,6 +103,9 @@ _QUICK = [
     _Case(
         "everything", (60, 3, 90), (45, 30, 128), heads=4, slopes=2, sinks=True, options=(*_CORNER, ("dropout_p", 0.2))
     ),
+    _Case("relative-bias", (5, 70, 1, 130), (64, 7, 33, 130), relative=2, room=1),
+    _Case("relative-bias-causal", (5, 0, 170), (5, 40, 130), heads=4, kv_heads=1, relative=3, room=2, options=_CORNER),
+    _Case("relative-bias-few-rows", (1, 2, 1), (257, 5, 700), d=40, relative=2, room=1),
     _Case("no-tokens", (0, 0)),
 ]
 
@@ -117,7 +132,7 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
         yield "ptkernels::attention_varlen", (*sample.args, *packing, *options)
         operands = [tensor.detach() for tensor in sample.args]
         out, lse = torch.ops.ptkernels.attention_varlen(*operands, *packing, *options)
-        wanted = [True, True, True, False, False]
+        wanted = [True, True, True, False, False, False]
         yield (
             "ptkernels::_attention_varlen_backward",
             (torch.randn_like(out), None, *operands, out, lse, *packing, wanted, *options),
@@ -141,11 +156,15 @@ def composition(
     rows, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     dropout_p = options.pop("dropout_p", 0.0)
     state = torch.get_rng_state()
-    slopes = options.pop("alibi_slopes", None)
+    slopes, relative = options.pop("alibi_slopes", None), options.pop("relative_bias", None)
     for index in range(len(rows) - 1):
         operands = (query[rows[index] : rows[index + 1]], *(t[keys[index] : keys[index + 1]] for t in (key, value)))
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in operands)
         own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+        if relative is not None:
+            of_sequence = relative[index] if relative.dim() == 3 else relative
+            first = (max_seqlen_q or 0) - q.size(2)
+            options["relative_bias"] = of_sequence.narrow(-1, first, max(q.size(2) + k.size(2) - 1, 0))
         torch.set_rng_state(state)  # every sequence draws the seed of the whole batch
         out = dense.composition(
             q,

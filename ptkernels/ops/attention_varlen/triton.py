@@ -18,6 +18,9 @@ def _call(query: Tensor, key: Tensor, cu_seqlens: Sequence[Tensor], bounds: Sequ
 
     Offsets are checked where they are, without waiting: on a GPU, wrong ones are an assertion of the device.
     """
+    *shared, relative_bias = (*options, None)[:11]
+    if relative_bias is not None:
+        raise ValueError(f"{OP}: relative_bias: got a value, expected None: the Triton kernels have none")
     longest = [bound if bound >= 0 else tensor.size(0) for bound, tensor in zip(bounds, (query, key), strict=True)]
     for name, offsets, tensor, bound in zip("qk", cu_seqlens, (query, key), longest, strict=True):
         lengths = offsets.diff()
@@ -26,7 +29,7 @@ def _call(query: Tensor, key: Tensor, cu_seqlens: Sequence[Tensor], bounds: Sequ
         torch._assert_async(
             fits, f"{OP}: cu_seqlens_{name}: expected offsets from 0 to {tensor.size(0)}, at most {bound} apart"
         )
-    return launch.Call(*options)._replace(
+    return launch.Call(*shared)._replace(
         cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1]
     )
 
@@ -63,9 +66,9 @@ def backward(
     *options: Any,
     wrap: Launcher = identity,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, alibi_slopes and sinks, None where not asked for."""
+    """Gradients of query, key, value, alibi_slopes, sinks and no relative_bias, None where not asked for."""
     call = _call(query, key, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
-    needed = (*output_mask[:3], False, *output_mask[3:])
+    needed = (*output_mask[:3], False, *output_mask[3:5])
     grads = launch.varlen_backward(grad_out, grad_lse, query, key, value, out, lse, call, needed, wrap)
     others = (None if grad is None else grad.float() for grad in (grads.alibi_slopes, grads.sinks))
-    return (*grads[:3], *others)
+    return (*grads[:3], *others, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from ptkernels.cli.bench.gate import Part
 from ptkernels.cli.bench.limits import available_memory
 from ptkernels.cli.bench.problem import Contender, Peer, Problem, UnsupportedError
+from ptkernels.ops.attention.reference import pairs_of_blocks
 
 from . import EAGER, SDPA, compile_peer, torch_peer
 from .engines import OnnxSession, OpenVinoRequest, onnx_type, openvino_type
@@ -60,13 +62,32 @@ def sdpa(
 
 
 def peers() -> list[Peer]:
-    return [
+    found = [
         torch_peer(SDPA, sdpa),
         _holding_scores(torch_peer(EAGER, composition)),
         _holding_scores(compile_peer(composition)),
         _holding_scores(Peer("onnxruntime", _onnxruntime_version, _onnxruntime)),
         Peer("openvino", _openvino_version, _openvino),
     ]
+    return [_with_mask_of_pairs(peer) for peer in found]
+
+
+def _with_mask_of_pairs(peer: Peer) -> Peer:
+    """A peer that knows no masks of blocks: it gets one of pairs, made before the clock starts."""
+
+    def prepare(problem: Problem, threads: int) -> Contender:
+        size = problem.named["mask_block_size"]
+        if size != 1:
+            mask = pairs_of_blocks(
+                problem.named["attn_mask"], size, problem.named["query"].shape[2], problem.named["key"].shape[2]
+            )
+            problem = copy.copy(problem)
+            problem.kwargs = {**problem.kwargs, "attn_mask": mask}
+            del problem.kwargs["mask_block_size"]
+            problem.named = {**problem.named, "attn_mask": mask, "mask_block_size": 1}
+        return peer.prepare(problem, threads)
+
+    return dataclasses.replace(peer, prepare=prepare)
 
 
 def _holding_scores(peer: Peer) -> Peer:
