@@ -171,7 +171,10 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
     }
     return gradients;
   }
-  if (!conv) {
+  // A gradient that passes through unchanged: whatever `conv` was.
+  const bool is_bare =
+      p.activation == Activation::none && !measured && norm.mean.empty() && !residual && !grad_residual;
+  if (!conv && !is_bare) {
     conv = convolved(call, bias_channels);
   }
 
@@ -179,23 +182,26 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
   const bool bias_is_removed = measured && (!call.normalizes_images || p.norm_groups == p.out_channels);
   const bool sums_grad_conv = grad_bias && measured && !bias_is_removed;
   const bool needs_grad_conv = grad_input || grad_weight || sums_grad_conv;
+  const bool is_grad_out = is_bare && conv_layout(p) == p.layout;
   std::optional<Tensor> grad_conv;
   if (needs_grad_conv) {
-    grad_conv = call.empty_result(conv_layout(p));
+    grad_conv = is_grad_out ? grad_out : call.empty_result(conv_layout(p));
   }
   const int64_t sums = (call.normalizes_images ? p.batch : 1) * p.out_channels;
   Channels sum_du(p.dtype, sums), sum_du_xhat(p.dtype, sums), sum_grad_conv(p.dtype, p.out_channels);
   NormalizeBackwardParams params;
-  params.forward = call.normalize(*conv, residual, norm);
+  params.forward = call.normalize(conv ? *conv : grad_conv ? *grad_conv : grad_out, residual, norm);
   params.invstd = norm.invstd.data();
   params.grad_out = grad_out.const_data_ptr();
   params.batch_statistics = measured;
   params.sum_du = sum_du.mutable_data();
   params.sum_du_xhat = sum_du_xhat.mutable_data();
   params.sum_grad_conv = sums_grad_conv ? sum_grad_conv.mutable_data() : nullptr;
-  params.grad_conv = grad_conv ? grad_conv->mutable_data_ptr() : nullptr;
+  params.grad_conv = grad_conv && !is_grad_out ? grad_conv->mutable_data_ptr() : nullptr;
   params.grad_residual = grad_residual ? grad_residual->mutable_data_ptr() : nullptr;
-  check_memory(kernels().normalize_backward(params));
+  if (!is_grad_out || grad_bias) {
+    check_memory(kernels().normalize_backward(params));
+  }
 
   if (grad_input || grad_weight) {
     multiply_backward(call, *grad_conv, grad_input, grad_weight);

@@ -7,14 +7,16 @@
 //   taps
 //            are inside; fewer take more channels at a time, so that there are always enough sums to hide the latency
 //            of an addition. Positions at the borders are computed one at a time, over the taps that are inside.
-//            Where many are at the borders, an item is a band of lines and some of the channels instead, and reads a
-//            copy of its part of the source, in L1, with zeros around it: then all positions are alike.
+//            Where many are at the borders, or taps are many, an item is a band of lines and some of the channels
+//            instead, and reads a copy of its part of the source, in L1, with zeros around it: then all positions are
+//            alike.
 //
 //   weight gradient: lines are divided into segments whose number depends on the problem alone, each with sums of its
 //            own, which are added in order.
 #pragma once
 
 #include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_implicit.h"
+#include "csrc/ops/conv_bn_relu/conv_bn_relu_cpu_runs.h"
 
 namespace ptk::PTK_ISA {
 
@@ -32,11 +34,16 @@ public:
     inner_end_ = most(first_inner_, last < 0 ? 0 : least(w_.count, last / w_.step + 1));
     const Axis &d_ = g_.axis[0], &h_ = g_.axis[1];
     const bool is_plane = d_.taps == 1 && d_.source == 1 && d_.count == 1 && d_.base == 0;
-    if (!is_plane || g_.taps() == 0 || 5 * (inner_end_ - first_inner_) >= 4 * w_.count) return;
+    const bool is_inner = 5 * (inner_end_ - first_inner_) >= 4 * w_.count;
+    if (!is_plane || g_.taps() == 0 || (is_inner && g_.taps() < kManyTaps)) return;
     window_width_ = (w_.count - 1) * w_.step + (w_.taps - 1) * w_.delta + 1;
     const int64_t span = (h_.taps - 1) * h_.delta + 1;
-    const int64_t fitting = kWindowBytes / (window_width_ * kChunk * static_cast<int64_t>(sizeof(T)));
-    if (fitting >= span) band_ = least(h_.count, (fitting - span) / h_.step + 1);
+    // Fewer channels leave room for more lines, and each is read again for `span` lines of positions.
+    for (;; chunk_ /= 2) {
+      const int64_t fitting = kWindowBytes / (window_width_ * chunk_ * static_cast<int64_t>(sizeof(T)));
+      if (fitting >= span) band_ = least(h_.count, (fitting - span) / h_.step + 1);
+      if (band_ >= least(span, h_.count) || chunk_ <= kLanes<A>) break;
+    }
   }
 
   int64_t lines() const { return g_.batch * g_.axis[0].count * g_.axis[1].count; }
@@ -63,12 +70,12 @@ public:
   bool run(const void* packed) const {
     const A* weight = static_cast<const A*>(packed);
     const int64_t bands = band_ ? (g_.axis[1].count + band_ - 1) / band_ : 0,
-                  chunks = (channels_ + kChunk - 1) / kChunk;
+                  chunks = (channels_ + chunk_ - 1) / chunk_;
     // Neighbouring lines read the same lines of the source.
     const int64_t together = most(1, least(8, lines() / (4 * num_threads())));
     bool ok = true;
     parallel_items(band_ ? g_.batch * bands * chunks : (lines() + together - 1) / together, [&](int64_t i) {
-      if (!(band_ ? band(weight, i / chunks / bands, i / chunks % bands * band_, i % chunks * kChunk)
+      if (!(band_ ? band(weight, i / chunks / bands, i / chunks % bands * band_, i % chunks * chunk_)
                   : some_lines(weight, i * together, least(lines(), (i + 1) * together))))
         __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     });
@@ -76,7 +83,9 @@ public:
   }
 
 private:
-  static constexpr int64_t kChunk = 64, kWindowBytes = 48 * 1024;
+  static constexpr int64_t kMostChannels = 64, kWindowBytes = 48 * 1024;
+  // So many that a copy of the source costs little beside them.
+  static constexpr int64_t kManyTaps = 25;
 
   int64_t ld_weight() const { return round_up(channels_, kLanes<A>); }
   bool is_transposed() const {
@@ -201,7 +210,7 @@ private:
     Scratch s;
     s.taps.list = carver.take<Tap>(most(1, g_.taps()));
     s.rows = carver.take<T>(is_transposed() ? 2 * w_.count * channels : 0);
-    s.window = carver.take<T>(band_ ? window_rows() * window_width_ * kChunk : 0);
+    s.window = carver.take<T>(band_ ? window_rows() * window_width_ * chunk_ : 0);
     return s;
   }
 
@@ -242,26 +251,26 @@ private:
 
   int64_t window_rows() const { return (band_ - 1) * g_.axis[1].step + (g_.axis[1].taps - 1) * g_.axis[1].delta + 1; }
 
-  // Channels [first, first + kChunk) of up to band_ lines of an image.
+  // Channels [first, first + chunk_) of up to band_ lines of an image.
   bool band(const A* weight, int64_t image, int64_t begin, int64_t first) const {
     const Axis& h_ = g_.axis[1];
-    const int64_t channels = least(kChunk, channels_ - first), end = least(h_.count, begin + band_);
+    const int64_t channels = least(chunk_, channels_ - first), end = least(h_.count, begin + band_);
     Carver count;
-    carve(count, kChunk);
+    carve(count, chunk_);
     Carver carver{static_cast<char*>(thread_scratch(count.bytes()))};
     if (!carver.next) return false;
-    Scratch s = carve(carver, kChunk);
+    Scratch s = carve(carver, chunk_);
     copy_window(image, begin * h_.step + h_.base, first, channels, s.window);
     for (int64_t h = 0; h < h_.taps; ++h)
       for (int64_t w = 0; w < w_.taps; ++w)
-        s.taps.list[s.taps.count++] = {(h * h_.delta * window_width_ + w * w_.delta) * kChunk,
+        s.taps.list[s.taps.count++] = {(h * h_.delta * window_width_ + w * w_.delta) * chunk_,
                                        (h * w_.taps + w) * ld_weight()};
     for (int64_t y = begin; y < end; ++y) {
-      const int64_t index = image * h_.count + y, step = w_.step * kChunk;
+      const int64_t index = image * h_.count + y, step = w_.step * chunk_;
       Position p;
       locate(g_, index * w_.count, 1, &p);
       const Target to = target(p, index, first, channels, s.rows);
-      const T* from = s.window + (y - begin) * h_.step * window_width_ * kChunk;
+      const T* from = s.window + (y - begin) * h_.step * window_width_ * chunk_;
       for (int64_t at = 0; at < w_.count;) {
         const T* residual = to.residual ? to.residual + at * to.ld : nullptr;
         const Operands o{s.taps, weight, from + at * step, step, to.out + at * to.ld, residual, to.ld};
@@ -278,16 +287,16 @@ private:
     const int64_t height = g_.axis[1].source;
     const int64_t low = least(window_width_, most(0, -w_.base));
     const int64_t high = most(low, least(window_width_, w_.source - w_.base));
-    for (int64_t row = 0; row < window_rows(); ++row, window += window_width_ * kChunk) {
+    for (int64_t row = 0; row < window_rows(); ++row, window += window_width_ * chunk_) {
       const int64_t y = top + row;
       if (y < 0 || y >= height) {
-        std::memset(window, 0, window_width_ * kChunk * sizeof(T));
+        std::memset(window, 0, window_width_ * chunk_ * sizeof(T));
         continue;
       }
       const T* from = source_ + ((image * height + y) * w_.source + w_.base) * channels_ + first;
-      std::memset(window, 0, low * kChunk * sizeof(T));
-      for (int64_t x = low; x < high; ++x) std::memcpy(window + x * kChunk, from + x * channels_, channels * sizeof(T));
-      std::memset(window + high * kChunk, 0, (window_width_ - high) * kChunk * sizeof(T));
+      std::memset(window, 0, low * chunk_ * sizeof(T));
+      for (int64_t x = low; x < high; ++x) copy_elements(from + x * channels_, channels, window + x * chunk_);
+      std::memset(window + high * chunk_, 0, (window_width_ - high) * chunk_ * sizeof(T));
     }
   }
 
@@ -297,7 +306,7 @@ private:
   const ConvResult<T>& r_;
   const int64_t channels_ = g_.result_channels;
   int64_t first_inner_, inner_end_;
-  int64_t band_ = 0, window_width_ = 0;  // 0: lines are not copied
+  int64_t band_ = 0, window_width_ = 0, chunk_ = kMostChannels;  // lines, 0: they are not copied; pixels; channels
 };
 
 template <class T>

@@ -152,7 +152,8 @@ def evaluate(tensors: tuple[Any, ...], options: tuple[Any, ...], variant: Varian
         )  # fmt: skip
         with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             if _records(args):
-                results = register.record(args, not recompute, _plain_variant(variant, space))
+                saves = not recompute and register.needs_conv(args, variant)
+                results = register.record(args, saves, _plain_variant(variant, space))
             else:
                 # Nothing to record: the autograd kernel, which is Python, would double the latency.
                 with torch._C._AutoDispatchBelowAutograd():
@@ -211,7 +212,7 @@ def _convolve(args: tuple[Any, ...], recompute: bool) -> tuple[Tensor, Tensor | 
         # Autocast has been applied; inside the composition it would round everything else as well.
         with torch.autocast(args[0].device.type, enabled=False):
             return reference.forward(*args)
-    saves = not recompute and _records(args)
+    saves = not recompute and _records(args) and register.needs_conv(args, Variant(*args[16:]))
     return conv_op(*args[:16], saves, *args[16:])  # type: ignore[no-any-return]
 
 

@@ -189,6 +189,13 @@ class _ConvBNReLUBackward(Function):
         return (None, grad_grad_out, *operand_grads, None, None, second.get(5), *tail)
 
 
+def needs_conv(args: tuple[Any, ...], variant: Variant) -> bool:
+    """Whether the backward looks at the convolution's result: a convolution alone passes its gradient on as it is."""
+    return (
+        args[14] != "none" or args[8] is True or args[5] is not None or args[7] is not None or variant.num_groups != 0
+    )
+
+
 def record(args: tuple[Any, ...], save_conv: bool, variant: Variant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator with a derivative, for plain tensors outside of any transform; arguments as it takes them.
 
