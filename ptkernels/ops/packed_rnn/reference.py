@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
 from ptkernels._philox import philox
 
@@ -128,7 +128,10 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
 
 
 def _normalised(x: Tensor, weight_and_bias: Tensor, eps: float) -> Tensor:
-    return layer_norm(x, x.shape[-1:], weight_and_bias[0], weight_and_bias[1], eps)
+    # Not torch's layer_norm, whose third derivatives are wrong (2.13). It sums in float32 too.
+    wide = x.to(compute_dtype(x.dtype))
+    scale = (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    return ((wide - wide.mean(-1, keepdim=True)) * scale * weight_and_bias[0] + weight_and_bias[1]).to(x.dtype)
 
 
 def _cell(
@@ -336,6 +339,95 @@ def packed_rnn(
     return as_results(layer(*args, return_cells, as_options(eps, zoneout, train)), mode, return_cells)
 
 
+def _normal_gradients(x: Tensor, weight_and_bias: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`_normalised`: of x, of weight and bias."""
+    scale = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normal = (x - x.mean(-1, keepdim=True)) * scale
+    scaled = grad * weight_and_bias[0]
+    of_x = scale * (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True))
+    return of_x, torch.stack([(grad * normal).sum(0), grad.sum(0)])
+
+
+def _lstm_gradients(
+    gates: Tensor, c: Tensor, weights: Weights, eps: float, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Gradients of the gates before activation but for peepholes, of c, and of the weights behind the products."""
+    of: dict[str, Tensor] = {}
+    i, f, g, o = gates.chunk(4, -1)
+    peephole = weights.get("weight_peephole")
+    if peephole is not None:
+        i, f = i + peephole[0] * c, f + peephole[1] * c
+    i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
+    fresh = f * c + i * g
+    o = (o if peephole is None else o + peephole[2] * fresh).sigmoid()
+    squashed = (_normalised(fresh, weights["norm_cell"], eps) if "norm_cell" in weights else fresh).tanh()
+    if "weight_hr" in weights:
+        of["weight_hr"] = grad_h.mT @ (o * squashed)
+        grad_h = grad_h @ weights["weight_hr"]
+    grad_o, grad_seen = grad_h * squashed * o * (1 - o), grad_h * o * (1 - squashed * squashed)
+    if "norm_cell" in weights:
+        grad_seen, of["norm_cell"] = _normal_gradients(fresh, weights["norm_cell"], eps, grad_seen)
+    grad_c = grad_c + grad_seen
+    if peephole is not None:
+        grad_c = grad_c + grad_o * peephole[2]
+    grad_i, grad_f, grad_g = grad_c * g * i * (1 - i), grad_c * c * f * (1 - f), grad_c * i * (1 - g * g)
+    grad_c = grad_c * f
+    if peephole is not None:
+        grad_c = grad_c + grad_i * peephole[0] + grad_f * peephole[1]
+        of["weight_peephole"] = torch.stack([(grad_i * c).sum(0), (grad_f * c).sum(0), (grad_o * fresh).sum(0)])
+    return torch.cat([grad_i, grad_f, grad_g, grad_o], -1), grad_c, of
+
+
+def _cell_gradients(
+    mode: str, x: Tensor, h: Tensor, c: Tensor, weights: Weights, options: Options, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of a step before zoneout: of x, h, c and the weights."""
+    weight_hh, eps = weights["weight_hh"], options.eps
+    groups = [weight_hh.size(0)] if has_cells(mode) else [2 * h.size(-1), h.size(-1)]
+    of_input = linear(x, weights["weight_ih"], weights.get("bias_ih")) if "weight_ih" in weights else x
+    of_hidden = product = linear(h, weight_hh, weights.get("bias_hh"))
+    if "norm_hidden" in weights:
+        parts = zip(product.split(groups, -1), weights["norm_hidden"].split(groups, -1), strict=True)
+        of_hidden = torch.cat([_normalised(part, own, eps) for part, own in parts], -1)
+    of: dict[str, Tensor] = {}
+    through_h: Tensor | None = None
+    if has_cells(mode):
+        of_x, grad_c, of = _lstm_gradients(of_input + of_hidden, c, weights, eps, grad_h, grad_c)
+        of_h = of_x
+    elif GATES[mode] == 3:
+        (r, z, n), (hr, hz, hn) = of_input.chunk(3, -1), of_hidden.chunk(3, -1)
+        r, z = (r + hr).sigmoid(), (z + hz).sigmoid()
+        resets_before = mode == "reset_before_gru"
+        candidate = weight_hh[groups[0] :]
+        n = (n + (linear(r * h, candidate) if resets_before else r * hn)).tanh()
+        grad_n = grad_h * (1 - z) * (1 - n * n)
+        grad_reset = grad_n @ candidate if resets_before else grad_n
+        grad_r = grad_reset * (h if resets_before else hn) * r * (1 - r)
+        shared = [grad_r, grad_h * (h - n) * z * (1 - z)]
+        of_x = torch.cat([*shared, grad_n], -1)
+        of_h = torch.cat([*shared, torch.zeros_like(grad_n) if resets_before else grad_n * r], -1)
+        through_h = grad_h * z
+        if resets_before:
+            through_h = through_h + grad_reset * r
+            of["weight_hh"] = torch.cat([torch.cat(shared, -1).mT @ h, grad_n.mT @ (r * h)])
+    else:
+        total = of_input + of_hidden
+        slope = 1 - total.tanh() ** 2 if mode == "tanh" else (total > 0).to(total.dtype)
+        of_x = of_h = grad_h * slope
+    if "norm_hidden" in weights:
+        split = (tensor.split(groups, -1) for tensor in (product, weights["norm_hidden"], of_h))
+        found = [_normal_gradients(part, own, eps, grad) for part, own, grad in zip(*split, strict=True)]
+        of_h, of["norm_hidden"] = (torch.cat(grads, -1) for grads in zip(*found, strict=True))
+    of.setdefault("weight_hh", of_h.mT @ h)
+    of |= {"bias_hh": of_h.sum(0), "bias_ih": of_x.sum(0)}
+    if "weight_ih" in weights:
+        of["weight_ih"] = of_x.mT @ x
+        of_x = of_x @ weights["weight_ih"]
+    grad_before = of_h @ weight_hh
+    grad_before = grad_before if through_h is None else grad_before + through_h
+    return of_x, grad_before, grad_c, *(of[name] for name in weights)
+
+
 def _step_gradients(
     mode: str,
     x: Tensor,
@@ -344,16 +436,16 @@ def _step_gradients(
     weights: Weights,
     options: Options,
     kept: Kept | None,
-    grads: tuple[Tensor, Tensor],
+    grad_h: Tensor,
+    grad_c: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of a step: of x, h, c and the weights."""
-
-    def run(x: Tensor, h: Tensor, c: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
-        return _step(mode, x, h, c, dict(zip(weights, own, strict=True)), options, kept)
-
-    pullback: Any = torch.func.vjp(run, x, h, c, *weights.values())[1]
-    found: tuple[Tensor, ...] = pullback(grads)
-    return found
+    if kept is None:
+        return _cell_gradients(mode, x, h, c, weights, options, grad_h, grad_c)
+    past_h, past_c = grad_h * kept[0], grad_c * kept[1]
+    fresh = (grad_h - past_h, grad_c - past_c)
+    of_x, of_h, of_c, *of_weights = _cell_gradients(mode, x, h, c, weights, options, *fresh)
+    return of_x, of_h + past_h, of_c + past_c, *of_weights
 
 
 def _run_gradients(
@@ -383,7 +475,7 @@ def _run_gradients(
         running = x[step].size(0)
         incoming = grad_h[:running] + grad_outputs[step]
         of_cells = grad_c[:running] if grad_cells is None else grad_c[:running] + grad_cells[step]
-        found = _step_gradients(mode, x[step], h, c, weights, options, kept, (incoming, of_cells))
+        found = _step_gradients(mode, x[step], h, c, weights, options, kept, incoming, of_cells)
         grad_x[step], new_h, new_c, *own = found
         grad_h, grad_c = torch.cat([new_h, grad_h[running:]]), torch.cat([new_c, grad_c[running:]])
         sums = [total + grad for total, grad in zip(sums, own, strict=True)] if sums else own

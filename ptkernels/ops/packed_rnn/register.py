@@ -211,7 +211,7 @@ class _PackedRnnBackward(Function):
                 flowing[index] = grad
             data, *others = primals[len(present) :]
             state, params = others[: ctx.states], others[ctx.states :]
-            of_cells = reference.Options(*ctx.extras[1:4], seed)
+            of_cells = reference.Options(*ctx.extras[1:])._replace(seed=seed)
             place = (sizes, sorted_indices, *ctx.options, ctx.extras[0], of_cells)
             found = reference.gradients(flowing, data, state, params, *place)
             return tuple(found[wanted[index]] for index in given)
