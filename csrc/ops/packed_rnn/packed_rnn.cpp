@@ -22,25 +22,15 @@ Tensor state_like(const Layer& layer, size_t index, int64_t features) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
-packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
-           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
-           bool save, bool /*recompute*/, bool all_cells, double eps, double zoneout, double zoneout_cell,
-           std::optional<Tensor> seed) {
-  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
-                    bidirectional, all_cells, {eps, zoneout, zoneout_cell, seed});
+// Output, h_n and c_n; gates and cells are kept where there is a place for them.
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Layer& layer, void* gates, void* cells) {
   const RnnProblem& p = layer.problem;
-  const bool is_lstm = has_cells(p.mode), save_sums = save && layer.saves_sums();
+  const bool is_lstm = has_cells(p.mode);
   const std::vector<int64_t> none = {0};
   Tensor output = empty_contiguous(layer.input, layer.output_shape(), p.dtype);
   Tensor h_n = state_like(layer, 0, p.outputs);
   Tensor c_n = is_lstm ? state_like(layer, 1, p.hidden) : empty_contiguous(layer.input, none, p.dtype);
-  const bool save_gates = save && saved_gates(p.mode) > 0;
-  Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
-  Tensor cells = empty_contiguous(layer.input, save_sums ? layer.cells_shape() : none, sum_dtype(p.dtype));
   zero_padding(layer.sequences, output);
-  zero_unused(layer, gates);
-  zero_unused(layer, cells);
   if (p.tokens > 0) {
     const RowOffsets input_rows = layer.sequences.offsets(layer.input);
     const RowOffsets output_rows = layer.sequences.offsets(output);
@@ -57,10 +47,29 @@ packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sort
     f.c0 = layer.state_data(1);
     f.h_n = h_n.mutable_data_ptr();
     f.c_n = is_lstm ? c_n.mutable_data_ptr() : nullptr;
-    f.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
-    f.cells = save_sums ? cells.mutable_data_ptr() : nullptr;
+    f.gates = gates;
+    f.cells = cells;
     PTK_CHECK(PTK_DISPATCH(packed_rnn_kernels).forward(f), "packed_rnn: out of memory");
   }
+  return {output, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
+           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+           bool save, bool /*recompute*/, bool all_cells, double eps, double zoneout, double zoneout_cell,
+           std::optional<Tensor> seed) {
+  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
+                    bidirectional, all_cells, {eps, zoneout, zoneout_cell, seed});
+  const RnnProblem& p = layer.problem;
+  const std::vector<int64_t> none = {0};
+  const bool save_gates = save && saved_gates(p.mode) > 0, save_sums = save && layer.saves_sums();
+  Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
+  Tensor cells = empty_contiguous(layer.input, save_sums ? layer.cells_shape() : none, sum_dtype(p.dtype));
+  zero_unused(layer, gates);
+  zero_unused(layer, cells);
+  auto [output, h_n, c_n] = run_forward(layer, save_gates ? gates.mutable_data_ptr() : nullptr,
+                                        save_sums ? cells.mutable_data_ptr() : nullptr);
   return {output, h_n, c_n, gates, cells};
 }
 

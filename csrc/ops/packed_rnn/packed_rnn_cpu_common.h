@@ -25,8 +25,9 @@ struct RnnSizes {
     const int64_t worthwhile = mean_batch * gates * p.hidden * (p.outputs + (p.input + 1) / 2) / kWorthwhile;
     const int64_t threads = least(num_threads(), Team::kMaxSlices);
     slices = most(1, least(least(threads / p.directions, panels), worthwhile));
-    // Waking threads takes as long as this many multiply-adds.
-    constexpr int64_t kParallelWork = 1 << 19;
+    // Below this many multiply-adds a second thread gains a fifth at most, and a call ends when the last of its threads
+    // has come: where another process has the core, after milliseconds.
+    constexpr int64_t kParallelWork = 1 << 21;
     const int64_t weights = p.directions * gates * p.hidden * (p.input + p.outputs);
     serial = num_threads() == 1 || weights * most(1, p.tokens) < kParallelWork;
   }

@@ -29,6 +29,7 @@ class RnnForward {
   static constexpr int64_t kNr = GemmTraits<T>::kNr;
   static constexpr int64_t kLanesA = kLanes<A>;
   static constexpr int64_t kInputRows = 128;
+  static constexpr int64_t kMemoryBytes = 32 << 20;  // of U: no cache has it from step to step
 
 public:
   explicit RnnForward(const RnnForwardParams& params)
@@ -43,7 +44,7 @@ public:
     if (!carver.next) return false;
     carve(carver);
     plan();
-    const int64_t items = packs() ? z_.gates * z_.panels : 0, first = has_input_weight() ? 0 : items;
+    const int64_t items = packs(1) ? z_.gates * z_.panels : 0, first = packs(0) ? 0 : items;
     const int64_t projection = p_.projected && !along_rows() ? z_.outputs / kNr : 0;
     z_.each_item(p_.directions * (2 * items - first + projection), [&](int64_t i) {
       const int64_t d = i % p_.directions;
@@ -93,8 +94,8 @@ private:
     token_ = c.take<int64_t>(p_.steps);
     for (int64_t d = 0; d < p_.directions; ++d) {
       Direction& m = direction_[d];
-      m.w_input = c.take<E>(packs() ? z_.gates * z_.units * depth_x() : 0);
-      m.w_hidden = c.take<E>(packs() ? z_.gates * z_.units * depth_h() : 0);
+      m.w_input = c.take<E>(packs(0) ? z_.gates * z_.units * depth_x() : 0);
+      m.w_hidden = c.take<E>(packs(1) ? z_.gates * z_.units * depth_h() : 0);
       m.w_projection = c.take<E>(p_.projected && !along_rows() ? z_.outputs * z_.units : 0);
       m.bias = c.take<A>(buffered_gates() * z_.units);
       m.cell = c.take<A>(p_.batch * z_.units);
@@ -106,7 +107,7 @@ private:
       m.reset_h = p_.mode == RnnMode::reset_before_gru ? c.take<E>(z_.padded_rows() * ld_h()) : nullptr;
       m.input_row = c.take<int64_t>(p_.steps);
       for (int64_t s = 0; s < z_.slices; ++s) {
-        slice_[d * z_.slices + s].panel = c.take<E>(streams() && !along_rows() ? most(depth_x(), depth_h()) * kNr : 0);
+        slice_[d * z_.slices + s].panel = c.take<E>(along_rows() ? 0 : most(depth_x(), depth_h()) * kNr);
         slice_[d * z_.slices + s].x = c.take<E>(has_input_weight() ? chunk_rows() * ld_x() : 0);
         slice_[d * z_.slices + s].sums = c.take<A>(chunk_rows() * buffered_gates() * z_.slice_units(s));
       }
@@ -125,11 +126,18 @@ private:
     }
   }
 
-  // In a call of one step each weight is met once: packed panel by panel just before, it stays in L1.
+  // In a call of one step each weight is met once, as are those of the input where one chunk has all tokens: packed
+  // panel by panel just before, it stays in L1. Weights that come from memory for every step, and for few rows, are
+  // transposed on their way in the time that memory takes.
   bool streams() const { return p_.steps == 1; }
   // One sequence reads its weights for a row at a time, which takes as long as memory does in any layout.
   bool along_rows() const { return p_.batch == 1; }
-  bool packs() const { return !streams() && !along_rows(); }
+  bool packs(int64_t which) const {
+    if (streams() || along_rows()) return false;
+    if (which == 0) return has_input_weight() && p_.tokens > chunk_rows();
+    return p_.batch > kStreamedRows<T> ||
+           z_.gates * z_.units * depth_h() < kMemoryBytes / static_cast<int64_t>(sizeof(E));
+  }
   // Elsewhere the input is products already.
   bool has_input_weight() const { return !is_normalised(p_.mode); }
 
@@ -148,7 +156,7 @@ private:
                     int64_t lda, A* sums, bool add, bool backwards = false) const {
     const int64_t panel = z_.slice_panel(slice), columns = z_.slice_units(slice), ld = buffered_gates() * columns;
     const int64_t k = which == 0 ? p_.input : p_.outputs, stride = depth(which) * kNr;
-    if (packs())
+    if (packs(which))
       return rnn_product<T>(rows, (end - first) * columns, k, a, lda,
                             packed(d, which) + panel * z_.gates * stride + first * columns * depth(which), stride, sums,
                             ld, add, backwards);

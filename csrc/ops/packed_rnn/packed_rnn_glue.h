@@ -64,13 +64,17 @@ inline std::span<const RnnParam> param_order(RnnMode mode, int64_t count) {
 
 // What goes with some cells only.
 struct CellOptions {
-  double eps = 0, zoneout = 0, zoneout_cell = 0;
+  double eps = 1e-5, zoneout = 0, zoneout_cell = 0;
   std::optional<Tensor> seed;
 };
 
 // torch::stable::contiguous goes through the dispatcher, which takes 2 us where there is nothing to do as well.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline void make_contiguous(Tensor& tensor) {
+  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
 inline void check_rnn_tensor(const char* name, const Tensor& tensor, const Tensor& input) {
@@ -101,7 +105,7 @@ public:
     p.mode = parse_mode(mode);
     p.directions = bidirectional ? 2 : 1;
     PTK_CHECK(!all_cells || has_cells(p.mode), "packed_rnn: all_cells: got true for '", mode,
-              "', expected it for cells of an lstm only");
+              "', expected it for an lstm only");
     p.all_cells = all_cells;
     p.steps = static_cast<int64_t>(sequences.batch_sizes.size());
     p.batch = batch;
@@ -197,7 +201,7 @@ private:
     for (int64_t i = 0; i < count; ++i) {
       check_rnn_tensor("params", params[i], input);
       check_param(order_[i % each], params[i]);
-      params[i] = as_contiguous(params[i]);
+      make_contiguous(params[i]);
     }
   }
 
@@ -253,7 +257,7 @@ private:
     for (size_t i = 0; i < state.size(); ++i) {
       check_rnn_tensor("state", state[i], input);
       check_rnn_shape("state", state[i], state_shape(i == 0 ? p.outputs : p.hidden));
-      state[i] = as_contiguous(state[i]);
+      make_contiguous(state[i]);
     }
   }
 

@@ -64,7 +64,7 @@ def run_layer(
         # The operator checks everything itself; what it refuses is looked at again for the error that names it best.
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                # What is false is left out, which saves its conversion.
+                # What is at its default is left out, which saves its conversion.
                 plain = not all_cells and options is PLAIN
                 output, h_n, c_n, _, _ = rnn_op(*args) if plain else rnn_op(*args, False, False, all_cells, *options)
             return output, h_n, c_n
@@ -153,52 +153,58 @@ def as_op_arguments(
         ValueError: the mode has other weights, a state comes without the other, or the weights disagree on the number
             of directions.
     """
-    given = dict(zip(WEIGHTS, weights, strict=True))
-    required = {"input": input, "weight_hh": given["weight_hh"]}
-    if mode not in reference.NORMALISED:
-        required["weight_ih"] = given["weight_ih"]
-    for name, value in required.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{OP}: {name}: got {type(value).__name__}, expected torch.Tensor")
-    present = {name: weight for name, weight in given.items() if weight is not None}
-    if mode in reference.GATES:
-        _check_names(mode, tuple(present))
+    present = [weight for weight in weights if weight is not None]
+    if not isinstance(input, Tensor) or (mode, *[weight is None for weight in weights]) not in _FITTING:
+        _refuse(input, dict(zip(WEIGHTS, weights, strict=True)), mode)
     if cx is not None and (hx is None or not reference.has_cells(mode)):
         raise ValueError(f"{OP}: cx: got cells {'without hx' if hx is None else f'for {mode}'}, expected None")
-    first, leading = next(iter(present.items()))
-    stacked = leading.dim() == 3
-    if stacked and leading.size(0) != 2:
-        raise ValueError(f"{OP}: {first}: got {leading.size(0)} directions, expected 2, or two dimensions")
-    for weight in present.values():
-        if stacked and (weight.dim() < 2 or weight.size(0) != 2):
-            raise ValueError(f"{OP}: weights: got shape {list(weight.shape)}, expected [2, ..] like {first}")
-    params = [weight[d] for d in (0, 1) for weight in present.values()] if stacked else list(present.values())
+    stacked = present[0].dim() == 3
+    params = present
+    if stacked:
+        first = next(name for name, weight in zip(WEIGHTS, weights, strict=True) if weight is not None)
+        if present[0].size(0) != 2:
+            raise ValueError(f"{OP}: {first}: got {present[0].size(0)} directions, expected 2, or two dimensions")
+        for weight in present:
+            if weight.dim() < 2 or weight.size(0) != 2:
+                raise ValueError(f"{OP}: weights: got shape {list(weight.shape)}, expected [2, ..] like {first}")
+        params = [weight[d] for d in (0, 1) for weight in present]
     state: list[Tensor] = []
     if hx is not None:
         state = [hx]
         if reference.has_cells(mode):
             if cx is None:
-                hidden = present["weight_hh"].size(-2) // reference.GATES[mode]
+                hidden = present[0].size(-2) // reference.GATES[mode]
                 cx = hx.new_zeros(*hx.shape[:-1], hidden)
             state.append(cx)
-    sizes, sorted_indices = host_integers(sizes), host_integers(sorted_indices)
+    if sizes is not None:
+        sizes = host_integers(sizes)
+    if sorted_indices is not None:
+        sorted_indices = host_integers(sorted_indices)
     if batch_size is None:
         batch_size = _batch_of(input, sizes, sorted_indices, state, layout)
     return input, sizes, sorted_indices, state, params, batch_size, layout, mode, stacked
 
 
-def _check_names(mode: str, present: tuple[str, ...]) -> None:
+_FITTING = {
+    (mode, *[name not in order for name in WEIGHTS])
+    for mode in reference.GATES
+    for order in reference.param_orders(mode)
+}
+"""Modes, each with the weights that it lacks: every combination that makes a layer."""
+
+
+def _refuse(input: Tensor, given: dict[str, Tensor | None], mode: str) -> None:
+    """Raise for what is missing or too much; a mode that there is not is the operator's to name."""
     orders = reference.param_orders(mode)
-    if present in orders:
-        return
-    known = {name for order in orders for name in order}
-    for name in present:
-        if name not in known:
+    required = [name for name in WEIGHTS if all(name in order for order in orders)]
+    for name, value in {"input": input, **{name: given[name] for name in required}}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{OP}: {name}: got {type(value).__name__} for {mode}, expected torch.Tensor")
+    for name, value in given.items():
+        if value is not None and not any(name in order for order in orders):
             raise ValueError(f"{OP}: {name}: got a tensor for {mode}, expected None")
-    for name in max(orders, key=len):
-        if all(name in order for order in orders) and name not in present:
-            raise TypeError(f"{OP}: {name}: got NoneType for {mode}, expected torch.Tensor")
-    raise ValueError(f"{OP}: bias_hh: got one bias without the other, expected both or neither")
+    if mode in reference.GATES:
+        raise ValueError(f"{OP}: bias_hh: got one bias without the other, expected both or neither")
 
 
 def as_options(eps: float, zoneout: float | tuple[float, float], train: bool) -> Options:
@@ -329,5 +335,6 @@ def packed_rnn(
     """
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, norm_hidden, norm_cell)
     args = as_op_arguments(input, weights, hx, cx, mode, sizes, layout, batch_size, sorted_indices)
-    found = run_layer(OP, args, recompute, return_cells, as_options(eps, zoneout, train))
+    options = PLAIN if not zoneout and eps == PLAIN.eps else as_options(eps, zoneout, train)
+    found = run_layer(OP, args, recompute, return_cells, options)
     return as_results(found, mode, return_cells)
