@@ -129,9 +129,15 @@ def order_of(input: Tensor, sizes: Tensor | None, sorted_indices: Tensor | None,
 
 def _normalised(x: Tensor, weight_and_bias: Tensor, eps: float) -> Tensor:
     # Not torch's layer_norm, whose third derivatives are wrong (2.13). It sums in float32 too.
-    wide = x.to(compute_dtype(x.dtype))
-    scale = (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    return ((wide - wide.mean(-1, keepdim=True)) * scale * weight_and_bias[0] + weight_and_bias[1]).to(x.dtype)
+    normal, _ = _deviations(x.to(compute_dtype(x.dtype)), eps)
+    return (normal * weight_and_bias[0] + weight_and_bias[1]).to(x.dtype)
+
+
+def _deviations(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of a row from its mean, in standard deviations; and the inverse of one."""
+    off = x - x.mean(-1, keepdim=True)
+    scale = ((off * off).mean(-1, keepdim=True) + eps).rsqrt()
+    return off * scale, scale
 
 
 def _cell(
@@ -341,8 +347,7 @@ def packed_rnn(
 
 def _normal_gradients(x: Tensor, weight_and_bias: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`_normalised`: of x, of weight and bias."""
-    scale = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    normal = (x - x.mean(-1, keepdim=True)) * scale
+    normal, scale = _deviations(x, eps)
     scaled = grad * weight_and_bias[0]
     of_x = scale * (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True))
     return of_x, torch.stack([(grad * normal).sum(0), grad.sum(0)])
