@@ -2,8 +2,8 @@
 
     python bench/cells.py [FILE]        a table; its rows as JSON into FILE
 
-Alternating calls in one process; the least time of each, so that other work on the machine counts for little. Every pair is
-checked against the float64 reference before it is timed.
+Alternating calls in one process; the least time of each, so that other work on the machine counts for little. Every
+pair is checked against the float64 reference before it is timed.
 """
 
 from __future__ import annotations
