@@ -304,7 +304,7 @@ private:
     for (int i = 0; i < Own; ++i) join(m.grad_own + (first_own + i) * z_.units + unit, own[i]);
   }
 
-  Vec<A> saved_gate(const Row& r, int64_t q) const {
+  inline __attribute__((always_inline)) Vec<A> saved_gate(const Row& r, int64_t q) const {
     return load_valid(at<const T>(f_.gates, (r.saved * saved_gates(p_.mode) + q) * p_.hidden + r.unit), r.valid);
   }
   Vec<A> own(const Row& r, int64_t i) const { return load(direction_[r.d].own + i * z_.units + r.unit); }
@@ -312,7 +312,7 @@ private:
     return *at<const A>(f_.cells, r.saved * ld_saved() + (has_cells(p_.mode) ? p_.hidden : 0) + index);
   }
 
-  Vec<A> cell_gradient(const Row& r) const {
+  inline __attribute__((always_inline)) Vec<A> cell_gradient(const Row& r) const {
     if (!p_.all_cells || !f_.grad_output) return Vec<A>{};
     const int64_t row = f_.output_rows(r.t, r.b);
     return load_valid(at<const T>(f_.grad_output, row + z_.cell_column(r.d) + r.unit), r.valid);
@@ -325,8 +325,12 @@ private:
   }
 
   // Gradients of what zoneout took from the step; what it kept goes to the states before, which is what is returned.
-  Vec<A> fresh_h(const Row& r) const { return zoneout_.active ? r.grad - r.kept.h * r.grad : r.grad; }
-  Vec<A> kept_h(const Row& r) const { return zoneout_.active ? r.kept.h * r.grad : Vec<A>{}; }
+  inline __attribute__((always_inline)) Vec<A> fresh_h(const Row& r) const {
+    return zoneout_.active ? r.grad - r.kept.h * r.grad : r.grad;
+  }
+  inline __attribute__((always_inline)) Vec<A> kept_h(const Row& r) const {
+    return zoneout_.active ? r.kept.h * r.grad : Vec<A>{};
+  }
 
   // What the cells of a step come from and go to.
   struct Cells {
@@ -335,7 +339,7 @@ private:
     A* grad_c;
   };
 
-  Cells cells(const Row& r) const {
+  inline __attribute__((always_inline)) Cells cells(const Row& r) const {
     const Direction& m = direction_[r.d];
     const int64_t before = step_before(r);
     Cells c;
@@ -358,7 +362,7 @@ private:
   }
 
   template <bool Peephole>
-  void lstm_row(Row& r) const {
+  inline __attribute__((always_inline)) void lstm_row(Row& r) const {
     const Cells c = cells(r);
     const Vec<A> squashed = tanh<A>(c.fresh), grad = fresh_h(r);
     if (f_.multiplied) store_valid(at<T>(f_.multiplied, r.token * p_.hidden + r.unit), c.o * squashed, r.valid);
@@ -376,7 +380,7 @@ private:
   }
 
   // Of all gates but o, and of the cells before, from that of the new cells.
-  void gates_of_cells(Row& r, const Cells& c, Vec<A> dc) const {
+  inline __attribute__((always_inline)) void gates_of_cells(Row& r, const Cells& c, Vec<A> dc) const {
     store(c.grad_c, dc * c.f + c.kept);
     r.g[0] = dc * c.c_in * c.i * (A(1) - c.i);
     r.g[1] = dc * c.before * c.f * (A(1) - c.f);
@@ -384,14 +388,14 @@ private:
   }
 
   // Of z and n; h before has what reaches it past the gates.
-  void gru_candidate(Row& row, Vec<A> z, Vec<A> n, Vec<A>& dz, Vec<A>& dn) const {
+  inline __attribute__((always_inline)) void gru_candidate(Row& row, Vec<A> z, Vec<A> n, Vec<A>& dz, Vec<A>& dn) const {
     const Vec<A> grad = fresh_h(row);
     dn = grad * (A(1) - z) * (A(1) - n * n);
     dz = grad * (h_before(row) - n) * z * (A(1) - z);
     store(row.grad_h, grad * z + kept_h(row));
   }
 
-  void gru_row(Row& row) const {
+  inline __attribute__((always_inline)) void gru_row(Row& row) const {
     const Vec<A> r = saved_gate(row, 0), recurrent = saved_gate(row, 3);
     gru_candidate(row, saved_gate(row, 1), saved_gate(row, 2), row.g[1], row.g[2]);
     row.g[0] = row.g[2] * recurrent * r * (A(1) - r);
@@ -408,7 +412,7 @@ private:
     store(row.grad_h, load(row.grad_h) + grad * r);
   }
 
-  void plain_row(Row& r) const {
+  inline __attribute__((always_inline)) void plain_row(Row& r) const {
     const Vec<A> h = load_valid(output_at(r.d, r.t, r.b) + r.unit, r.valid);
     r.g[0] = p_.mode == RnnMode::tanh ? r.grad * (A(1) - h * h) : (h > A(0) ? r.grad : Vec<A>{});
   }
@@ -485,7 +489,7 @@ private:
     return at<const T>(f_.output, f_.output_rows(t, b) + d * p_.outputs);
   }
 
-  Vec<A> h_before(const Row& r) const {
+  inline __attribute__((always_inline)) Vec<A> h_before(const Row& r) const {
     const int64_t before = step_before(r);
     if (before >= 0) return load_valid(output_at(r.d, before, r.b) + r.unit, r.valid);
     if (!f_.h0) return Vec<A>{};
