@@ -310,9 +310,12 @@ def quantized_embedding(indices: Tensor, weight: Any, dtype: torch.dtype) -> Ten
     return plan.whole(0, function(local["input"], table, dtype=dtype))
 
 
-def packed_rnn(op: str, args: Sequence[Any], recompute: bool, all_cells: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def packed_rnn(
+    op: str, args: Sequence[Any], recompute: bool, all_cells: bool, options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """One recurrent layer, with the arguments of the operator."""
     from ptkernels.ops.packed_rnn.layer import run_layer
+    from ptkernels.ops.packed_rnn.reference import has_cells
 
     input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional = args
     states = {f"state {index}": tensor for index, tensor in enumerate(state)}
@@ -323,7 +326,7 @@ def packed_rnn(op: str, args: Sequence[Any], recompute: bool, all_cells: bool = 
         dim = 0 if layout == "batch_first" else 1
         dims = {"input": dim, **dict.fromkeys(states, 1), **({} if sizes is None else {"sizes": 0})}
         # Without cells the third result is empty.
-        cells = Shard(1) if mode == "lstm" else Replicate()
+        cells = Shard(1) if has_cells(mode) else Replicate()
         cuts.append(Cut(dims, (Shard(dim), Shard(1), cells), batch_size))
     plan = Plan.of(op, operands, cuts)
     local = {name: plan.local(name, tensor) for name, tensor in operands.items()}
@@ -331,6 +334,7 @@ def packed_rnn(op: str, args: Sequence[Any], recompute: bool, all_cells: bool = 
         batch_size //= plan.parts(cut)
     lists = [local[name] for name in states], [local[name] for name in weights]
     place = (batch_size, layout, mode, bidirectional)
-    results = run_layer(op, (local["input"], local["sizes"], sorted_indices, *lists, *place), recompute, all_cells)
+    local_args = (local["input"], local["sizes"], sorted_indices, *lists, *place)
+    results = run_layer(op, local_args, recompute, all_cells, options)
     output, h_n, c_n = (plan.whole(index, part) for index, part in enumerate(results))
     return output, h_n, c_n

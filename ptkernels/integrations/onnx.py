@@ -179,29 +179,47 @@ def _unrolled_rnn(
     save: bool = False,
     recompute: bool = False,
     all_cells: bool = False,
+    *options: Any,
 ) -> Any:
-    """What ONNX's layers lack: projections, and the cells of every token."""
+    """What ONNX's layers lack: projections, the cells of every token, and the cells that torch lacks."""
     if layout not in ("time_first", "batch_first"):
         raise NotImplementedError(
             f"onnx.export: a recurrent layer on {layout} sequences has no ONNX operator; pad them and pass lengths"
         )
     directions = 2 if bidirectional else 1
-    each = len(params) // directions
-    if each % 2 == 0 and not all_cells:
+    weights = rnn_reference.split_weights(params, directions, mode)
+    projected = "weight_hr" in weights[0]
+    of_cells = rnn_reference.Options(*options)
+    if mode in _GATES and not (projected or all_cells or of_cells.zoneout or of_cells.zoneout_cell):
         return NotImplemented
     if sizes is not None:
-        what = "an LSTM that returns all cells" if all_cells else "a projected LSTM"
+        what = "an LSTM that returns all cells" if all_cells else "a projected LSTM" if projected else mode
         raise NotImplementedError(f"onnx.export: {what} has no ONNX operator with lengths")
     # One step after the other, as many as the example has; any batch.
     x = list(input.unbind(1 if layout == "batch_first" else 0))
-    weights = rnn_reference.split_weights(params, directions)
-    features = (params[1].size(1), params[0].size(0) // 4)
-    h0, c0 = state or (input.new_zeros(directions, x[0].size(0), size) for size in features)
-    runs = [rnn_reference._run(mode, x, h0[d], c0[d], own, reverse=d == 1) for d, own in enumerate(weights)]
+    hidden = params[0].size(0) // rnn_reference.GATES[mode]
+    features = (weights[0]["weight_hh"].size(1), hidden)
+    zeros = (input.new_zeros(directions, x[0].size(0), size) for size in features)
+    h0, c0 = state if len(state) == 2 else (*state, *list(zeros)[len(state) :])
+    slots = torch.arange(x[0].size(0))
+    runs = [
+        rnn_reference._run(
+            mode,
+            [rnn_reference.own_products(mode, rows, d, hidden) for rows in x],
+            h0[d],
+            c0[d],
+            own,
+            d == 1,
+            of_cells,
+            slots,
+        )
+        for d, own in enumerate(weights)
+    ]
     output = torch.cat([run[0] for run in runs] + [run[3] for run in runs] * all_cells, -1).unflatten(0, (len(x), -1))
     output = output.transpose(0, 1) if layout == "batch_first" else output
     nothing = input.new_empty(0)
-    return output, *(torch.stack([run[index] for run in runs]) for index in (1, 2)), nothing, nothing
+    h_n, c_n = (torch.stack([run[index] for run in runs]) for index in (1, 2))
+    return output, h_n, c_n if rnn_reference.has_cells(mode) else nothing, nothing, nothing
 
 
 # ONNX's order of the gates, each by its place in torch's.
@@ -218,7 +236,7 @@ def _recurrent(
     layout: str,
     mode: str,
     bidirectional: bool = False,
-    *saving: bool,
+    *others: Any,
 ) -> tuple[Any, ...]:
     import onnxscript
 

@@ -1,9 +1,4 @@
-"""Recurrent cells that torch lacks, and a layer that runs any cell over ragged sequences.
-
-They are plain torch, one step after the other: the fused kernels cover the cells of :mod:`ptkernels.nn.rnn` only. What
-they share with those is that padding is never computed, that sequences come in every form, and that the product of the
-inputs is taken for all tokens at once.
-"""
+"""Recurrent cells that torch lacks, and a layer that runs one of them over ragged sequences: modes of one operator."""
 
 from __future__ import annotations
 
@@ -18,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ptkernels.nn import torchscript
 from ptkernels.ops.packed_rnn.inputs import sequences_of
-from ptkernels.ops.packed_rnn.reference import order_of
+from ptkernels.ops.packed_rnn.layer import as_options, run_layer
+from ptkernels.ops.packed_rnn.reference import GATES, NORMALISED, PLAIN, Options, Results, has_cells
 
 __all__ = [
     "CellLayer",
@@ -33,13 +29,9 @@ State = tuple[Tensor, ...]
 
 
 class _Cell(nn.Module):
-    """A cell in two parts: the product of its input, which :class:`CellLayer` takes for all steps at once, and a step.
+    """A cell as torch's are: ``(input, hx=None)`` to h, or to (h, c). A step of the operator, as a layer is many."""
 
-    Called by itself it is a cell as torch's are: ``(input, hx=None)`` to h, or to (h, c).
-    """
-
-    gates: int
-    num_states: int
+    mode: str
 
     def __init__(
         self,
@@ -51,11 +43,15 @@ class _Cell(nn.Module):
     ) -> None:
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
-        rows = self.gates * hidden_size
+        rows = GATES[self.mode] * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size, device=device, dtype=dtype))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    @property
+    def num_states(self) -> int:
+        return 2 if has_cells(self.mode) else 1
 
     def reset_parameters(self) -> None:
         """Uniform within ``hidden_size ** -0.5``, as torch's cells."""
@@ -67,22 +63,47 @@ class _Cell(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias is not None else ", bias=False")
 
-    def input_product(self, input: Tensor) -> Tensor:
-        """``W x + b``, any number of rows."""
-        return F.linear(input, self.weight_ih, self.bias)
+    def op_params(self) -> list[Tensor]:
+        """The parameters of one direction in the operator's order."""
+        return [self.weight_ih, self.weight_hh, *([] if self.bias is None else [self.bias])]
 
-    def step(self, product: Tensor, state: State) -> State:
-        """States after a step, from the product of its input and the states before."""
-        raise NotImplementedError
+    def op_options(self) -> Options:
+        return PLAIN
+
+    def op_input(self, input: Tensor) -> Tensor:
+        """What the operator reads in the place of the input."""
+        return input
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if hx is None:
-            hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * self.num_states
-        state = self.step(self.input_product(input), tuple(hx) if isinstance(hx, (tuple, list)) else (hx,))
-        return state if self.num_states > 1 else state[0]
+        return _one_step(self, input, hx)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.refuse(self)
+
+
+def _run(op: str, cells: Sequence[Any], data: Tensor, place: tuple[Any, ...], state: State) -> Results:
+    """One layer of the operator: a direction for each cell. ``place`` is sizes, sorted indices, batch and layout."""
+    sizes, sorted_indices, batch, layout = place
+    inputs = [cell.op_input(data) for cell in cells] if cells[0].mode in NORMALISED else [data]
+    params = [param for cell in cells for param in cell.op_params()]
+    input = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+    args = (input, sizes, sorted_indices, list(state), params, batch, layout, cells[0].mode, len(cells) == 2)
+    return run_layer(op, args, options=cells[0].op_options())
+
+
+def _one_step(cell: Any, input: Tensor, hx: Any) -> Any:
+    name = type(cell).__name__
+    if input.dim() not in (1, 2) or input.size(-1) != cell.input_size:
+        raise ValueError(f"{name}: input: got {list(input.shape)}, expected [batch, {cell.input_size}] or that of one")
+    given = tuple(hx) if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if given and len(given) != cell.num_states:
+        raise ValueError(f"{name}: hx: got {len(given)} states, expected {cell.num_states}")
+    unbatched = input.dim() == 1
+    data = input[None, None] if unbatched else input[None]
+    state = tuple(s[None, None] if unbatched else s[None] for s in given)
+    _, *found = _run(name, [cell], data, (None, None, data.size(1), "time_first"), state)
+    states = tuple(s[0, 0] if unbatched else s[0] for s in found[: cell.num_states])
+    return states if cell.num_states > 1 else states[0]
 
 
 class LayerNormLSTMCell(_Cell):
@@ -98,22 +119,22 @@ class LayerNormLSTMCell(_Cell):
         torch.Size([3, 16])
     """
 
-    gates, num_states = 4, 2
+    mode = "layer_norm_lstm"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, eps: float = 1e-5, **factory: Any) -> None:
         super().__init__(input_size, hidden_size, bias, **factory)
         self.norm_ih, self.norm_hh = (nn.LayerNorm(4 * hidden_size, eps, **factory) for _ in range(2))
         self.norm_c = nn.LayerNorm(hidden_size, eps, **factory)
 
-    def input_product(self, input: Tensor) -> Tensor:
+    def op_input(self, input: Tensor) -> Tensor:
         normal: Tensor = self.norm_ih(F.linear(input, self.weight_ih))
         return normal if self.bias is None else normal + self.bias
 
-    def step(self, product: Tensor, state: State) -> State:
-        h, c = state
-        i, f, g, o = (product + self.norm_hh(F.linear(h, self.weight_hh))).chunk(4, -1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * self.norm_c(c).tanh(), c
+    def op_params(self) -> list[Tensor]:
+        return [self.weight_hh, *(torch.stack([norm.weight, norm.bias]) for norm in (self.norm_hh, self.norm_c))]
+
+    def op_options(self) -> Options:
+        return Options(self.norm_hh.eps)
 
 
 class LayerNormGRUCell(_Cell):
@@ -128,27 +149,25 @@ class LayerNormGRUCell(_Cell):
         torch.Size([3, 16])
     """
 
-    gates, num_states = 3, 1
+    mode = "layer_norm_gru"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, eps: float = 1e-5, **factory: Any) -> None:
         super().__init__(input_size, hidden_size, bias, **factory)
         self.norm_ih, self.norm_hh = (nn.LayerNorm(2 * hidden_size, eps, **factory) for _ in range(2))
         self.norm_in, self.norm_hn = (nn.LayerNorm(hidden_size, eps, **factory) for _ in range(2))
 
-    def _normalised(self, product: Tensor, gates: nn.Module, candidate: nn.Module) -> Tensor:
-        shared, own = product.split([2 * self.hidden_size, self.hidden_size], -1)
-        return torch.cat([gates(shared), candidate(own)], -1)
-
-    def input_product(self, input: Tensor) -> Tensor:
-        normal = self._normalised(F.linear(input, self.weight_ih), self.norm_ih, self.norm_in)
+    def op_input(self, input: Tensor) -> Tensor:
+        shared, own = F.linear(input, self.weight_ih).split([2 * self.hidden_size, self.hidden_size], -1)
+        normal = torch.cat([self.norm_ih(shared), self.norm_in(own)], -1)
         return normal if self.bias is None else normal + self.bias
 
-    def step(self, product: Tensor, state: State) -> State:
-        (h,) = state
-        r, z, n = product.chunk(3, -1)
-        hr, hz, hn = self._normalised(F.linear(h, self.weight_hh), self.norm_hh, self.norm_hn).chunk(3, -1)
-        z = (z + hz).sigmoid()
-        return ((1 - z) * (n + (r + hr).sigmoid() * hn).tanh() + z * h,)
+    def op_params(self) -> list[Tensor]:
+        norms = (self.norm_hh, self.norm_hn)
+        both = torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms])
+        return [self.weight_hh, torch.stack(both)]
+
+    def op_options(self) -> Options:
+        return Options(self.norm_hh.eps)
 
 
 class PeepholeLSTMCell(_Cell):
@@ -164,19 +183,15 @@ class PeepholeLSTMCell(_Cell):
         torch.Size([3, 16])
     """
 
-    gates, num_states = 4, 2
+    mode = "peephole_lstm"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, **factory: Any) -> None:
         super().__init__(input_size, hidden_size, bias, **factory)
         bound = 1 / math.sqrt(hidden_size)
         self.weight_peephole = nn.Parameter(torch.empty(3, hidden_size, **factory).uniform_(-bound, bound))
 
-    def step(self, product: Tensor, state: State) -> State:
-        h, c = state
-        i, f, g, o = (product + F.linear(h, self.weight_hh)).chunk(4, -1)
-        of_i, of_f, of_o = self.weight_peephole
-        c = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
-        return (o + of_o * c).sigmoid() * c.tanh(), c
+    def op_params(self) -> list[Tensor]:
+        return [*super().op_params(), self.weight_peephole]
 
 
 class ResetBeforeGRUCell(_Cell):
@@ -191,15 +206,7 @@ class ResetBeforeGRUCell(_Cell):
         torch.Size([3, 16])
     """
 
-    gates, num_states = 3, 1
-
-    def step(self, product: Tensor, state: State) -> State:
-        (h,) = state
-        shared, candidate = self.weight_hh.split([2 * self.hidden_size, self.hidden_size])
-        r, z, n = product.chunk(3, -1)
-        hr, hz = F.linear(h, shared).chunk(2, -1)
-        z = (z + hz).sigmoid()
-        return ((1 - z) * (n + F.linear((r + hr).sigmoid() * h, candidate)).tanh() + z * h,)
+    mode = "reset_before_gru"
 
 
 class ZoneoutCell(nn.Module):
@@ -229,21 +236,22 @@ class ZoneoutCell(nn.Module):
         self.cell = cell
         self.probabilities = (probability, probability if cell_probability is None else cell_probability)
         self.input_size, self.hidden_size, self.num_states = cell.input_size, cell.hidden_size, cell.num_states
+        self.mode = cell.mode
 
     def extra_repr(self) -> str:
         return f"probabilities={self.probabilities}"
 
-    def input_product(self, input: Tensor) -> Tensor:
-        return self.cell.input_product(input)
+    def op_params(self) -> list[Tensor]:
+        return self.cell.op_params()
 
-    def step(self, product: Tensor, state: State) -> State:
-        return tuple(
-            torch.where(torch.rand_like(old) < p, old, new) if self.training else torch.lerp(new, old, p)
-            for old, new, p in zip(state, self.cell.step(product, state), self.probabilities, strict=False)
-        )
+    def op_input(self, input: Tensor) -> Tensor:
+        return self.cell.op_input(input)
+
+    def op_options(self) -> Options:
+        return as_options(self.cell.op_options().eps, self.probabilities, self.training)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        return _Cell.forward(self, input, hx)  # type: ignore[arg-type]
+        return _one_step(self, input, hx)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.refuse(self)
@@ -254,17 +262,19 @@ class CellLayer(nn.Module):
 
     Args:
         cell: runs from the first token to the last.
-        reverse_cell: runs from the last to the first; its outputs stand behind the others'. Default: none.
+        reverse_cell: runs from the last to the first; its outputs stand behind the others'. Of the same kind. Default:
+            none.
         batch_first: where the batch of padded inputs is.
 
     Shape:
         Call with ``(input, hx=None, *, lengths=None, cu_seqlens=None)``; returns ``(output, h_n)``, or
         ``(output, (h_n, c_n))`` for cells with two states. Forms of input and shapes are those of
-        :func:`ptkernels.lstm` with one layer. Every step is some operators of torch: there is no kernel.
+        :func:`ptkernels.lstm` with one layer. Cost and numerics are those of :func:`ptkernels.packed_rnn`; what is
+        normalised of the input's product is, before the recurrence, by torch.
 
     Raises:
         TypeError: the input has none of those forms.
-        ValueError: shapes or lengths do not fit.
+        ValueError: shapes or lengths do not fit, or the cells are of two kinds.
 
     Example:
         >>> import torch, ptkernels as ptk
@@ -276,21 +286,13 @@ class CellLayer(nn.Module):
 
     def __init__(self, cell: Any, reverse_cell: Any = None, batch_first: bool = False) -> None:
         super().__init__()
-        if reverse_cell is not None and (reverse_cell.hidden_size, reverse_cell.num_states) != (
-            cell.hidden_size,
-            cell.num_states,
-        ):
-            raise ValueError("CellLayer: reverse_cell: got other states than the cell's, expected the same")
+        if reverse_cell is not None:
+            if (reverse_cell.hidden_size, reverse_cell.num_states) != (cell.hidden_size, cell.num_states):
+                raise ValueError("CellLayer: reverse_cell: got other states than the cell's, expected the same")
+            kinds = [(c.mode, c.op_options().eps, getattr(c, "probabilities", None)) for c in (cell, reverse_cell)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"CellLayer: reverse_cell: got the kind {kinds[1]}, expected the cell's, {kinds[0]}")
         self.cell, self.reverse_cell, self.batch_first = cell, reverse_cell, batch_first
-
-    def _run(self, cell: Any, x: Sequence[Tensor], state: State, reverse: bool) -> tuple[Tensor, State]:
-        outputs = []
-        for rows in reversed(x) if reverse else x:
-            running = rows.size(0)
-            new = cell.step(rows, tuple(s[:running] for s in state))
-            outputs.append(new[0])
-            state = tuple(torch.cat([n, s[running:]]) for n, s in zip(new, state, strict=True))
-        return torch.cat(outputs[::-1] if reverse else outputs), state
 
     def forward(
         self,
@@ -313,24 +315,26 @@ class CellLayer(nn.Module):
                 f"CellLayer: hx: got shapes {[list(s.shape) for s in given]}, expected {self.cell.num_states} times "
                 f"{list(shape)}"
             )
-        order = order_of(data, sequences.sizes, sequences.sorted_indices, batch, sequences.layout)
-        flat = data.flatten(0, -2)
-        rows = flat.index_select(0, order.rows)
-        found = []
-        for index, cell in enumerate(cells):
-            state = tuple(s[index].index_select(0, order.slots) for s in given)
-            state = state or (data.new_zeros(batch, cell.hidden_size),) * cell.num_states
-            if order.batch_sizes:
-                found.append(self._run(cell, cell.input_product(rows).split(order.batch_sizes), state, index == 1))
-            else:
-                found.append((rows.new_zeros(0, cell.hidden_size), state))
-        output = torch.cat([out for out, _ in found], -1)
-        output = output.new_zeros(flat.size(0), output.size(1)).index_copy(0, order.rows, output)
-        unsorted = order.slots.argsort()
-        final = [torch.stack(own).index_select(1, unsorted) for own in zip(*(state for _, state in found), strict=True)]
-        final = [s.squeeze(1) for s in final] if sequences.unbatched else final
-        restored = sequences.restore(output.unflatten(0, data.shape[:-1]))
-        return restored, tuple(final) if len(final) > 1 else final[0]
+        place = (sequences.sizes, sequences.sorted_indices, batch, sequences.layout)
+        padded = sequences.layout in ("time_first", "batch_first") and sequences.sizes is not None
+        if padded and self.cell.mode in NORMALISED:
+            output, *final = self._without_padding(cells, data, place, given)
+        else:
+            output, *final = _run("CellLayer", cells, data, place, given)
+        states = tuple(s.squeeze(1) if sequences.unbatched else s for s in final[: self.cell.num_states])
+        return sequences.restore(output), states if len(states) > 1 else states[0]
+
+    def _without_padding(self, cells: list[Any], data: Tensor, place: tuple[Any, ...], state: State) -> Results:
+        """The products that stand for the input are taken of tokens only."""
+        sizes, _, batch, layout = place
+        lead = data.shape[:-1]
+        sequence, step = (torch.arange(lead[0 if layout == "time_first" else 1]) < sizes[:, None]).nonzero().unbind(1)
+        rows = (step * lead[1] + sequence if layout == "time_first" else sequence * lead[1] + step).to(data.device)
+        cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        tokens = data.flatten(0, 1).index_select(0, rows)
+        output, h_n, c_n = _run("CellLayer", cells, tokens, (cu_seqlens, None, batch, "varlen"), state)
+        padded = output.new_zeros(lead.numel(), output.size(1)).index_copy(0, rows, output)
+        return padded.unflatten(0, lead), h_n, c_n
 
     def __prepare_scriptable__(self) -> nn.Module:
         return torchscript.refuse(self)

@@ -143,7 +143,7 @@ class BatchNorm(_Evaluated):
 
 
 def refuse(module: nn.Module) -> nn.Module:
-    """For modules without a kernel, whose number of states TorchScript cannot tell."""
+    """For modules whose number of states TorchScript cannot tell."""
     raise NotImplementedError(f"torch.jit.script: got {type(module).__name__}, expected no such module: trace it")
 
 

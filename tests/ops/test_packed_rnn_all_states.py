@@ -226,7 +226,7 @@ def test_only_an_lstm_has_cells() -> None:
     with pytest.raises(ValueError, match="packed_rnn: return_cells: got True for gru, which has no cells"):
         ptk.packed_rnn(*args, mode="gru", layout="time_first", return_cells=True)
     arguments = (args[0], None, None, [], list(args[1:]), 2)
-    with pytest.raises(RuntimeError, match="packed_rnn: all_cells: got true for 'gru', expected it for lstm only"):
+    with pytest.raises(RuntimeError, match="packed_rnn: all_cells: got true for 'gru', expected it for an lstm only"):
         torch.ops.ptkernels.packed_rnn(*arguments, "time_first", "gru", False, False, False, True)
 
 

@@ -22,24 +22,15 @@ Tensor state_like(const Layer& layer, size_t index, int64_t features) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
-packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
-           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
-           bool save, bool /*recompute*/, bool all_cells) {
-  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
-                    bidirectional, all_cells);
+// Output, h_n and c_n; gates and cells are kept where there is a place for them.
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Layer& layer, void* gates, void* cells) {
   const RnnProblem& p = layer.problem;
-  const bool is_lstm = p.mode == RnnMode::lstm;
+  const bool is_lstm = has_cells(p.mode);
   const std::vector<int64_t> none = {0};
   Tensor output = empty_contiguous(layer.input, layer.output_shape(), p.dtype);
   Tensor h_n = state_like(layer, 0, p.outputs);
   Tensor c_n = is_lstm ? state_like(layer, 1, p.hidden) : empty_contiguous(layer.input, none, p.dtype);
-  const bool save_gates = save && saved_gates(p.mode) > 0;
-  Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
-  Tensor cells = empty_contiguous(layer.input, save && is_lstm ? layer.cells_shape() : none, sum_dtype(p.dtype));
   zero_padding(layer.sequences, output);
-  zero_unused(layer, gates);
-  zero_unused(layer, cells);
   if (p.tokens > 0) {
     const RowOffsets input_rows = layer.sequences.offsets(layer.input);
     const RowOffsets output_rows = layer.sequences.offsets(output);
@@ -56,10 +47,29 @@ packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sort
     f.c0 = layer.state_data(1);
     f.h_n = h_n.mutable_data_ptr();
     f.c_n = is_lstm ? c_n.mutable_data_ptr() : nullptr;
-    f.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
-    f.cells = save && is_lstm ? cells.mutable_data_ptr() : nullptr;
+    f.gates = gates;
+    f.cells = cells;
     PTK_CHECK(PTK_DISPATCH(packed_rnn_kernels).forward(f), "packed_rnn: out of memory");
   }
+  return {output, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
+           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+           bool save, bool /*recompute*/, bool all_cells, double eps, double zoneout, double zoneout_cell,
+           std::optional<Tensor> seed) {
+  const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
+                    bidirectional, all_cells, {eps, zoneout, zoneout_cell, seed});
+  const RnnProblem& p = layer.problem;
+  const std::vector<int64_t> none = {0};
+  const bool save_gates = save && saved_gates(p.mode) > 0, save_sums = save && layer.saves_sums();
+  Tensor gates = empty_contiguous(layer.input, save_gates ? layer.gates_shape() : none, p.dtype);
+  Tensor cells = empty_contiguous(layer.input, save_sums ? layer.cells_shape() : none, sum_dtype(p.dtype));
+  zero_unused(layer, gates);
+  zero_unused(layer, cells);
+  auto [output, h_n, c_n] = run_forward(layer, save_gates ? gates.mutable_data_ptr() : nullptr,
+                                        save_sums ? cells.mutable_data_ptr() : nullptr);
   return {output, h_n, c_n, gates, cells};
 }
 
@@ -131,11 +141,13 @@ private:
     }
   }
 
-  std::optional<Tensor>& param_gradient(int64_t direction, int64_t index) {
-    return grads_[1 + layer_.state.size() + direction * layer_.params_per_direction() + index];
+  // Null where the layer has no such parameter, or its gradient is not wanted.
+  void* param_gradient(int64_t direction, RnnParam kind) {
+    const int64_t index = layer_.param_index(direction, kind);
+    return index < 0 ? nullptr : data_of(grads_[1 + layer_.state.size() + index]);
   }
 
-  int64_t stored_gates() const { return p_.mode == RnnMode::gru ? 4 : gate_count(p_.mode); }
+  int64_t row_of_gradients() const { return gate_gradients(p_.mode) * p_.hidden; }
 
   static void* data_of(std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
 
@@ -143,12 +155,13 @@ private:
                   const std::optional<Tensor>& grad_c_n) {
     const Sequences& sequences = layer_.sequences;
     const RowOffsets output_rows = sequences.offsets(output_);
-    grad_gates_ = empty_contiguous(layer_.input, {p_.directions, p_.tokens, stored_gates(), p_.hidden}, p_.dtype);
-    const auto only_if_projected = [&](int64_t features) {
-      return empty_contiguous(layer_.input, {p_.directions, p_.projected ? p_.tokens : 0, features}, p_.dtype);
+    grad_gates_ = empty_contiguous(layer_.input, {p_.directions, p_.tokens, row_of_gradients()}, p_.dtype);
+    const auto only_if = [&](bool there, int64_t features) {
+      return empty_contiguous(layer_.input, {p_.directions, there ? p_.tokens : 0, features}, p_.dtype);
     };
-    grad_projected_ = only_if_projected(p_.outputs);
-    unprojected_ = only_if_projected(p_.hidden);
+    const bool multiplies = p_.projected || p_.mode == RnnMode::reset_before_gru;
+    grad_projected_ = only_if(p_.projected, p_.outputs);
+    multiplied_ = only_if(multiplies, p_.hidden);
     RnnBackwardParams f;
     f.problem = p_;
     f.batch_sizes = sequences.batch_sizes.data();
@@ -165,10 +178,13 @@ private:
     f.grad_c_n = grad_c_n ? grad_c_n->const_data_ptr() : nullptr;
     f.grad_gates = grad_gates_->mutable_data_ptr();
     f.grad_projected = p_.projected ? grad_projected_->mutable_data_ptr() : nullptr;
-    f.unprojected = p_.projected ? unprojected_->mutable_data_ptr() : nullptr;
-    for (int64_t d = 0; layer_.has_bias() && d < p_.directions; ++d) {
-      f.grad_bias_input[d] = data_of(param_gradient(d, 2));
-      f.grad_bias_hidden[d] = data_of(param_gradient(d, 3));
+    f.multiplied = multiplies ? multiplied_->mutable_data_ptr() : nullptr;
+    for (int64_t d = 0; d < p_.directions; ++d) {
+      f.grad_bias_input[d] = param_gradient(d, RnnParam::bias_ih);
+      f.grad_bias_hidden[d] = param_gradient(d, RnnParam::bias_hh);
+      f.grad_peephole[d] = param_gradient(d, RnnParam::weight_peephole);
+      f.grad_norm_hidden[d] = param_gradient(d, RnnParam::norm_hidden);
+      f.grad_norm_cell[d] = param_gradient(d, RnnParam::norm_cell);
     }
     f.grad_h0 = layer_.state.empty() ? nullptr : data_of(grads_[1]);
     f.grad_c0 = layer_.state.size() < 2 ? nullptr : data_of(grads_[2]);
@@ -189,7 +205,7 @@ private:
       packed_input_ = empty_contiguous(layer_.input, {p_.tokens, p_.input}, p_.dtype);
       const RowOffsets rows = layer_.sequences.offsets(layer_.input);
       move_rows(layer_.sequences, rows, const_cast<void*>(layer_.input.const_data_ptr()),
-                packed_input_->mutable_data_ptr(), p_.input, element_size(p_.dtype), true);
+                packed_input_->mutable_data_ptr(), p_.input, p_.input, element_size(p_.dtype), true);
     }
     return *packed_input_;
   }
@@ -217,31 +233,50 @@ private:
     return before;
   }
 
+  const void* multiplied(int64_t d) const {
+    return offset(multiplied_->const_data_ptr(), d * p_.tokens * p_.hidden, p_.dtype);
+  }
+
   void weight_gradients(int64_t d) {
-    const int64_t row = stored_gates() * p_.hidden, gates = gate_count(p_.mode) * p_.hidden;
+    const int64_t row = row_of_gradients(), gates = gate_count(p_.mode) * p_.hidden;
     const void* grad_gates = offset(grad_gates_->const_data_ptr(), d * p_.tokens * row, p_.dtype);
-    if (std::optional<Tensor>& grad = param_gradient(d, 0)) {
+    if (void* grad = param_gradient(d, RnnParam::weight_ih)) {
       const Tensor& x = packed_input();
-      over_tokens(grad_gates, row, gates, x.const_data_ptr(), x.stride(0), p_.input, grad->mutable_data_ptr());
+      over_tokens(grad_gates, row, gates, x.const_data_ptr(), x.stride(0), p_.input, grad);
     }
-    if (std::optional<Tensor>& grad = param_gradient(d, 1)) {
-      const Tensor h = h_before(d);
-      // n of a gru: its recurrent term has a gradient of its own, the fourth.
-      const int64_t shared = p_.mode == RnnMode::gru ? 2 * p_.hidden : gates;
-      void* out = grad->mutable_data_ptr();
-      over_tokens(grad_gates, row, shared, h.const_data_ptr(), p_.outputs, p_.outputs, out);
-      if (shared < gates) {
-        over_tokens(offset(grad_gates, 3 * p_.hidden, p_.dtype), row, p_.hidden, h.const_data_ptr(), p_.outputs,
-                    p_.outputs, offset(out, shared * p_.outputs, p_.dtype));
+    if (void* grad = param_gradient(d, RnnParam::weight_hh)) {
+      const Tensor before = h_before(d);
+      const void* h = before.const_data_ptr();
+      const auto product = [&](int64_t gate, int64_t count, int64_t to, const void* state) {
+        over_tokens(offset(grad_gates, gate * p_.hidden, p_.dtype), row, count * p_.hidden, state, p_.outputs,
+                    p_.outputs, offset(grad, to * p_.hidden * p_.outputs, p_.dtype));
+      };
+      if (p_.mode == RnnMode::gru) {
+        // n: its recurrent term has a gradient of its own, the fourth.
+        product(0, 2, 0, h);
+        product(3, 1, 2, h);
+      } else if (p_.mode == RnnMode::reset_before_gru) {
+        product(0, 2, 0, h);
+        product(2, 1, 2, multiplied(d));
+      } else {
+        product(is_normalised(p_.mode) ? gate_count(p_.mode) : 0, gate_count(p_.mode), 0, h);
       }
     }
-    if (!p_.projected) {
-      return;
-    }
-    if (std::optional<Tensor>& grad = param_gradient(d, layer_.params_per_direction() - 1)) {
+    if (void* grad = param_gradient(d, RnnParam::weight_hr)) {
       over_tokens(offset(grad_projected_->const_data_ptr(), d * p_.tokens * p_.outputs, p_.dtype), p_.outputs,
-                  p_.outputs, offset(unprojected_->const_data_ptr(), d * p_.tokens * p_.hidden, p_.dtype), p_.hidden,
-                  p_.hidden, grad->mutable_data_ptr());
+                  p_.outputs, multiplied(d), p_.hidden, p_.hidden, grad);
+    }
+  }
+
+  // Of the products that came in the input's place: the gates' own gradients, both directions side by side.
+  void product_gradient() {
+    const int64_t row = row_of_gradients(), gates = gate_count(p_.mode) * p_.hidden;
+    const RowOffsets offsets = layer_.sequences.offsets(*grads_[0]);
+    zero_padding(layer_.sequences, *grads_[0]);
+    for (int64_t d = 0; d < p_.directions; ++d) {
+      move_rows(layer_.sequences, offsets, offset(grads_[0]->mutable_data_ptr(), d * gates, p_.dtype),
+                offset(grad_gates_->mutable_data_ptr(), d * p_.tokens * row, p_.dtype), gates, row,
+                element_size(p_.dtype), false);
     }
   }
 
@@ -249,13 +284,16 @@ private:
     if (!grads_[0]) {
       return;
     }
-    const int64_t row = stored_gates() * p_.hidden, gates = gate_count(p_.mode) * p_.hidden;
-    Tensor weights = layer_.param(0, 0);
+    if (is_normalised(p_.mode)) {
+      return product_gradient();
+    }
+    const int64_t row = row_of_gradients(), gates = gate_count(p_.mode) * p_.hidden;
+    Tensor weights = layer_.params[layer_.param_index(0, RnnParam::weight_ih)];
     if (p_.directions == 2) {
       weights = empty_contiguous(layer_.input, {2, gates, p_.input}, p_.dtype);
       for (int64_t d = 0; d < 2; ++d) {
         std::memcpy(offset(weights.mutable_data_ptr(), d * gates * p_.input, p_.dtype),
-                    layer_.param(d, 0).const_data_ptr(), gates * p_.input * element_size(p_.dtype));
+                    layer_.param_data(d, RnnParam::weight_ih), gates * p_.input * element_size(p_.dtype));
       }
     }
     const bool in_place = layer_.sequences.layout == RnnLayout::packed;
@@ -275,7 +313,7 @@ private:
     if (!in_place) {
       zero_padding(layer_.sequences, *grads_[0]);
       move_rows(layer_.sequences, layer_.sequences.offsets(*grads_[0]), grads_[0]->mutable_data_ptr(),
-                grad.mutable_data_ptr(), p_.input, element_size(p_.dtype), false);
+                grad.mutable_data_ptr(), p_.input, p_.input, element_size(p_.dtype), false);
     }
   }
 
@@ -283,7 +321,7 @@ private:
   const RnnProblem& p_;
   const Tensor &output_, &gates_, &cells_;
   std::vector<std::optional<Tensor>> grads_;  // of input, states, parameters; set where wanted
-  std::optional<Tensor> grad_gates_, grad_projected_, unprojected_, packed_input_;
+  std::optional<Tensor> grad_gates_, grad_projected_, multiplied_, packed_input_;
 };
 
 std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_h_n,
@@ -291,9 +329,10 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
                                         std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
                                         std::vector<Tensor> params, Tensor output, Tensor gates, Tensor cells,
                                         int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
-                                        std::vector<bool> output_mask, bool all_cells) {
+                                        std::vector<bool> output_mask, bool all_cells, double eps, double zoneout,
+                                        double zoneout_cell, std::optional<Tensor> seed) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
-                    bidirectional, all_cells);
+                    bidirectional, all_cells, {eps, zoneout, zoneout_cell, seed});
   const RnnProblem& p = layer.problem;
   const auto check = [&](const char* name, std::optional<Tensor>& tensor, const std::vector<int64_t>& shape) {
     if (tensor) {
@@ -302,7 +341,7 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
       tensor = as_contiguous(*tensor);
     }
   };
-  PTK_CHECK(!grad_c_n || p.mode == RnnMode::lstm, "packed_rnn: grad_c_n: got one, expected None without cells");
+  PTK_CHECK(!grad_c_n || has_cells(p.mode), "packed_rnn: grad_c_n: got one, expected None without cells");
   check("grad_output", grad_output, layer.output_shape());
   check("grad_h_n", grad_h_n, layer.state_shape(p.outputs));
   check("grad_c_n", grad_c_n, layer.state_shape(p.hidden));
@@ -312,7 +351,7 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
     check_rnn_tensor("gates", gates, layer.input);
     check_rnn_shape("gates", gates, layer.gates_shape());
   }
-  if (p.mode == RnnMode::lstm) {
+  if (layer.saves_sums()) {
     PTK_CHECK(cells.is_cpu() && float_dtype(cells) == sum_dtype(p.dtype),
               "packed_rnn: cells: got another dtype, expected ", dtype_name(sum_dtype(p.dtype)));
     check_rnn_shape("cells", cells, layer.cells_shape());
@@ -335,12 +374,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptkernels, library) {
   library.def(
       "packed_rnn(Tensor input, Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, "
       "SymInt batch_size, str layout, str mode, bool bidirectional=False, bool save=False, bool recompute=False, "
-      "bool all_cells=False) "
+      "bool all_cells=False, float eps=1e-05, float zoneout=0.0, float zoneout_cell=0.0, Tensor? seed=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("_packed_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
               "Tensor? sizes, Tensor? sorted_indices, Tensor[] state, Tensor[] params, Tensor output, Tensor gates, "
               "Tensor cells, SymInt batch_size, str layout, str mode, bool bidirectional, bool[] output_mask, "
-              "bool all_cells=False) "
+              "bool all_cells=False, float eps=1e-05, float zoneout=0.0, float zoneout_cell=0.0, Tensor? seed=None) "
               "-> Tensor[]");
 }
 

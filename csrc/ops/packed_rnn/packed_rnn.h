@@ -4,6 +4,13 @@
 //   gru    r, z = sigmoid(...);  n = tanh(x W_n + b_n + r (h U_n + b_un));  h' = (1 - z) n + z h
 //   rnn    h' = tanh(x W + h U + b), or relu
 //
+//   peephole_lstm     lstm whose gates i and f see p c besides, and o sees p c'
+//   reset_before_gru  gru with n = tanh(x W_n + (r h) U_n + b_n)
+//   layer_norm_lstm   lstm of v + LN(h U), where v is given instead of x W, with h' = o tanh(LN(c'))
+//   layer_norm_gru    gru of the same, LN over r and z together and over n
+//
+//   zoneout           of any of them: a unit of h, and of c, keeps what it had with some probability
+//
 // Sequences are numbered by slot, longest first, so that the ones still running at step t are the first batch_sizes[t].
 #pragma once
 
@@ -14,15 +21,48 @@
 
 namespace ptk {
 
-enum class RnnMode : uint8_t { lstm, gru, tanh, relu };
+enum class RnnMode : uint8_t {
+  lstm,
+  gru,
+  tanh,
+  relu,
+  peephole_lstm,
+  reset_before_gru,
+  layer_norm_lstm,
+  layer_norm_gru,
+};
 
-constexpr int64_t gate_count(RnnMode mode) {
-  return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1;
+constexpr bool has_cells(RnnMode mode) {
+  return mode == RnnMode::lstm || mode == RnnMode::peephole_lstm || mode == RnnMode::layer_norm_lstm;
+}
+constexpr bool is_plain(RnnMode mode) {
+  return mode == RnnMode::tanh || mode == RnnMode::relu;
+}
+constexpr bool is_normalised(RnnMode mode) {
+  return mode == RnnMode::layer_norm_lstm || mode == RnnMode::layer_norm_gru;
 }
 
-// What a unit's gates take in buffers and in what the forward saves: gru keeps the two terms of n apart.
+constexpr int64_t gate_count(RnnMode mode) {
+  return has_cells(mode) ? 4 : is_plain(mode) ? 1 : 3;
+}
+
+// Numbers that the forward saves of a unit's gates: gru keeps the two terms of n apart; behind the gates of a
+// normalised cell stand the recurrent terms, normalised.
 constexpr int64_t saved_gates(RnnMode mode) {
-  return mode == RnnMode::lstm || mode == RnnMode::gru ? 4 : 0;
+  return is_plain(mode) ? 0 : is_normalised(mode) ? 2 * gate_count(mode) : mode == RnnMode::gru ? 4 : gate_count(mode);
+}
+
+// What the forward saves of a token in the dtype of sums: its cells, then, where normalised, the inverse deviation of
+// every normalised group of gates and, for cells, their mean and inverse deviation.
+constexpr int64_t saved_sums(RnnMode mode, int64_t hidden) {
+  const int64_t statistics = mode == RnnMode::layer_norm_lstm ? 3 : mode == RnnMode::layer_norm_gru ? 2 : 0;
+  return (has_cells(mode) ? hidden : 0) + statistics;
+}
+
+// Gradients of a unit that the backward leaves for the products over all tokens: those of the gates' input terms, then
+// those of the recurrent terms that differ from them.
+constexpr int64_t gate_gradients(RnnMode mode) {
+  return is_normalised(mode) ? 2 * gate_count(mode) : mode == RnnMode::gru ? 4 : gate_count(mode);
 }
 
 struct RnnProblem {
@@ -33,11 +73,18 @@ struct RnnProblem {
   int64_t batch = 0;       // sequences, those of length 0 included
   int64_t tokens = 0;      // sum of the lengths
   int64_t saved_rows = 0;  // of each direction in gates and cells: tokens, or more
-  int64_t input = 0;       // features
+  int64_t input = 0;       // features; 0 where normalised, whose input is [directions * gates * hidden] products
   int64_t hidden = 0;      // units
   int64_t outputs = 0;     // features of h: hidden, or the projection's
   bool projected = false;
   bool all_cells = false;  // rows of output go on with the cells of the token
+  double eps = 0;          // of normalisation
+  // Shares of h and of c that are kept: of the units, where 24 bits of philox(seed, {unit, step, sequence, direction})
+  // are below keep_below, or, where nothing is drawn, of every unit's value.
+  double zoneout[2] = {0, 0};
+  bool draws = false;
+  uint32_t keep_below[2] = {0, 0};
+  uint64_t seed = 0;
 };
 
 // Where token (step, slot) lies: step[t] + slot[b] elements into the data, features contiguous. Covers packed, padded
@@ -55,6 +102,10 @@ struct RnnWeights {
   const void* bias_input = nullptr;  // [gates * hidden]
   const void* bias_hidden = nullptr;
   const void* projection = nullptr;  // [outputs, hidden]
+  const void* peephole = nullptr;    // [3, hidden], of i, f and o
+  // Weights, then biases; only where normalised.
+  const void* norm_hidden = nullptr;  // [2, gates * hidden]
+  const void* norm_cell = nullptr;    // [2, hidden]
 };
 
 struct RnnForwardParams {
@@ -72,7 +123,7 @@ struct RnnForwardParams {
   void* c_n = nullptr;
   // Kept for the backward, null where none will follow. Tokens in packed order.
   void* gates = nullptr;  // [directions, saved_rows, saved_gates, hidden], after activation
-  void* cells = nullptr;  // [directions, saved_rows, hidden], float32 (float64 for float64)
+  void* cells = nullptr;  // [directions, saved_rows, saved_sums], float32 (float64 for float64)
 };
 
 struct RnnBackwardParams {
@@ -90,14 +141,19 @@ struct RnnBackwardParams {
   const void* cells = nullptr;
   const void* grad_h_n = nullptr;  // null means zeros, as for grad_output
   const void* grad_c_n = nullptr;
-  // Gradients of the gates before activation, [directions, tokens, gates, hidden], packed order; for gru four: those of
-  // r, z, n, and of n's recurrent term.
+  // Gradients of the gates before activation, [directions, tokens, gate_gradients, hidden], packed order; for gru four:
+  // those of r, z, n, and of n's recurrent term.
   void* grad_gates = nullptr;
   void* grad_projected = nullptr;  // [directions, tokens, outputs], only where projected
-  void* unprojected = nullptr;     // [directions, tokens, hidden], only where projected: h before the projection
+  // What a projection, or the product behind a reset, multiplied: [directions, tokens, hidden]; only where there is
+  // one.
+  void* multiplied = nullptr;
   // May be null:
   void* grad_bias_input[2] = {};  // [gates * hidden]
   void* grad_bias_hidden[2] = {};
+  void* grad_peephole[2] = {};  // as the weights
+  void* grad_norm_hidden[2] = {};
+  void* grad_norm_cell[2] = {};
   void* grad_h0 = nullptr;
   void* grad_c0 = nullptr;
 };

@@ -25,8 +25,9 @@ struct RnnSizes {
     const int64_t worthwhile = mean_batch * gates * p.hidden * (p.outputs + (p.input + 1) / 2) / kWorthwhile;
     const int64_t threads = least(num_threads(), Team::kMaxSlices);
     slices = most(1, least(least(threads / p.directions, panels), worthwhile));
-    // Waking threads takes as long as this many multiply-adds.
-    constexpr int64_t kParallelWork = 1 << 19;
+    // Below this many multiply-adds a second thread gains a fifth at most, and a call ends when the last of its threads
+    // has come: where another process has the core, after milliseconds.
+    constexpr int64_t kParallelWork = 1 << 21;
     const int64_t weights = p.directions * gates * p.hidden * (p.input + p.outputs);
     serial = num_threads() == 1 || weights * most(1, p.tokens) < kParallelWork;
   }
@@ -86,9 +87,31 @@ PTK_INLINE Vec<Acc<T>> load_valid(const T* p, int64_t valid) {
   return valid > 0 ? load_as_partial(p, valid) : Vec<Acc<T>>{};
 }
 
+// Vectors of units that a mode has beyond biases: those of i, f and o for peepholes; weights of the normalised gates,
+// their biases, then weight and bias of the cells.
+constexpr int64_t own_vectors(RnnMode mode) {
+  if (mode == RnnMode::peephole_lstm) return 3;
+  return is_normalised(mode) ? 2 * (gate_count(mode) + (has_cells(mode) ? 1 : 0)) : 0;
+}
+
 template <class U>
 PTK_INLINE U* at(const void* base, int64_t offset) {
   return static_cast<U*>(const_cast<void*>(base)) + offset;
+}
+
+// Calls body(vector, parameter, place of the vector in it) for each of a mode's own vectors.
+template <class Void, class Body>
+inline void each_own_vector(const RnnProblem& p, Void* peephole, Void* norm_hidden, Void* norm_cell, const Body& body) {
+  const int64_t normalised = 2 * gate_count(p.mode);
+  for (int64_t i = 0; i < own_vectors(p.mode); ++i) {
+    if (!is_normalised(p.mode)) {
+      body(i, peephole, i * p.hidden);
+    } else if (i < normalised) {
+      body(i, norm_hidden, i * p.hidden);
+    } else {
+      body(i, norm_cell, (i - normalised) * p.hidden);
+    }
+  }
 }
 
 }  // namespace ptk::PTK_ISA

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ptkernels._philox import philox
 from ptkernels.ops.attention.options import KEEP_ALL, UNBOUNDED, Options, compute_dtype, resolve
 from ptkernels.ops.attention.shapes import split_lead
 
@@ -103,21 +104,6 @@ def softmax_of_scores(scores: Tensor, attn_mask: Tensor | None, options: Options
     return Softmax(weights[..., :-1], weights[..., -1], lse)
 
 
-def _philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
-    """Philox4x32-10 (Salmon et al., 2011): four words of 32 random bits, in int64, for each counter of four words."""
-    low = 0xFFFFFFFF
-    for _ in range(10):
-        first, third = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = (
-            (third >> 32 & low) ^ counter[1] ^ key[0],
-            third & low,
-            (first >> 32 & low) ^ counter[3] ^ key[1],
-            first & low,
-        )
-        key = (key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low
-    return counter
-
-
 def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int], first_batch: int = 0) -> Tensor:
     """What dropout keeps of weights ``[batch, heads, Lq, Lk]``: a function of seed and position alone.
 
@@ -135,7 +121,7 @@ def dropout_keep(seed: Tensor, keep_below: int, shape: tuple[int, int, int, int]
         torch.arange(heads, device=device)[:, None, None],
         torch.arange(batch, device=device)[:, None, None, None] % max(each, 1) + first_batch,
     )
-    words = _philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    words = philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -2)
     return halves.flatten(2, 3)[:, :, :queries] < keep_below
 

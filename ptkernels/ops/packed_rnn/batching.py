@@ -83,7 +83,9 @@ def vmap_rnn(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
     """Rule of ``ptkernels::packed_rnn`` for ``torch.vmap``."""
     size = info.batch_size
     input, sizes, sorted_indices, state, params, batch_size, layout, *options = args
-    if layout == "varlen" or any(_is_mapped(in_dims[index]) for index in (1, 2, 4)):
+    # What zoneout draws depends on which sequence of its call a sequence is.
+    drawn = len(options) > 8 and options[8] is not None
+    if layout == "varlen" or drawn or any(_is_mapped(in_dims[index]) for index in (1, 2, 4)):
         return _loop(rnn_op, size, in_dims, args)
     axis = _data_axis(layout)
     states = [_merge(t, dim, size, 1) for t, dim in zip(state, in_dims[3] or [None] * len(state), strict=True)]

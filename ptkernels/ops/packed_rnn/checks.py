@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ptkernels._sizes import holds
-from ptkernels.ops.packed_rnn.reference import GATES, compute_dtype
+from ptkernels.ops.packed_rnn.reference import (
+    GATES,
+    NORMALISED,
+    Options,
+    compute_dtype,
+    has_cells,
+    param_names,
+    param_orders,
+)
 
 OP = "packed_rnn"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,11 +77,11 @@ def check_integers(op: str, name: str, value: Any) -> None:
 def _check_params(op: str, input: Tensor, params: Sequence[Any], mode: str, directions: int) -> tuple[Any, Any]:
     """Returns the sizes of cells and outputs."""
     each, rest = divmod(len(params), directions)
-    if rest or each not in ((2, 3, 4, 5) if mode == "lstm" else (2, 4)):
-        with_projection = ", and for lstm possibly weight_hr" if mode == "lstm" else ""
+    names = () if rest else param_names(mode, each)
+    if not names:
+        orders = "; or ".join(", ".join(order) for order in param_orders(mode))
         raise ValueError(
-            f"{op}: params: got {len(params)} tensors for {directions} directions, expected for each weight_ih, "
-            f"weight_hh, bias_ih and bias_hh or neither{with_projection}"
+            f"{op}: params: got {len(params)} tensors for {directions} directions, expected for each {orders}"
         )
     for index, param in enumerate(params):
         _check_like(op, f"params[{index}]", param, input)
@@ -80,18 +89,47 @@ def _check_params(op: str, input: Tensor, params: Sequence[Any], mode: str, dire
     rows = params[0].shape[0] if params[0].dim() == 2 else 0
     hidden = rows // gates
     if not (holds(hidden >= 1) and holds(hidden * gates == rows)):
-        raise ValueError(f"{op}: params[0]: got shape {list(params[0].shape)}, expected [{gates} * hidden, input]")
+        raise ValueError(f"{op}: params[0]: got shape {list(params[0].shape)}, expected [{gates} * hidden, ..]")
     outputs = hidden
-    if each % 2:
+    if names[-1] == "weight_hr":
         outputs = params[each - 1].size(0) if params[each - 1].dim() == 2 else 0
         if not holds(outputs >= 1):
             raise ValueError(
                 f"{op}: params[{each - 1}]: got shape {list(params[each - 1].shape)}, expected [proj_size, hidden]"
             )
-    shapes = [(rows, input.size(-1)), (rows, outputs), *[(rows,)] * (2 if each >= 4 else 0), (outputs, hidden)][:each]
+    if mode in NORMALISED and not holds(input.size(-1) == directions * rows):
+        raise ValueError(
+            f"{op}: input: got {input.size(-1)} features, expected the products of every gate: {directions * rows}"
+        )
+    shapes: dict[str, tuple[Any, ...]] = {
+        "weight_ih": (rows, input.size(-1)),
+        "weight_hh": (rows, outputs),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "weight_hr": (outputs, hidden),
+        "weight_peephole": (3, hidden),
+        "norm_hidden": (2, rows),
+        "norm_cell": (2, hidden),
+    }
     for index, param in enumerate(params):
-        check_shape(op, f"params[{index}]", param, shapes[index % each] if index % each < len(shapes) else ())
+        check_shape(op, f"params[{index}]", param, shapes[names[index % each]])
     return hidden, outputs
+
+
+def check_options(op: str, mode: str, projected: bool, options: Options) -> None:
+    """Raise for an epsilon or probabilities that mean nothing, and for zoneout where there is none."""
+    eps, *shares = options[:3]
+    for name, value, most in (("eps", eps, math.inf), ("zoneout", shares[0], 1.0), ("zoneout", shares[1], 1.0)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= most:
+            expected = "a number of 0 or more" if name == "eps" else "a probability from 0 to 1"
+            raise ValueError(f"{op}: {name}: got {value!r}, expected {expected}")
+    if any(shares) and (GATES[mode] == 1 or projected):
+        raise ValueError(
+            f"{op}: zoneout: got {tuple(shares)} for {mode}{' with a projection' * projected}, expected 0.0"
+        )
+    seed = options.seed
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"{op}: seed: got {seed.dtype} of shape {list(seed.shape)}, expected one int64")
 
 
 def _check_sizes(op: str, input: Tensor, sizes: Tensor | None, sorted_indices: Any, batch: Any, layout: str) -> None:
@@ -126,6 +164,7 @@ def check_layer(
     mode: str,
     bidirectional: bool = False,
     all_cells: bool = False,
+    *options: Any,
 ) -> tuple[Any, Any]:
     """Raise the precise error for what is wrong with a layer's arguments; returns the sizes of cells and outputs.
 
@@ -139,7 +178,7 @@ def check_layer(
         raise ValueError(f"{op}: mode: got {mode!r}, expected one of {', '.join(GATES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if all_cells and mode != "lstm":
+    if all_cells and not has_cells(mode):
         raise ValueError(f"{op}: return_cells: got {all_cells} for {mode}, which has no cells, expected False")
     check_tensor(op, "input", input)
     rank = 3 if layout in ("time_first", "batch_first") else 2
@@ -152,12 +191,14 @@ def check_layer(
     directions = 2 if bidirectional else 1
     hidden, outputs = _check_params(op, input, params, mode, directions)
     _check_sizes(op, input, sizes, sorted_indices, batch_size, layout)
-    wanted = 2 if mode == "lstm" else 1
+    wanted = 2 if has_cells(mode) else 1
     if len(state) not in (0, wanted):
         raise ValueError(f"{op}: hx: got {len(state)} states, expected none or {wanted}")
     for name, tensor, features in zip(("hx", "cx"), state, (outputs, hidden), strict=False):
         _check_like(op, name, tensor, input)
         check_shape(op, name, tensor, (directions, batch_size, features))
+    projected = "weight_hr" in param_names(mode, len(params) // directions)
+    check_options(op, mode, projected, Options(*options))
     return hidden, outputs
 
 

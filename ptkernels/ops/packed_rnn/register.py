@@ -19,13 +19,29 @@ from ptkernels.ops.packed_rnn.library import backward_op, rnn_op
 FORWARD_MODE = "forward-mode differentiation has no kernel"
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_SAVED_GATES = {"lstm": 4, "gru": 4, "tanh": 0, "relu": 0}
+Extras = tuple[Any, ...]
+"""``all_cells`` and the fields of ``reference.Options``, as both operators end with them."""
+
+_NO_EXTRAS: Extras = (False, *reference.PLAIN)
+_SAVED_GATES = {
+    "lstm": 4,
+    "gru": 4,
+    "tanh": 0,
+    "relu": 0,
+    "peephole_lstm": 4,
+    "reset_before_gru": 3,
+    "layer_norm_lstm": 8,
+    "layer_norm_gru": 6,
+}
+_SAVED_STATISTICS = {"layer_norm_lstm": 3, "layer_norm_gru": 2}
 
 
 def _saved_shapes(input: Tensor, mode: str, directions: int, hidden: int) -> tuple[list[Any], list[Any]]:
     rows = math.prod(input.shape[:-1])  # Size.numel() would specialise symbolic sizes
     gates = [directions, rows, _SAVED_GATES[mode], hidden] if _SAVED_GATES[mode] else [0]
-    return gates, [directions, rows, hidden] if mode == "lstm" else [0]
+    cells = (hidden if reference.has_cells(mode) else 0) + _SAVED_STATISTICS.get(mode, 0)
+    has_none = not reference.has_cells(mode) and mode not in _SAVED_STATISTICS
+    return gates, [0] if has_none else [directions, rows, cells]
 
 
 def _fake_rnn(
@@ -41,16 +57,17 @@ def _fake_rnn(
     save: bool = False,
     recompute: bool = False,
     all_cells: bool = False,
+    *options: Any,
 ) -> Results:
     hidden, outputs = check_layer(
-        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells
+        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells, *options
     )
     directions = 2 if bidirectional else 1
     gates, cells = _saved_shapes(input, mode, directions, hidden) if save else ([0], [0])
     return (
         input.new_empty(*input.shape[:-1], directions * (outputs + (hidden if all_cells else 0))),
         input.new_empty(directions, batch_size, outputs),
-        input.new_empty([directions, batch_size, hidden] if mode == "lstm" else [0]),
+        input.new_empty([directions, batch_size, hidden] if reference.has_cells(mode) else [0]),
         input.new_empty(gates),
         input.new_empty(cells, dtype=reference.compute_dtype(input.dtype)),
     )
@@ -74,9 +91,10 @@ def _fake_backward(
     bidirectional: bool,
     output_mask: Sequence[bool],
     all_cells: bool = False,
+    *options: Any,
 ) -> list[Tensor]:
     hidden, outputs = check_layer(
-        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells
+        OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells, *options
     )
     directions = 2 if bidirectional else 1
     check_backward(
@@ -106,34 +124,38 @@ class _PackedRnn(Function):
         states: int,
         options: tuple[int, str, str, bool],
         recompute: bool,
-        all_cells: bool,
+        extras: Extras,
         input: Tensor,
         *tensors: Tensor,
     ) -> Results:
         state, params = list(tensors[:states]), list(tensors[states:])
         results: Results = forward_of_function(
-            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, not recompute, False, all_cells
+            rnn_op, keyset, input, sizes, sorted_indices, state, params, *options, not recompute, False, *extras
         )
         output, _, c_n, gates, cells = results
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, *tensors, output, gates, cells, sizes, sorted_indices)
-        ctx.states, ctx.options, ctx.recompute, ctx.all_cells = states, options, recompute, all_cells
-        ctx.mark_non_differentiable(gates, cells, *([] if options[2] == "lstm" else [c_n]))
+        *others, seed = extras
+        ctx.save_for_backward(input, *tensors, output, gates, cells, sizes, sorted_indices, seed)
+        ctx.states, ctx.options, ctx.recompute, ctx.extras = states, options, recompute, others
+        ctx.mark_non_differentiable(gates, cells, *([] if reference.has_cells(options[2]) else [c_n]))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        input, *tensors, output, gates, cells, sizes, sorted_indices = ctx.saved_tensors
+        input, *tensors, output, gates, cells, sizes, sorted_indices, seed = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[7:])
         results: list[Tensor | None] = [None] * len(needed)
         if any(grad is not None for grad in grads[:3]):
             state, params = tensors[: ctx.states], tensors[ctx.states :]
+            extras = (*ctx.extras, seed)
             if ctx.recompute:
                 # An intermediate result of the same inputs, as what a forward saves is: nothing is differentiated here.
                 with torch.no_grad():
-                    *_, gates, cells = rnn_op(input, sizes, sorted_indices, state, params, *ctx.options, True)
+                    *_, gates, cells = rnn_op(
+                        input, sizes, sorted_indices, state, params, *ctx.options, True, False, *extras
+                    )
             saved = (output, gates, cells)
-            rest = (*saved, *ctx.options, needed, ctx.all_cells)
+            rest = (*saved, *ctx.options, needed, *extras)
             args = (*grads[:3], input, sizes, sorted_indices, state, params, *rest)
             if torch.is_grad_enabled() or in_transform() or torch.compiler.is_compiling():
                 found = iter(backward_op(*args))
@@ -154,7 +176,7 @@ class _PackedRnnBackward(Function):
         states: int,
         options: tuple[int, str, str, bool],
         output_mask: list[bool],
-        all_cells: bool,
+        extras: Extras,
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
@@ -163,10 +185,11 @@ class _PackedRnnBackward(Function):
     ) -> tuple[Tensor, ...]:
         state, params = list(tensors[:states]), list(tensors[states:])
         grads = (grad_output, grad_h_n, grad_c_n)
-        args = (*grads, input, sizes, sorted_indices, state, params, *saved, *options, output_mask, all_cells)
+        args = (*grads, input, sizes, sorted_indices, state, params, *saved, *options, output_mask, *extras)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, input, *tensors, sizes, sorted_indices)
-        ctx.states, ctx.options, ctx.output_mask, ctx.all_cells = states, options, output_mask, all_cells
+        *others, seed = extras
+        ctx.save_for_backward(*grads, input, *tensors, sizes, sorted_indices, seed)
+        ctx.states, ctx.options, ctx.output_mask, ctx.extras = states, options, output_mask, others
         return tuple(forward_of_function(backward_op, keyset, *args))
 
     @staticmethod
@@ -174,7 +197,7 @@ class _PackedRnnBackward(Function):
         # The gradients are functions of the incoming ones, input, states and parameters; what the forward saved is an
         # intermediate result of those, and a derivative through it as well would count the same path twice.
         *grads, input = ctx.saved_tensors[:4]
-        *tensors, sizes, sorted_indices = ctx.saved_tensors[4:]
+        *tensors, sizes, sorted_indices, seed = ctx.saved_tensors[4:]
         given = [index for index, grad in enumerate(grad_grads) if grad is not None]
         present = [index for index, grad in enumerate(grads) if grad is not None]
         if not given:
@@ -188,7 +211,8 @@ class _PackedRnnBackward(Function):
                 flowing[index] = grad
             data, *others = primals[len(present) :]
             state, params = others[: ctx.states], others[ctx.states :]
-            place = (sizes, sorted_indices, *ctx.options, ctx.all_cells)
+            of_cells = reference.Options(*ctx.extras[1:])._replace(seed=seed)
+            place = (sizes, sorted_indices, *ctx.options, ctx.extras[0], of_cells)
             found = reference.gradients(flowing, data, state, params, *place)
             return tuple(found[wanted[index]] for index in given)
 
@@ -201,6 +225,19 @@ class _PackedRnnBackward(Function):
         return (None,) * 8 + (*of_grads, *found)
 
 
+def _by_default(
+    batch_size: int,
+    layout: str,
+    mode: str,
+    bidirectional: bool = False,
+    save: bool = False,
+    recompute: bool = False,
+    *extras: Any,
+) -> tuple[int, str, str, bool, bool, Extras]:
+    """What a call of the operator left out."""
+    return batch_size, layout, mode, bidirectional, recompute, (*extras, *_NO_EXTRAS[len(extras) :])
+
+
 def _autograd_rnn(
     keyset: Any,
     input: Tensor,
@@ -211,19 +248,19 @@ def _autograd_rnn(
     *options: Any,
 ) -> Results:
     state = [] if state is None else state  # which AOTInductor makes of an empty list
-    options = (*options, *[False] * (7 - len(options)))
-    batch_size, layout, mode, bidirectional, _, recompute, all_cells = options
+    batch_size, layout, mode, bidirectional, recompute, extras = _by_default(*options)
     place = (batch_size, layout, mode, bidirectional)
     tensors = (input, *state, *params)
     if has_tangent(*tensors):
-        check_layer(OP, input, sizes, sorted_indices, state, params, *place, all_cells)
+        check_layer(OP, input, sizes, sorted_indices, state, params, *place, *extras)
         _backend.fallback(OP, FORWARD_MODE)
-        output, h_n, c_n = reference.layer(input, sizes, sorted_indices, state, params, *place, all_cells)
+        others = (extras[0], reference.Options(*extras[1:]))
+        output, h_n, c_n = reference.layer(input, sizes, sorted_indices, state, params, *place, *others)
         gates, cells = input.new_empty(0), input.new_empty(0, dtype=reference.compute_dtype(input.dtype))
         return output, h_n, c_n, gates, cells
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         result: Results = apply(
-            _PackedRnn, keyset, sizes, sorted_indices, len(state), place, recompute, all_cells, *tensors
+            _PackedRnn, keyset, sizes, sorted_indices, len(state), place, recompute, extras, *tensors
         )
     else:
         result = below_autograd(rnn_op, keyset, input, sizes, sorted_indices, state, params, *options)
@@ -244,15 +281,17 @@ def _autograd_backward(
 ) -> list[Tensor]:
     output, gates, cells, batch_size, layout, mode, bidirectional, output_mask, *rest = others
     options = (batch_size, layout, mode, bidirectional)
-    all_cells = bool(rest and rest[0])
+    extras: Any = (*rest, *_NO_EXTRAS[len(rest) :])
     grads = (grad_output, grad_h_n, grad_c_n)
     differentiated = (*grads, input, *state, *params)
     if has_tangent(*differentiated):
         _backend.fallback(OP, FORWARD_MODE)
-        found = reference.gradients(grads, input, state, params, sizes, sorted_indices, *options, all_cells)
+        found = reference.gradients(
+            grads, input, state, params, sizes, sorted_indices, *options, extras[0], reference.Options(*extras[1:])
+        )
         return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*differentiated):
-        head = ((output, gates, cells), sizes, sorted_indices, len(state), options, output_mask, all_cells)
+        head = ((output, gates, cells), sizes, sorted_indices, len(state), options, output_mask, extras)
         return list(apply(_PackedRnnBackward, keyset, *head, *differentiated))
     args = (*grads, input, sizes, sorted_indices, state, params, *others)
     result: list[Tensor] = below_autograd(backward_op, keyset, *args)

@@ -13,19 +13,21 @@ from ptkernels._autograd import has_tangent
 from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.packed_rnn import library
 from ptkernels.ops.packed_rnn.checks import DTYPES, OP, check_layer
+from ptkernels.ops.packed_rnn.reference import PLAIN, Options
 
 _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
 def fallback_reason(
-    input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], all_cells: bool = False
+    input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mode: str, all_cells: bool, options: Options
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if _backend.runs_on_triton(input.device.type, library.DEVICES):
         if all_cells:
             return "the Triton kernels return no cells of every token"
-        return _triton.uncovered(input) or _uncovered_by_triton(params) or _tangent(input, state, params)
+        uncovered = _uncovered_by_triton(mode, params, options)
+        return _triton.uncovered(input) or uncovered or _tangent(input, state, params)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
         return _backend.no_kernel(input.device.type)
@@ -36,13 +38,23 @@ def _tangent(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -
     return "forward-mode differentiation has no kernel" if has_tangent(input, *state, *params) else None
 
 
-def _uncovered_by_triton(params: Sequence[Tensor]) -> str | None:
+def _uncovered_by_triton(mode: str, params: Sequence[Tensor], options: Options) -> str | None:
+    if mode not in ("lstm", "gru", "tanh", "relu"):
+        return f"the Triton kernels have no {mode}"
+    if options.zoneout or options.zoneout_cell:
+        return "the Triton kernels have no zoneout"
     # Weights and biases of one or two directions are even in number; a projection makes it 3, 5, 6 or 10.
     return "the Triton kernels have no projection" if len(params) in (3, 5, 6, 10) else None
 
 
 def runs_on_reference(
-    op: str, input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], all_cells: bool = False
+    op: str,
+    input: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mode: str,
+    all_cells: bool,
+    options: Options,
 ) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
@@ -53,7 +65,7 @@ def runs_on_reference(
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(op, input.device.type)
-    reason = fallback_reason(input, state, params, all_cells)
+    reason = fallback_reason(input, state, params, mode, all_cells, options)
     if reason is not None:
         _backend.fallback(op, reason)
     return reason is not None
@@ -76,15 +88,15 @@ def _hints(input: Tensor, batch: int) -> list[str]:
     return hints
 
 
-def explain_layer(op: str, args: Any, all_cells: bool = False) -> Explanation:
+def explain_layer(op: str, args: Any, all_cells: bool = False, options: Options = PLAIN) -> Explanation:
     """Account of a call of the operator with these arguments, without making it."""
     input, sizes, sorted_indices, state, params, batch_size, layout, mode, both = args
-    check_layer(op, input, sizes, sorted_indices, state, params, batch_size, layout, mode, both, all_cells)
+    check_layer(op, input, sizes, sorted_indices, state, params, batch_size, layout, mode, both, all_cells, *options)
     if _backend.state.backend == "reference":
         return Explanation(op, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = input.device.type
     _backend.check_requested(op, device)
-    if reason := fallback_reason(input, state, params, all_cells):
+    if reason := fallback_reason(input, state, params, mode, all_cells, options):
         return Explanation(op, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:
@@ -104,9 +116,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     from ptkernels.ops.packed_rnn import layer
 
     named = bind(layer.packed_rnn, args, kwargs)
-    del named["recompute"]  # which the same kernels serve
+    del named["recompute"], named["train"]  # which the same kernels serve
     all_cells = named.pop("return_cells")
-    return explain_layer(OP, layer.as_op_arguments(**named), all_cells)
+    options = layer.as_options(named.pop("eps"), named.pop("zoneout"), train=False)
+    weights = tuple(named.pop(name) for name in layer.WEIGHTS)
+    return explain_layer(OP, layer.as_op_arguments(weights=weights, **named), all_cells, options)
 
 
 def kernels() -> list[KernelInfo]:

@@ -15,6 +15,8 @@ from ptkernels._registry import BenchCase, Direction, Level, OpSpec, Sample, Tol
 from ptkernels.ops.packed_rnn import layer, reference, routing
 
 _GATES = reference.GATES
+_TORCHS = ("lstm", "gru", "tanh", "relu")
+_BEYOND_TORCH = ("peephole_lstm", "reset_before_gru", "layer_norm_lstm", "layer_norm_gru")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class _Case:
     strided: bool = False
     recompute: bool = False
     cells: bool = False
+    zoneout: float | tuple[float, float] = 0.0
+    train: bool = False
 
     def sizes(self) -> tuple[Tensor | None, tuple[int, ...]]:
         """What describes the lengths, and the shape of the data in front of its features."""
@@ -60,7 +64,8 @@ class _Case:
         directions, batch = (2,) if self.both else (), len(self.lengths)
         rows, outputs = _GATES[self.mode] * self.hidden, self.projection or self.hidden
         scale = self.hidden**-0.5
-        data = draw(*shape, self.features)
+        normalised = self.mode in reference.NORMALISED
+        data = draw(*shape, (2 if self.both else 1) * rows if normalised else self.features)
         if self.strided:
             data = data.detach().mT.contiguous().mT.requires_grad_(requires_grad)
         kwargs: dict[str, Any] = {}
@@ -70,25 +75,31 @@ class _Case:
             sign = torch.randn(rows, generator=generator, device=device).sign() * 2
             bias = (sign.expand(*directions, rows) + draw(*directions, rows, scale=0.1).detach()).to(dtype)
             kwargs = {"bias_ih": bias.requires_grad_(requires_grad), "bias_hh": draw(*directions, rows, scale=0.1)}
-        elif self.bias:
-            kwargs |= {name: draw(*directions, rows, scale=scale) for name in ("bias_ih", "bias_hh")}
+        else:
+            known = max(reference.param_orders(self.mode), key=len)
+            names = [name for name in ("bias_ih", "bias_hh") if self.bias and name in known]
+            kwargs |= {name: draw(*directions, rows, scale=scale) for name in names}
+            sizes_of = {"weight_peephole": (3, self.hidden), "norm_hidden": (2, rows), "norm_cell": (2, self.hidden)}
+            kwargs |= {name: draw(*directions, *size) for name, size in sizes_of.items() if name in known}
         args = (
             data,
-            draw(*directions, rows, self.features, scale=scale),
+            None if normalised else draw(*directions, rows, self.features, scale=scale),
             draw(*directions, rows, outputs, scale=scale),
         )
         if self.state:
             kwargs["hx"] = draw(2 if self.both else 1, batch, outputs)
-            if self.mode == "lstm":
+            if reference.has_cells(self.mode):
                 kwargs["cx"] = draw(2 if self.both else 1, batch, self.hidden)
         if self.projection:
             kwargs["weight_hr"] = draw(*directions, outputs, self.hidden, scale=scale)
-        grad_inputs = ("input", "weight_ih", "weight_hh", *kwargs)
+        grad_inputs = ("input", *(() if normalised else ("weight_ih",)), "weight_hh", *kwargs)
         kwargs |= {"mode": self.mode, "sizes": sizes, "layout": self.layout, "batch_size": batch}
         if self.recompute:
             kwargs["recompute"] = True
         if self.cells:
             kwargs["return_cells"] = True
+        if self.zoneout:
+            kwargs |= {"zoneout": self.zoneout, "train": self.train}
         if not self.sorted:
             kwargs["sorted_indices"] = torch.randperm(batch, generator=generator, device=device)
         return Sample(self.name, args, kwargs, grad_inputs)
@@ -106,11 +117,50 @@ _GRADCHECK = [
     _Case(
         "lstm-cells", lengths=(2, 0, 1), features=2, hidden=2, both=True, state=True, layout="time_first", cells=True
     ),
+    *(
+        _Case(mode.replace("_", "-"), mode, lengths=(3, 1), features=2, hidden=3, both=True, state=True)
+        for mode in _BEYOND_TORCH
+    ),
+    _Case("layer-norm-lstm-cells", "layer_norm_lstm", lengths=(2, 1), hidden=2, cells=True, recompute=True),
+    *(
+        _Case(
+            f"{mode}-zoneout".replace("_", "-"),
+            mode,
+            lengths=(2, 1),
+            features=2,
+            hidden=3,
+            state=True,
+            zoneout=(0.3, 0.6),
+        )
+        for mode in ("lstm", "gru", *_BEYOND_TORCH)
+    ),
 ]
 
 _RAGGED = (7, 12, 19, 66)
+
+
+def _beyond_torch() -> Iterator[_Case]:
+    """Cells that torch lacks: alone, in batches of more rows than a tile, in every layout, and with zoneout."""
+    for mode in _BEYOND_TORCH:
+        name = mode.replace("_", "-")
+        yield _Case(name, mode, hidden=19, both=True, state=True, sorted=False)
+        yield _Case(f"{name}-alone", mode, lengths=(9,), hidden=40, bias=False)
+        yield _Case(f"{name}-one-step", mode, lengths=(1,) * 9, hidden=33, state=True, layout="time_first")
+        yield _Case(f"{name}-concatenated", mode, lengths=_RAGGED, hidden=65, layout="varlen", both=True)
+        yield _Case(f"{name}-recompute", mode, lengths=(3, 0, 5), layout="batch_first", recompute=True, state=True)
+        yield _Case(f"{name}-zoneout", mode, hidden=19, both=True, state=True, zoneout=(0.2, 0.5), train=True)
+    yield _Case("peephole-lstm-cells", "peephole_lstm", lengths=(3, 0, 2), steps=4, layout="time_first", cells=True)
+    yield _Case("layer-norm-lstm-cells", "layer_norm_lstm", both=True, hidden=19, state=True, cells=True)
+    yield _Case("layer-norm-gru-all-empty", "layer_norm_gru", lengths=(0, 0), layout="varlen", state=True)
+    for mode in ("lstm", "gru"):
+        yield _Case(f"{mode}-zoneout", mode, lengths=_RAGGED, hidden=35, layout="varlen", zoneout=0.3, train=True)
+        yield _Case(
+            f"{mode}-zoneout-mean", mode, lengths=(3, 0, 5), layout="time_first", state=True, zoneout=(0.3, 0.1)
+        )
+
+
 _QUICK = [
-    *(_Case(f"{mode}-{n}", mode, hidden=19, both=n == 2, state=n == 2) for mode in _GATES for n in (1, 2)),
+    *(_Case(f"{mode}-{n}", mode, hidden=19, both=n == 2, state=n == 2) for mode in _TORCHS for n in (1, 2)),
     _Case("lstm-projected", hidden=19, projection=6, both=True, state=True),
     _Case("lstm-projected-wide", hidden=9, projection=21, lengths=(3, 3), bias=False),
     *(_Case(f"{mode}-no-bias", mode, bias=False, hidden=16) for mode in ("lstm", "gru")),
@@ -129,11 +179,12 @@ _QUICK = [
     ),
     _Case("lstm-cells-recompute", lengths=(3, 0, 2), steps=4, layout="time_first", recompute=True, cells=True),
     _Case("one-token", lengths=(1,), hidden=8),
-    *(_Case(f"{mode}-alone", mode, lengths=(15,), features=37, hidden=70, both=True, state=True) for mode in _GATES),
+    *(_Case(f"{mode}-alone", mode, lengths=(15,), features=37, hidden=70, both=True, state=True) for mode in _TORCHS),
     _Case("lstm-alone-projected", lengths=(6,), features=18, hidden=39, projection=21, layout="varlen", state=True),
     _Case("all-empty", lengths=(0, 0), layout="varlen", state=True),
     _Case("no-sequences", lengths=(), layout="batch_first", steps=3),
     _Case("one-unit", "gru", features=1, hidden=1, state=True),
+    *_beyond_torch(),
 ]
 _FULL = [
     *_QUICK,
@@ -141,7 +192,7 @@ _FULL = [
     _Case("gru-deep-product", "gru", lengths=(9, 5), features=530, hidden=600),
     *(
         _Case(f"{mode}-long", mode, lengths=(200, 130, 7), features=64, hidden=64, both=True)
-        for mode in ("lstm", "gru")
+        for mode in ("lstm", "gru", *_BEYOND_TORCH)
     ),
 ]
 _CASES: dict[Level, list[_Case]] = {"gradcheck": _GRADCHECK, "quick": _QUICK, "full": _FULL}
@@ -156,10 +207,13 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
     """Direct calls of both registered operators, with gradients required."""
     full = _Case("op-full", lengths=(2, 2), features=2, hidden=2, layout="time_first", state=True)
     cells = replace(full, name="op-cells", cells=True)
-    for index, case in enumerate((_GRADCHECK[0], _GRADCHECK[1], _GRADCHECK[5], full, cells)):
+    beyond = [replace(full, name=f"op-{mode}", mode=mode, zoneout=(0.2, 0.4)) for mode in _BEYOND_TORCH]
+    for index, case in enumerate((_GRADCHECK[0], _GRADCHECK[1], _GRADCHECK[5], full, cells, *beyond)):
         sample = case.sample(dtype, device, requires_grad=True)
-        args = layer.as_op_arguments(**_named(*sample.args, **sample.kwargs))
-        yield "ptkernels::packed_rnn", (*args, False, False, case.cells)
+        args = _op_arguments(*sample.args, **sample.kwargs)
+        seed = torch.tensor(2**40 + index) if case.zoneout else None
+        extras = (case.cells, *layer.as_options(1e-3, case.zoneout, train=False)[:3], seed)
+        yield "ptkernels::packed_rnn", (*args, False, False, *extras)
         plain = [
             value.detach()
             if isinstance(value, Tensor)
@@ -168,7 +222,7 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
             else value
             for value in args
         ]
-        output, h_n, c_n, gates, cells = torch.ops.ptkernels.packed_rnn(*plain, True, False, case.cells)
+        output, h_n, c_n, gates, saved_cells = torch.ops.ptkernels.packed_rnn(*plain, True, False, *extras)
         input, sizes, indices, state, params, *options = args
         # The double backward is the reference, which reads the lengths: it can be traced only where there are none.
         twice = sizes is None
@@ -189,25 +243,26 @@ def torch_op_samples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tup
                 leaves[2],
                 output,
                 gates,
-                cells,
+                saved_cells,
                 *options,
                 wanted,
-                case.cells,
+                *extras,
             ),
         )
 
 
-def _named(*args: Any, **kwargs: Any) -> dict[str, Any]:
+def _op_arguments(*args: Any, **kwargs: Any) -> layer.OpArguments:
     from ptkernels.cli.arguments import bind
 
     named = bind(layer.packed_rnn, args, kwargs)
-    del named["recompute"], named["return_cells"]
-    return named
+    for name in ("recompute", "return_cells", "eps", "zoneout", "train"):
+        del named[name]
+    return layer.as_op_arguments(weights=[named.pop(name) for name in layer.WEIGHTS], **named)
 
 
 def torch_layer(
     input: Tensor,
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
@@ -222,10 +277,23 @@ def torch_layer(
     sorted_indices: Tensor | None = None,
     recompute: bool = False,
     return_cells: bool = False,
+    weight_peephole: Tensor | None = None,
+    norm_hidden: Tensor | None = None,
+    norm_cell: Tensor | None = None,
+    eps: float = 1e-5,
+    zoneout: float | tuple[float, float] = 0.0,
+    train: bool = False,
 ) -> tuple[Tensor, ...]:
-    """PyTorch's own layer on packed data, tokens moved there and back where they lie otherwise."""
-    named = (input, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, weight_hr, mode, sizes, layout, batch_size)
-    _, sizes, indices, state, params, batch, layout, _, both = layer.as_op_arguments(*named, sorted_indices)
+    """PyTorch's own layer on packed data, tokens moved there and back where they lie otherwise.
+
+    What torch has no layer for is composed of its operators, step by step, in the dtype of the input.
+    """
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, norm_hidden, norm_cell)
+    args = layer.as_op_arguments(input, weights, hx, cx, mode, sizes, layout, batch_size, sorted_indices)
+    if mode not in _TORCHS or zoneout:
+        options = layer.as_options(eps, zoneout, train)
+        return layer.as_results(reference.layer(*args, return_cells, options, input.dtype), mode, return_cells)
+    _, sizes, indices, state, params, batch, layout, _, both = args
     order = reference.order_of(input, sizes, indices, batch, layout)
     directions, hidden = 2 if both else 1, params[0].size(0) // _GATES[mode]
     outputs = hidden if weight_hr is None else weight_hr.size(-2)

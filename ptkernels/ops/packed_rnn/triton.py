@@ -164,7 +164,7 @@ def rnn(
     save: bool = False,
     recompute: bool = False,
     all_cells: bool = False,
-    *,
+    *options: Any,
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
@@ -214,7 +214,7 @@ def rnn_backward(
     bidirectional: bool,
     output_mask: Sequence[bool],
     all_cells: bool = False,
-    *,
+    *options: Any,
     wrap: Launcher = identity,
 ) -> list[Tensor]:
     """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
