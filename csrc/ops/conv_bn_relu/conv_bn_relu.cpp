@@ -186,6 +186,9 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
   std::optional<Tensor> grad_conv;
   if (needs_grad_conv) {
     grad_conv = is_grad_out ? grad_out : call.empty_result(conv_layout(p));
+    if (!conv && !is_grad_out) {
+      torch::stable::zero_(*grad_conv);  // any numbers will do for what is read before it is written
+    }
   }
   const int64_t sums = (call.normalizes_images ? p.batch : 1) * p.out_channels;
   Channels sum_du(p.dtype, sums), sum_du_xhat(p.dtype, sums), sum_grad_conv(p.dtype, p.out_channels);

@@ -140,14 +140,14 @@ private:
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const Vec<A> factor = load(w + v * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sum[n][v] += load_as_partial(from + n * o.step + v * lanes, valid) * factor;
       }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const auto vectors = result.at(first + c + v * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
         const int64_t to = n * o.ld_out + c + v * lanes;
         result.finish(sum[n][v], vectors, o.residual ? o.residual + to : nullptr, o.out + to, valid);
@@ -168,6 +168,8 @@ private:
 
   // Up to `count` positions, as many as one kernel takes. Returns how many.
   int64_t some_positions(const Operands& o, int64_t count, int64_t first, int64_t channels) const {
+    constexpr int most = GemmTraits<T>::kMr > 8 ? 16 : 8;  // with 32 registers
+    if (count >= most) return positions<most>(o, first, channels), most;
     if (count >= 8) return positions<8>(o, first, channels), 8;
     if (count >= 4) return positions<4>(o, first, channels), 4;
     if (count >= 2) return positions<2>(o, first, channels), 2;
