@@ -295,6 +295,21 @@ def test_convolutions_and_what_follows_them(training: bool, fused_calls: list[in
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_a_depthwise_convolution_of_many_taps_alone(fused_calls: list[int]) -> None:
+    """The parameters' gradients are why: in the original as in the replaced model, exactly that one is exchanged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(6, 6, 5, padding=2, groups=6), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 5), nn.Flatten()
+    )
+    x = torch.randn(2, 6, 9, 8)
+    report = ptk.replace(model, verify=True, example_inputs=x)
+    assert [(item.path, item.module) for item in report.replaced] == [("0", "Conv2d")]
+    assert "many taps" in str(report)
+    fused_calls.clear()
+    model(x).sum().backward()
+    assert len(fused_calls) == 1
+
+
 def test_the_other_mode_and_changed_attributes_are_traced_anew(fused_calls: list[int]) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

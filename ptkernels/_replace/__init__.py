@@ -22,8 +22,8 @@ __all__ = ["Kept", "Predicted", "Replaced", "Report", "Verified", "replace"]
 _RULES: dict[str, Rule] = {
     rule.op: rule for rule in (AttentionRule(), ConvBnReluRule(), PackedRnnRule(), QuantizedMatmulRule())
 }
-# Quantization changes results; convolutions are slower than torch's in float32 (bench/results).
-_DEFAULT = tuple(op for op in _RULES if op not in (QuantizedMatmulRule.op, ConvBnReluRule.op))
+# Quantization changes results.
+_DEFAULT = tuple(op for op in _RULES if op != QuantizedMatmulRule.op)
 
 
 def replace(
@@ -44,11 +44,11 @@ def replace(
         ops: operators to bring in. ``"attention"`` finds ``nn.MultiheadAttention`` (that of ``nn.Transformer`` and its
             decoders too), ``nn.TransformerEncoderLayer``, models of Hugging Face transformers, and modules whose
             ``forward`` calls ``F.scaled_dot_product_attention``, itself or in a helper;
-            ``"conv_bn_relu"`` finds convolutions, transposed ones too, whose result only a norm or an activation reads;
+            ``"conv_bn_relu"`` finds convolutions, transposed ones too, whose result only a norm or an activation reads,
+            and depthwise ones of at least 25 taps;
             ``"packed_rnn"`` finds ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells; ``"quantized_matmul"`` quantizes
             every ``nn.Linear`` (int8_dynamic), which changes results and ``state_dict``, and therefore has to be asked
-            for. Default: attention and packed_rnn; convolutions have to be asked for as long as they are slower than
-            torch's in float32.
+            for. Default: all others.
         dry_run: only report; with ``example_inputs``, on what a copy of the model would do.
         verify: run copies of the model before and after on ``example_inputs``, with dropout off, and compare outputs
             and gradients with the original in float64: errors may be at most three times the original's, or of those
