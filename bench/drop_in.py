@@ -43,13 +43,14 @@ from ptkernels.cli.replace import HEADER, Measured, Subject, measure, table_row
 torchvision, timm = model_zoos.zoo("torchvision"), model_zoos.zoo("timm")
 
 IMAGE = (2, 3, 128, 128)
+PATCHES = (2, 3, 224, 224)  # of ViTs, which are made for one size
 TEXT = (2, 128)
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def vision(name: str, ops: str, make: Callable[[], nn.Module]) -> Subject:
-    return Subject(name, lambda: (make(), torch.randn(IMAGE)), ops)
+    return Subject(name, lambda: (make(), torch.randn(PATCHES if ops == "attention" else IMAGE)), ops)
 
 
 def vgg() -> nn.Module:
@@ -97,16 +98,16 @@ def subjects() -> list[Subject]:
     ]
     found.insert(2, vision("torchvision vgg11_bn, one linear layer", "conv_bn_relu", vgg))
     found += [
-        vision(f"timm {name}", ops, lambda name=name, options=options: timm.create_model(name, **options))
-        for name, ops, options in (
-            ("resnet50d", "conv_bn_relu", {}),
-            ("convnext_atto", "conv_bn_relu", {}),
-            ("vit_tiny_patch16_224", "attention", {"img_size": IMAGE[-1]}),
+        vision(f"timm {name}", ops, lambda name=name: timm.create_model(name))
+        for name, ops in (
+            ("resnet50d", "conv_bn_relu"),
+            ("convnext_atto", "conv_bn_relu"),
+            ("vit_tiny_patch16_224", "attention"),
         )
     ]
-    vit = transformers.ViTConfig(**SMALL, image_size=IMAGE[-1])
+    vit = transformers.ViTConfig(**SMALL, image_size=PATCHES[-1])
     found += [
-        vision("torchvision vit_b_16", "attention", lambda: torchvision.models.vit_b_16(image_size=IMAGE[-1])),
+        vision("torchvision vit_b_16", "attention", torchvision.models.vit_b_16),
         text("BERT", "BertModel", "BertConfig", **SMALL),
         text("GPT-2", "GPT2LMHeadModel", "GPT2Config", n_embd=256, n_layer=4, n_head=4),
         text("Llama", "LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2, **SMALL),
@@ -148,8 +149,9 @@ def markdown(content: dict[str, Any]) -> str:
         "# Before and after `replace()`",
         "",
         f"{of['cpu']} ({of['isa']}), {of['threads']} threads, {of['clock']}, load {of['load']:.1f} at the start; "
-        f"commit {content['commit']}; {versions}. Images {content['image']}, tokens {content['text']}. Peak memory is "
-        "that of the whole measurement, with copies of the model, one of them in float64.",
+        f"commit {content['commit']}; {versions}. Images {content['image']}, of ViTs {content['patches']}, tokens "
+        f"{content['text']}. Peak memory is that of the whole measurement, with copies of the model, one of them in "
+        "float64.",
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
@@ -186,7 +188,8 @@ def main() -> None:
         return
     clock = "CPU time of one thread" if arguments.cpu_time else "wall"
     content: dict[str, Any] = {
-        "machine": about(clock, os.getloadavg()[0]), "commit": commit_id(), "image": IMAGE, "text": TEXT, "rows": [],
+        "machine": about(clock, os.getloadavg()[0]), "commit": commit_id(), "image": IMAGE, "patches": PATCHES,
+        "text": TEXT, "rows": [],
     }  # fmt: skip
     options = ["--seconds", str(arguments.seconds), "--threads", str(torch.get_num_threads())]
     options += ["--cpu-time"] if arguments.cpu_time else []

@@ -104,7 +104,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
         25,
     ),
     "timm ConvNeXt": (
-        lambda: timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16)), "conv_bn_relu", 5,
+        lambda: timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16)), "conv_bn_relu", 10,
     ),
     "timm ViT": (
         lambda: timm_model("vit_tiny_patch16_224", img_size=48, patch_size=8, embed_dim=16, depth=2, num_heads=2),

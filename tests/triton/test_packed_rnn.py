@@ -17,6 +17,7 @@ SAMPLES = {
     for level in ("gradcheck", "quick")
     for sample in SPEC.samples(torch.float32, DEVICE, False, level)
     if not {"weight_hr", "return_cells"} & set(sample.kwargs) and sample.args[0].numel() < 500
+    if not any(cell in sample.name for cell in ("peephole", "reset-before", "layer-norm", "zoneout"))
 }
 PLANS = {
     "whole": lambda *args: [launch.Tile(16, 32, 32, 4, 1)],

@@ -102,6 +102,16 @@ PTK_INLINE void finish(Vec<S> (&sum)[M][2], int64_t row, int64_t column, int64_t
   hand_over<M>(buffer, row, column, columns, epilogue);
 }
 
+// Rounded once, whatever number of rows the kernel is for; emulation leaves it to the compiler, or would take minutes.
+template <class E>
+PTK_INLINE Vec<E> multiply_into(Vec<E> a, Vec<E> b, Vec<E> sum) {
+#if PTK_EMULATE
+  return a * b + sum;
+#else
+  return multiply_add<E>(a, b, sum);
+#endif
+}
+
 // f64, f32, and 16-bit floats widened at packing.
 template <class T, int M, int N>
 PTK_INLINE void fma_sums(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
@@ -124,8 +134,8 @@ PTK_INLINE void fma_sums(const GemmBlock<T>* blocks, int64_t count, int64_t k, i
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         V x = broadcast(a.template at<E>(m));
-        sum[m][0] += x * b0;
-        if constexpr (N == 2) sum[m][1] += x * b1;
+        sum[m][0] = multiply_into<E>(x, b0, sum[m][0]);
+        if constexpr (N == 2) sum[m][1] = multiply_into<E>(x, b1, sum[m][1]);
       }
       a.advance(sizeof(E));
       b += nr;

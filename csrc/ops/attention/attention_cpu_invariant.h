@@ -29,7 +29,7 @@ template <class A>
 PTK_INLINE Vec<A> joined(Vec<A> before, Vec<A> factor, Vec<A> sums, Vec<A> share) {
   Vec<A> added = sums * share;
   PTK_OPAQUE(added);
-  return before * factor + added;
+  return multiply_add<A>(before, factor, added);
 }
 
 // The scale is read from memory: as a value it would keep one of the registers that the sums need.

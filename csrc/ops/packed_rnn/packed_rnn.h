@@ -48,7 +48,7 @@ constexpr int64_t gate_count(RnnMode mode) {
 
 // Numbers that the forward saves of a unit's gates: gru keeps the two terms of n apart; behind the gates of a
 // normalised cell stand the recurrent terms, normalised.
-constexpr int64_t saved_gates(RnnMode mode) {
+static inline constexpr int64_t saved_gates(RnnMode mode) {
   return is_plain(mode) ? 0 : is_normalised(mode) ? 2 * gate_count(mode) : mode == RnnMode::gru ? 4 : gate_count(mode);
 }
 
@@ -61,7 +61,7 @@ constexpr int64_t saved_sums(RnnMode mode, int64_t hidden) {
 
 // Gradients of a unit that the backward leaves for the products over all tokens: those of the gates' input terms, then
 // those of the recurrent terms that differ from them.
-constexpr int64_t gate_gradients(RnnMode mode) {
+static inline constexpr int64_t gate_gradients(RnnMode mode) {
   return is_normalised(mode) ? 2 * gate_count(mode) : mode == RnnMode::gru ? 4 : gate_count(mode);
 }
 

@@ -238,5 +238,6 @@ SPEC = register(
         bench_cases=bench_cases,
         kernels=routing.kernels,
         explain=routing.explain,
+        kept_by_autocast=("relative_bias",),
     )
 )

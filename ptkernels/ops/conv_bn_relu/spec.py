@@ -200,7 +200,7 @@ _QUICK = [
         if name in ("3x3", "3x3-few", "1x1", "depthwise", "volume", "grouped", "line")
     ),
     *(
-        Case(name.replace("_", "-"), activation=name, norm=norm, residual=True)
+        Case(name.replace("_", "-"), space=(7, 9), activation=name, norm=norm, residual=True)
         for name, norm in zip(reference.ACTIVATIONS, ("running", "batch", "none") * 4, strict=False)
     ),
     Case("no-affine", affine=False),
