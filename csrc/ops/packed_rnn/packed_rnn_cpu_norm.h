@@ -48,7 +48,8 @@ public:
   }
 
   // The sum of a vector and that of its squared deviations, which do not cancel where the mean is far from 0.
-  void put_moments(int64_t row, int64_t gate, int64_t unit, Vec<A> x) const {
+  // In line: a vector that is wider than the machine's must not travel on the stack.
+  inline __attribute__((always_inline)) void put_moments(int64_t row, int64_t gate, int64_t unit, Vec<A> x) const {
     const int64_t valid = hidden_ - unit;
     if (valid <= 0) return;
     const Vec<A> inside = iota<A>() < static_cast<A>(valid) ? broadcast(A(1)) : Vec<A>{};
