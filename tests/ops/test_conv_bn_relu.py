@@ -189,6 +189,27 @@ def test_saved_for_backward_is_the_input_and_the_convolution() -> None:
         assert len(large) == tensors
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("channels", "groups", "kernel"), [((6, 9), 1, 3), ((6, 9), 1, 1), ((6, 6), 6, 5)])
+def test_a_convolution_alone_keeps_its_input_only(
+    channels: tuple[int, int], groups: int, kernel: int, layout: torch.memory_format
+) -> None:
+    """Its gradients, that of the bias among them, need nothing else, and are those of torch."""
+    ins, outs = channels
+    x = torch.randn(3, ins, 15, 14, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    weight = torch.randn(outs, ins // groups, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(outs, dtype=torch.float64, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ptk.conv_bn_relu(x, weight, bias, activation="none", padding=kernel // 2, groups=groups)
+    assert {tensor.data_ptr() for tensor in saved if tensor.dim() == 4 and tensor.size(0) == 3} == {x.data_ptr()}
+    expected = torch.nn.functional.conv2d(x, weight, bias, padding=kernel // 2, groups=groups)
+    grad = torch.randn_like(y)
+    for wanted in ((x, weight, bias), (bias,), (weight,)):
+        ours, theirs = (torch.autograd.grad(out, wanted, grad, retain_graph=True) for out in (y, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_recompute_gives_the_same_bits() -> None:
     x, weight = torch.randn(4, 8, 9, 9), torch.randn(8, 8, 3, 3)
     grads = []
@@ -439,9 +460,9 @@ _PLANES = {
     "few channels, strided": ((2, 3, 19, 21), (5, 3, 7, 7), 2, 3, 1, 1),
     "few channels, stride 3": ((2, 3, 19, 21), (5, 3, 5, 3), 3, (4, 1), (1, 2), 1),
     "few channels in three dimensions": ((2, 3, 5, 6, 7), (5, 3, 2, 3, 3), (1, 2, 1), (0, 1, 2), (2, 1, 1), 1),
-    "few positions": ((2, 40, 4, 5), (24, 40, 3, 3), 1, 1, 1, 1),
+    "few positions": ((2, 40, 4, 5), (48, 40, 3, 3), 1, 1, 1, 1),
     "few positions, strided and dilated": ((3, 70, 11, 9), (40, 70, 3, 2), (3, 2), (2, 1), (1, 2), 1),
-    "few positions in one dimension": ((4, 20, 31), (33, 20, 5), 1, 2, 1, 1),
+    "few positions in one dimension": ((4, 20, 31), (130, 20, 5), 1, 2, 1, 1),
     "few positions in three dimensions": ((2, 20, 3, 5, 6), (33, 20, 3, 1, 3), (1, 2, 2), 1, 1, 1),
     "grouped": ((3, 12, 6, 5), (8, 3, 3, 3), 1, 1, 1, 4),
     "depthwise": ((2, 5, 14, 15), (5, 1, 3, 3), 1, 1, 1, 5),

@@ -270,7 +270,7 @@ bool input_gradient(const ConvBackwardParams& params) {
                                  static_cast<const T*>(params.weight), result, run);
   }
   const T *grad = static_cast<const T*>(params.grad_conv), *weight = static_cast<const T*>(params.weight);
-  if (has_few_positions(p) && !WinogradConv::fits(p, input_gradient_gather(p, {0, 0, 0})))
+  if (ColumnsGradient<T>::pays(p) && !WinogradConv::fits(p, input_gradient_gather(p, {0, 0, 0})))
     return ColumnsGradient<T>(p).input(grad, weight, static_cast<T*>(params.grad_input));
   const bool transposed = p.layout == Layout::channels_first && p.in_channels > 1 && volume(p.in) > 1;
   const SharedBuffer buffer(transposed ? input_bytes<T>(p) : 0);
@@ -294,7 +294,7 @@ bool weight_gradient(const ConvBackwardParams& params) {
     if (is_depthwise(p)) return DepthwisePlanesWeightGradient<T>(gather, input, grad, grad_weight).run();
     return PlanesWeightGradient<T>(p, input, grad, grad_weight).run();
   }
-  if (has_few_positions(p) && p.pre_activation == Activation::none)
+  if (ColumnsGradient<T>::pays(p) && p.pre_activation == Activation::none)
     return ColumnsGradient<T>(p).weight(grad, static_cast<const T*>(params.input), grad_weight);
   const SharedBuffer buffer(input_bytes<T>(p));
   if (!buffer) return false;

@@ -26,6 +26,9 @@ public:
   explicit ColumnsGradient(const ConvProblem& problem)
       : p_(problem), g_(forward_gather(problem)), taps_(g_.taps()), space_(volume(problem.in)) {}
 
+  // Columns take no more memory than the weights.
+  static bool pays(const ConvProblem& p) { return has_few_positions(p) && p.batch * volume(p.out) <= p.out_channels; }
+
   // False when memory ran out.
   bool weight(const T* grad, const T* source, T* grad_weight) const {
     const SharedBuffer columns(columns_bytes<T>());

@@ -168,8 +168,8 @@ private:
 
   // Up to `count` positions, as many as one kernel takes. Returns how many.
   int64_t some_positions(const Operands& o, int64_t count, int64_t first, int64_t channels) const {
-    constexpr int most = GemmTraits<T>::kMr > 8 ? 16 : 8;  // with 32 registers
-    if (count >= most) return positions<most>(o, first, channels), most;
+    constexpr int widest = GemmTraits<T>::kMr > 8 ? 16 : 8;  // with 32 registers
+    if (count >= widest) return positions<widest>(o, first, channels), widest;
     if (count >= 8) return positions<8>(o, first, channels), 8;
     if (count >= 4) return positions<4>(o, first, channels), 4;
     if (count >= 2) return positions<2>(o, first, channels), 2;

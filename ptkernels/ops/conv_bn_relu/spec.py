@@ -137,11 +137,11 @@ _GRADCHECK = [
     ),
 ]
 
-# Gradients for up to 128 positions have kernels of their own.
+# Gradients for up to 128 positions, and no more than channels of the result, have kernels of their own.
 _CONVOLUTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("3x3", {"channels": (16, 24)}, {"padding": 1}),
-    ("3x3-few", {"channels": (16, 24), "space": (4, 5)}, {"padding": 1}),
-    ("strides-few", {"channels": (5, 7)}, {"stride": (2, 3), "padding": (1, 2)}),
+    ("3x3-few", {"channels": (16, 48), "space": (4, 5)}, {"padding": 1}),
+    ("strides-few", {"channels": (5, 80)}, {"stride": (2, 3), "padding": (1, 2)}),
     ("1x1", {"channels": (33, 40), "kernel": (1, 1)}, {}),
     ("1x1-stride-2", {"channels": (33, 40), "kernel": (1, 1)}, {"stride": 2}),
     ("stem", {"channels": (3, 32), "space": (19, 21), "kernel": (7, 7)}, {"stride": 2, "padding": 3}),
