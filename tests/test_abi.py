@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
+EMULATED = ROOT / "build" / "emulated"
 CPU_LIBRARY = ROOT / "ptkernels" / "lib" / "libptkernels.so"
 CUDA_LIBRARY = ROOT / "ptkernels" / "lib" / "libptkernels_cuda.so"
 TORCH_TARGET = "0x020a000000000000"
@@ -117,8 +119,8 @@ def test_system_floor(library: Path) -> None:
     assert not too_new, "newer than the floor; build on an older system, or define it in csrc/core/manylinux.cpp"
 
 
-def objects(level: str) -> list[Path]:
-    found = sorted((BUILD / "CMakeFiles" / "ptk_kernels.dir" / "kernels" / level).glob("*.o"))
+def objects(level: str, build: Path = BUILD) -> list[Path]:
+    found = sorted((build / "CMakeFiles" / "ptk_kernels.dir" / "kernels" / level).glob("*.o"))
     assert found, f"no objects of level {level}"
     return found
 
@@ -127,6 +129,27 @@ def plain_objects() -> list[Path]:
     found = sorted((BUILD / "CMakeFiles" / "ptkernels.dir").rglob("*.o"))
     assert found
     return found
+
+
+def weak_symbols(path: Path) -> set[str]:
+    """What the linker takes from whichever object comes first, since it is to be the same in all of them."""
+    lines = run("nm", "-C", "--defined-only", path).splitlines()
+    return {line.split(maxsplit=2)[2] for line in lines if re.match(r"[0-9a-f]+ [WVu] ", line)}
+
+
+@needs_objects
+@pytest.mark.parametrize("build", [path for path in (BUILD, EMULATED) if path.is_dir()], ids=lambda path: path.name)
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_operator_takes_another_ones_kernel(level: str, build: Path) -> None:
+    """Two classes of one name in one level's namespace would silently run the one that was linked first."""
+    sources = [path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".inl")]
+    holders = Counter(symbol for path in objects(level, build) for symbol in weak_symbols(path))
+    shared = {symbol for symbol, count in holders.items() if count > 1}
+    names = {name for symbol in shared for name in re.findall(rf"ptk::{level}::(\w+)", symbol)}
+    declared_twice = [
+        name for name in names if sum(bool(re.search(rf"\b(class|struct) {name} .*{{", text)) for text in sources) > 1
+    ]
+    assert not declared_twice
 
 
 def vector_encodings(path: Path) -> set[str]:

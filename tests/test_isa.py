@@ -39,7 +39,8 @@ each_native_level = pytest.mark.parametrize(
 
 
 def run_suites(level: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", SUBSET, *SUITES]
+    options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=300"]
+    command = [sys.executable, "-m", "pytest", *options, "-m", "not slow", "-k", SUBSET, *SUITES]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PTKERNELS_", "PYTEST_"))}
     result = subprocess.run(
         command, cwd=ROOT, env={**clean, "PTKERNELS_MAX_ISA": level, **environment}, capture_output=True, text=True

@@ -15,7 +15,7 @@ template <class F>
 bool tiled_integers(const QuantizedForward& p) {
   // vpdpbusd wants an unsigned operand: shifted here, what it adds comes off with the sums of the input's codes.
   using Bytes = std::conditional_t<PTK_ISA_LEVEL == 3, uint8_t, int8_t>;
-  return p.weight.format == CodeFormat::u4 ? TiledForward<u4, F>(p).run() : TiledForward<Bytes, F>(p).run();
+  return p.weight.format == CodeFormat::u4 ? TiledProduct<u4, F>(p).run() : TiledProduct<Bytes, F>(p).run();
 }
 #endif
 
@@ -50,13 +50,13 @@ bool is_own(const QuantizedBackward& p) {
 bool forward(const QuantizedForward& p) {
   if (!is_own(p)) return below().forward(p);
 #if PTK_ISA_LEVEL == 3
-  if (DirectForward<true>::suits(p)) return DirectForward<true>(p).run();
+  if (DirectProduct<true>::suits(p)) return DirectProduct<true>(p).run();
 #endif
 #if PTK_ISA_LEVEL != 4
   if (p.quantize_input) return tiled_integers<float>(p);
 #endif
 #if PTK_ISA_LEVEL >= 4
-  return TiledForward<bf16, float>(p).run();
+  return TiledProduct<bf16, float>(p).run();
 #endif
   __builtin_unreachable();
 }
@@ -64,7 +64,7 @@ bool forward(const QuantizedForward& p) {
 bool backward(const QuantizedBackward& p) {
   if (!is_own(p)) return below().backward(p);
 #if PTK_ISA_LEVEL >= 4
-  return TiledBackward<bf16>(p).run();
+  return TiledInputGradient<bf16>(p).run();
 #endif
   __builtin_unreachable();
 }
@@ -83,19 +83,19 @@ const QuantizedMatmulKernels& below() {
 }
 
 bool forward(const QuantizedForward& p) {
-  if (DirectForward<true>::suits(p)) return DirectForward<true>(p).run();
-  if (DirectForward<false>::suits(p)) return DirectForward<false>(p).run();
+  if (DirectProduct<true>::suits(p)) return DirectProduct<true>(p).run();
+  if (DirectProduct<false>::suits(p)) return DirectProduct<false>(p).run();
   const DType dtype = p.input.dtype;
   if (p.quantize_input) return dtype == DType::f64 ? tiled_integers<double>(p) : tiled_integers<float>(p);
   switch (dtype) {
   case DType::f64:
-    return TiledForward<double, double>(p).run();
+    return TiledProduct<double, double>(p).run();
   case DType::f32:
-    return TiledForward<float, float>(p).run();
+    return TiledProduct<float, float>(p).run();
   case DType::bf16:
-    return TiledForward<bf16, float>(p).run();
+    return TiledProduct<bf16, float>(p).run();
   case DType::f16:
-    return TiledForward<f16, float>(p).run();
+    return TiledProduct<f16, float>(p).run();
   }
   __builtin_unreachable();
 }
@@ -103,13 +103,13 @@ bool forward(const QuantizedForward& p) {
 bool backward(const QuantizedBackward& p) {
   switch (p.grad_out.dtype) {
   case DType::f64:
-    return TiledBackward<double>(p).run();
+    return TiledInputGradient<double>(p).run();
   case DType::f32:
-    return TiledBackward<float>(p).run();
+    return TiledInputGradient<float>(p).run();
   case DType::bf16:
-    return TiledBackward<bf16>(p).run();
+    return TiledInputGradient<bf16>(p).run();
   case DType::f16:
-    return TiledBackward<f16>(p).run();
+    return TiledInputGradient<f16>(p).run();
   }
   __builtin_unreachable();
 }
@@ -136,10 +136,10 @@ void rows(const QuantizedRows& p) {
 const char* describe(const QuantizedForward& p) {
   if (!is_own(p)) return below().describe(p);
 #if PTK_ISA_LEVEL <= 3
-  if (DirectForward<true>::suits(p)) return PTK_NAME(PTK_ISA, "direct_int8");
+  if (DirectProduct<true>::suits(p)) return PTK_NAME(PTK_ISA, "direct_int8");
 #endif
 #if PTK_ISA_LEVEL < 3
-  if (DirectForward<false>::suits(p)) return PTK_NAME(PTK_ISA, "direct");
+  if (DirectProduct<false>::suits(p)) return PTK_NAME(PTK_ISA, "direct");
 #endif
   return p.quantize_input ? PTK_NAME(PTK_ISA, "tiled_int8") : PTK_NAME(PTK_ISA, "tiled");
 }

@@ -12,7 +12,7 @@
 namespace ptk::PTK_ISA {
 
 template <class T>
-class TiledBackward {
+class TiledInputGradient {
   using E = Element<T>;
   using F = Acc<T>;
   static constexpr int64_t kRows = 256, kColumns = 128, kDepth = 128;
@@ -20,7 +20,7 @@ class TiledBackward {
   static constexpr int64_t kPanelStride = padded_k<T>(kDepth) * GemmTraits<T>::kNr;
 
 public:
-  explicit TiledBackward(const QuantizedBackward& p) : p_(p), w_(p.weight) {}
+  explicit TiledInputGradient(const QuantizedBackward& p) : p_(p), w_(p.weight) {}
 
   // False when memory ran out.
   bool run() const {

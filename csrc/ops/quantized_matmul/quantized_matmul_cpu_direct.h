@@ -13,7 +13,7 @@
 namespace ptk::PTK_ISA {
 
 template <bool kIntegers>
-class DirectForward {
+class DirectProduct {
   static constexpr int64_t kRows = 64, kLd = 16;
   static constexpr int kTogether = 4;  // rows of the input that share what is loaded of the weight
 
@@ -26,7 +26,7 @@ public:
     return !kIntegers || DirectBytes::suits(p.weight) || DirectNibblesByBytes::suits(p.weight);
   }
 
-  explicit DirectForward(const QuantizedForward& p) : p_(p), w_(p.weight) {}
+  explicit DirectProduct(const QuantizedForward& p) : p_(p), w_(p.weight) {}
 
   // False when memory ran out.
   bool run() {

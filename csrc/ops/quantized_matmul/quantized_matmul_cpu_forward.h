@@ -118,7 +118,7 @@ struct FoldIntegers {
 // T: the input's dtype; where the input is quantized, int8_t, uint8_t (signed codes plus 128) or u4, the weight's
 // codes. F: what sums are kept in.
 template <class T, class F>
-class TiledForward {
+class TiledProduct {
   static constexpr bool kNibbles = std::is_same_v<T, u4>, kIntegers = kNibbles || sizeof(T) == 1;
   // The integers multiplied, less what the codes stand for.
   static constexpr float kOffset = kNibbles ? 8.0f : std::is_same_v<T, uint8_t> ? 128.0f : 0.0f;
@@ -129,7 +129,7 @@ class TiledForward {
   static constexpr int64_t kLda = kDepth + 64 / sizeof(E);
 
 public:
-  explicit TiledForward(const QuantizedForward& p) : p_(p), w_(p.weight) {
+  explicit TiledProduct(const QuantizedForward& p) : p_(p), w_(p.weight) {
     const int64_t span = kIntegers ? w_.group : most(w_.k, 1);
     depth_ = least(kDepth, span);
     steps_per_span_ = (span + depth_ - 1) / depth_;
