@@ -308,6 +308,19 @@ PTK_INLINE void store_as(T* p, Vec<Acc<T>> v) {
   }
 }
 
+// Two vectors, one after the other: rounding two to bf16 costs no more than one.
+template <class T>
+PTK_INLINE void store_pair_as(T* p, Vec<Acc<T>> v0, Vec<Acc<T>> v1) {
+#if PTK_ISA_LEVEL >= 4 && !PTK_EMULATE
+  if constexpr (std::is_same_v<T, bf16>) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v1, (__m512)v0));
+    return;
+  }
+#endif
+  store_as(p, v0);
+  store_as(p + kLanes<Acc<T>>, v1);
+}
+
 template <class T>
 PTK_INLINE void store_as_partial(T* p, Vec<Acc<T>> v, int64_t n) {
   if (n >= kLanes<Acc<T>>) return store_as(p, v);

@@ -7,8 +7,8 @@
 //
 //   epilogue(int64_t row, int64_t column, Vec<Sum> sums, int64_t valid)     `valid` lanes count, the others are padding
 //
-// On AMX an epilogue that only stores may offer `tile_target(row, column) -> {data, ld}` and gets whole tiles written
-// there.
+// On AMX an epilogue that only stores or adds may offer `tile_target(row, column) -> {data, ld}` and say by kAddsTiles
+// which of the two: whole tiles are then written there, and where it adds begin with what is there.
 #pragma once
 
 #include "kernel_amx.h"
@@ -180,16 +180,19 @@ PTK_INLINE void gemm(int64_t m, int64_t n, int64_t k, const Element<T>* a, int64
 // ---- epilogues
 // ----------------------------------------------------------------------------------------------------
 
+template <class S>
+struct TileTarget {
+  S* data;
+  int64_t ld;
+};
+
 // C = sums
 template <class S>
 struct StoreSums {
+  static constexpr bool kAddsTiles = false;
   S* c;
   int64_t ld;
-  struct Target {
-    S* data;
-    int64_t ld;
-  };
-  Target tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
+  TileTarget<S> tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
     store_partial(c + row * ld + column, sums, valid);
   }
@@ -198,8 +201,10 @@ struct StoreSums {
 // C += sums
 template <class S>
 struct AddSums {
+  static constexpr bool kAddsTiles = true;
   S* c;
   int64_t ld;
+  TileTarget<S> tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
     S* p = c + row * ld + column;
     store_partial(p, load_partial(p, valid) + sums, valid);

@@ -31,6 +31,13 @@ PTK_DEFINE_TILE_MULTIPLY(Multiply::dot_s8, PTK_TILE_DP_S8S8);
 PTK_DEFINE_TILE_MULTIPLY(Multiply::dot_u8, PTK_TILE_DP_U8S8);
 #undef PTK_DEFINE_TILE_MULTIPLY
 
+PTK_INLINE void zero_tiles() {
+  PTK_TILE_ZERO(0);
+  PTK_TILE_ZERO(1);
+  PTK_TILE_ZERO(2);
+  PTK_TILE_ZERO(3);
+}
+
 template <class S>
 PTK_INLINE void store_tiles(S* p, int64_t ld, bool lower) {
   const int64_t stride = ld * static_cast<int64_t>(sizeof(S));
@@ -42,19 +49,25 @@ PTK_INLINE void store_tiles(S* p, int64_t ld, bool lower) {
   }
 }
 
-template <class T, class Epilogue>
-PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                            int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
-  using Traits = GemmTraits<T>;
-  using Mul = TileMultiply<Traits::kMultiply>;
-  constexpr int nr = Traits::kNr, step = Traits::kKStep;
+template <class S>
+PTK_INLINE void load_tiles(const S* p, int64_t ld, bool lower) {
+  const int64_t stride = ld * static_cast<int64_t>(sizeof(S));
+  PTK_TILE_LOAD(0, p, stride);
+  PTK_TILE_LOAD(1, p + 16, stride);
+  if (lower) {
+    PTK_TILE_LOAD(2, p + 16 * ld, stride);
+    PTK_TILE_LOAD(3, p + 16 * ld + 16, stride);
+  }
+}
+
+// sums += A B over all blocks, in tiles 0 to 3.
+template <class T>
+PTK_INLINE void multiply_tiles(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                               bool lower) {
+  using Mul = TileMultiply<GemmTraits<T>::kMultiply>;
+  constexpr int nr = GemmTraits<T>::kNr, step = GemmTraits<T>::kKStep;
   static_assert(nr == 32);
-  const bool lower = rows > 16;
   const int64_t a_stride = lda * static_cast<int64_t>(sizeof(Element<T>));
-  PTK_TILE_ZERO(0);
-  PTK_TILE_ZERO(1);
-  PTK_TILE_ZERO(2);
-  PTK_TILE_ZERO(3);
   for (int64_t block = 0; block < count; ++block) {
     const Element<T>* a = blocks[block].a + row * lda;
     const ElementB<T>* b = blocks[block].b;
@@ -72,15 +85,31 @@ PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k
       b += step * nr;
     }
   }
+}
+
+template <class T, class Epilogue>
+PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                            int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
   using S = Sum<T>;
-  if constexpr (requires { epilogue.tile_target(row, column); }) {
+  const bool lower = rows > 16;
+  constexpr bool has_target = requires { epilogue.tile_target(row, column); };
+  if constexpr (has_target) {
     if ((rows == 32 || rows == 16) && columns >= 32) {
-      auto target = epilogue.tile_target(row, column);
+      const auto target = epilogue.tile_target(row, column);
+      if constexpr (Epilogue::kAddsTiles) {
+        load_tiles(target.data, target.ld, lower);
+      } else {
+        zero_tiles();
+      }
+      multiply_tiles<T>(blocks, count, k, lda, row, lower);
       return store_tiles(target.data, target.ld, lower);
     }
   }
+  zero_tiles();
+  multiply_tiles<T>(blocks, count, k, lda, row, lower);
   alignas(64) S buffer[32 * 32];
   store_tiles(buffer, 32, lower);
+  if constexpr (StripEpilogue<Epilogue>) return epilogue.strip(static_cast<int>(rows), row, column, columns, buffer);
   for (int64_t i = 0; i < rows; ++i) {
     epilogue(row + i, column, load(buffer + i * 32), columns < 16 ? columns : 16);
     if (columns > 16) epilogue(row + i, column + 16, load(buffer + i * 32 + 16), columns < 32 ? columns - 16 : 16);

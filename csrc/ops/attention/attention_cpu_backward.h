@@ -22,7 +22,7 @@ namespace ptk::PTK_ISA {
 // multiply.
 template <class E, class A, int kNr>
 struct StoreProbabilities {
-  static constexpr bool kLarge = true;
+  static constexpr bool kLarge = true, kStrip = true;
   E* prob;
   int64_t panel;    // elements between panels
   const A* lse;     // of the block's queries
@@ -31,21 +31,29 @@ struct StoreProbabilities {
   A scale;
   Band<A> band;
 
-  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t) const {
-    const int64_t at = column / kNr * panel + row * kNr + column % kNr;
+  int64_t place(int64_t row, int64_t column) const { return column / kNr * panel + row * kNr + column % kNr; }
+  inline __attribute__((always_inline)) Vec<A> probabilities(int64_t row, int64_t column, Vec<A> sums) const {
     Vec<A> x = sums * scale;
-    if (bias) x += load(bias + at);
+    if (bias) x += load(bias + place(row, column));
     Vec<A> p = softmax_exp2<E>((x - load(lse + column)) * static_cast<A>(kLog2E));
     if (weight) p *= load(weight + column);
-    if (band.is_cut) p = band.cut(p, row, column);
-    store_as(prob + at, p);
+    return band.is_cut ? band.cut(p, row, column) : p;
+  }
+  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t) const {
+    store_as(prob + place(row, column), probabilities(row, column, sums));
+  }
+  // Queries are whole panels.
+  void strip(int rows, int64_t row, int64_t column, int64_t, const A* sums) const {
+    for (const int64_t end = row + rows; row < end; ++row, sums += kNr)
+      store_pair_as(prob + place(row, column), probabilities(row, column, load(sums)),
+                    probabilities(row, column + kLanes<A>, load(sums + kLanes<A>)));
   }
 };
 
 // dS^T = P^T * (dP^T - delta)
 template <class E, class A, int kNr>
 struct StoreScoreGradients {
-  static constexpr bool kLarge = true;
+  static constexpr bool kLarge = true, kStrip = true;
   const E* prob;
   E* grad;
   int64_t panel;
@@ -55,13 +63,23 @@ struct StoreScoreGradients {
     const int64_t at = column / kNr * panel + row * kNr + column % kNr;
     store_as(grad + at, load_as(prob + at) * (sums - load(delta + column)));
   }
+  void strip(int rows, int64_t row, int64_t column, int64_t, const A* sums) const {
+    const Vec<A> delta0 = load(delta + column), delta1 = load(delta + column + kLanes<A>);
+    for (int64_t at = column / kNr * panel + row * kNr, end = at + rows * kNr; at < end; at += kNr, sums += kNr)
+      store_pair_as(grad + at, load_as(prob + at) * (load(sums) - delta0),
+                    load_as(prob + at + kLanes<A>) * (load(sums + kLanes<A>) - delta1));
+  }
 };
 
 // dQ^T += sums, in panels of kNr queries.
 template <class A, int kNr>
 struct AddToPanels {
+  static constexpr bool kAddsTiles = true;
   A* data;
   int64_t panel;
+  TileTarget<A> tile_target(int64_t row, int64_t column) const {
+    return {data + column / kNr * panel + row * kNr, kNr};
+  }
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t) const {
     A* p = data + column / kNr * panel + row * kNr + column % kNr;
     store(p, load(p) + sums);

@@ -120,7 +120,7 @@ PTK_INLINE void write_row(const A* sums, A shift, A denominator, int64_t dim, T*
   }
   const A divisor = denominator * keep;
   for (int64_t d = 0; d < dim; d += kLanes<A>) store_as_partial(out + d, load(sums + d) / divisor, dim - d);
-  *lse = shift + log2_of(denominator) * static_cast<A>(kLn2);
+  *lse = multiply_add<A>(broadcast(log2_of(denominator)), broadcast(static_cast<A>(kLn2)), broadcast(shift))[0];
 }
 
 // The sink takes part in a row's softmax with no value of its own.
@@ -130,7 +130,7 @@ PTK_INLINE void join_sink(A sink, A* sums, int64_t dim, A& shift, A& denominator
   if (top == -static_cast<A>(__builtin_inf())) return;
   const A factor = exp_of(shift - top);
   for (int64_t d = 0; d < dim; d += kLanes<A>) store(sums + d, load(sums + d) * factor);
-  denominator = denominator * factor + exp_of(sink - top);
+  denominator = multiply_add<A>(broadcast(denominator), broadcast(factor), broadcast(exp_of(sink - top)))[0];
   shift = top;
 }
 

@@ -60,25 +60,25 @@ PTK_INLINE A row_max(const A* s, int64_t n) {
   return reduce_max<A>(row_maxima(s, n));
 }
 
-// p[j] = 2^((s[j] - shift) * scale) for j < n, zeros up to n_padded; returns the sums lane by lane. p may be s. The
-// difference comes first: scores near the largest number would overflow if they were scaled before.
-template <class A, class P>
-PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A shift) {
+namespace detail {
+
+// p[j] = 2^exponent(s[j]) for j < n, zeros up to n_padded; returns the sums lane by lane. p may be s.
+template <class A, class P, class Exponent>
+PTK_INLINE Vec<A> exp2_sums(const A* s, P* p, int64_t n, int64_t n_padded, const Exponent& exponent) {
   Vec<A> sum0{}, sum1{};
   int64_t j = 0;
   for (; j + 2 * kLanes<A> <= n; j += 2 * kLanes<A>) {
-    Vec<A> p0 = softmax_exp2<P>((load(s + j) - shift) * scale);
-    Vec<A> p1 = softmax_exp2<P>((load(s + j + kLanes<A>) - shift) * scale);
+    Vec<A> p0 = softmax_exp2<P>(exponent(load(s + j)));
+    Vec<A> p1 = softmax_exp2<P>(exponent(load(s + j + kLanes<A>)));
     sum0 += p0;
     sum1 += p1;
-    store_as(p + j, p0);
-    store_as(p + j + kLanes<A>, p1);
+    store_pair_as(p + j, p0, p1);
   }
   // Rows are padded to whole vectors, so the rest is computed in full and the lanes past n are cleared. Every vector
   // goes to the sum that its place names, wherever n is: a row's sum is the same whether keys are hidden or not there.
   const Vec<A> lane = iota<A>();
   for (; j < n_padded; j += kLanes<A>) {
-    Vec<A> v = softmax_exp2<P>((load(s + j) - shift) * scale);
+    Vec<A> v = softmax_exp2<P>(exponent(load(s + j)));
     v = lane < static_cast<A>(n - j) ? v : Vec<A>{};
     const Vec<A> added = sum0 + v;
     sum0 = sum1;
@@ -86,6 +86,24 @@ PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A
     store_as(p + j, v);
   }
   return sum0 + sum1;
+}
+
+}  // namespace detail
+
+// p[j] = 2^((s[j] - shift) * scale) for j < n, zeros up to n_padded; returns the sums lane by lane. p may be s.
+template <class A, class P>
+PTK_INLINE Vec<A> exp2_row_sums(const A* s, P* p, int64_t n, int64_t n_padded, A scale, A shift) {
+  // One operation less. It multiplies all of a row by what the offset was rounded by, which 16 bits do not show, and
+  // overflows with scores near the largest number.
+  if (sizeof(P) == 2 && __builtin_fabs(shift * scale) < A(1e37)) {
+    // Rounded by itself: which of the two products is contracted would be the compiler's choice.
+    Vec<A> offset = broadcast(shift * scale);
+    PTK_OPAQUE(offset);
+    return detail::exp2_sums(s, p, n, n_padded,
+                             [=](Vec<A> x) __attribute__((always_inline)) { return x * scale - offset; });
+  }
+  return detail::exp2_sums(s, p, n, n_padded,
+                           [=](Vec<A> x) __attribute__((always_inline)) { return (x - shift) * scale; });
 }
 
 template <class A, class P>

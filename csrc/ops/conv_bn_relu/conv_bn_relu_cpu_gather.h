@@ -110,6 +110,30 @@ static inline int64_t tap_offset(const Gather& g, int64_t td, int64_t th, int64_
          w->first_tap + tw * w->tap_step;
 }
 
+// A few bytes, for which a call of memcpy or memset would take longer than they do.
+PTK_INLINE void copy_few(void* to, const void* from, int64_t bytes) {
+#if PTK_X86_AVX512
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __mmask64 mask = bytes - i >= 64 ? ~0ull : (1ull << (bytes - i)) - 1;
+    _mm512_mask_storeu_epi8(static_cast<char*>(to) + i, mask,
+                            _mm512_maskz_loadu_epi8(mask, static_cast<const char*>(from) + i));
+  }
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+PTK_INLINE void clear_few(void* to, int64_t bytes) {
+#if PTK_X86_AVX512
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __mmask64 mask = bytes - i >= 64 ? ~0ull : (1ull << (bytes - i)) - 1;
+    _mm512_mask_storeu_epi8(static_cast<char*>(to) + i, mask, _mm512_setzero_si512());
+  }
+#else
+  std::memset(to, 0, bytes);
+#endif
+}
+
 // A range of depth: rows of taps, taps of each, and channels.
 struct DepthStep {
   int64_t row, rows, tap, taps, channel, channels;
@@ -191,37 +215,47 @@ static void gather_rows(const Gather& g, const T* source, int64_t group, const D
   const int64_t channels = g.source_channels, first_channel = group * g.group_source() + step.channel;
   // Neighbouring taps lie side by side in memory.
   const bool merges = aw->delta == 1 && step.channels == channels;
-  const int64_t width = step.taps * step.channels;
-  for (int64_t r = 0; r < count; ++r) {
-    const Position& p = positions[r];
-    To* to = rows + r * ld;
-    for (int64_t row = step.row; row < step.row + step.rows; ++row, to += width) {
-      const int64_t d = p.source[0] + row / ah->taps * ad->delta, h = p.source[1] + row % ah->taps * ah->delta;
+  const int64_t width = step.taps * step.channels, depth = step.depth();
+  const auto copy = [&](const T* from, int64_t n, To* to) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<T, To>) {
+      copy_few(to, from, n * static_cast<int64_t>(sizeof(To)));
+    } else {
+      pack_row(from, 1, n, n, to);
+    }
+  };
+  const auto clear = [](To* to, int64_t n)
+                         __attribute__((always_inline)) { clear_few(to, n * static_cast<int64_t>(sizeof(To))); };
+  // Rows of taps outermost: which of them is at hand takes divisions.
+  for (int64_t i = 0; i < step.rows; ++i) {
+    const int64_t row = step.row + i, delta_d = row / ah->taps * ad->delta, delta_h = row % ah->taps * ah->delta;
+    for (int64_t r = 0; r < count; ++r) {
+      const Position& p = positions[r];
+      To* to = rows + r * ld + i * width;
+      const int64_t d = p.source[0] + delta_d, h = p.source[1] + delta_h;
       if (d < 0 || d >= ad->source || h < 0 || h >= ah->source) {
-        std::memset(to, 0, width * sizeof(To));
+        clear(to, width);
         continue;
       }
       const T* line = source + ((p.image * ad->source + d) * ah->source + h) * aw->source * channels + first_channel;
       const int64_t w = p.source[2] + step.tap * aw->delta;
       if (merges) {
         const int64_t low = least(step.taps, most(0, -w)), high = most(low, least(step.taps, aw->source - w));
-        std::memset(to, 0, low * channels * sizeof(To));
-        pack_row(line + (w + low) * channels, 1, (high - low) * channels, (high - low) * channels, to + low * channels);
-        std::memset(to + high * channels, 0, (step.taps - high) * channels * sizeof(To));
+        clear(to, low * channels);
+        copy(line + (w + low) * channels, (high - low) * channels, to + low * channels);
+        clear(to + high * channels, (step.taps - high) * channels);
         continue;
       }
       for (int64_t t = 0; t < step.taps; ++t) {
         const int64_t at = w + t * aw->delta;
         if (at < 0 || at >= aw->source) {
-          std::memset(to + t * step.channels, 0, step.channels * sizeof(To));
+          clear(to + t * step.channels, step.channels);
         } else {
-          pack_row(line + at * channels, 1, step.channels, step.channels, to + t * step.channels);
+          copy(line + at * channels, step.channels, to + t * step.channels);
         }
       }
     }
-    const int64_t depth = step.depth();
-    if (padded > depth) std::memset(rows + r * ld + depth, 0, (padded - depth) * sizeof(To));
   }
+  for (int64_t r = 0; padded > depth && r < count; ++r) clear(rows + r * ld + depth, padded - depth);
 }
 
 }  // namespace ptk::PTK_ISA
