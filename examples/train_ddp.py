@@ -74,6 +74,7 @@ def main() -> None:
         print(f"{world} processes: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(losses))
+    dist.barrier()  # a process that leaves early closes connections under those that have not finished
     dist.destroy_process_group()
 
 
