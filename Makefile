@@ -21,7 +21,8 @@ bench: build
 
 # Each process has all of torch's threads, so that parallel code is tested as it runs; waiting ones must not spin.
 test: build build-emulated
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -o faulthandler_exit_on_timeout=true $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

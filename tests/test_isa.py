@@ -40,6 +40,7 @@ each_native_level = pytest.mark.parametrize(
 
 def run_suites(level: str, **environment: str) -> None:
     options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=300"]
+    options += ["-o", "faulthandler_exit_on_timeout=true"]
     command = [sys.executable, "-m", "pytest", *options, "-m", "not slow", "-k", SUBSET, *SUITES]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PTKERNELS_", "PYTEST_"))}
     result = subprocess.run(

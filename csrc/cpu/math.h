@@ -66,15 +66,15 @@ PTK_INLINE Vec<float> exp2_slope_of_fraction(Vec<float> r) {
 
 }  // namespace detail
 
-// 2^x for x <= 127 (1023 for double); 0 for x <= -150 (-1023) and perhaps from -127 on, where results are subnormal;
-// NaN stays NaN.
+// 2^x for x <= 127 (1023 for double); 0 for x <= -150 (-1023), without AVX-512 for x <= -127, where results would be
+// subnormal; NaN stays NaN.
 //
 // Write x = n + r with n an integer: 2^x = 2^n * p(r), p a minimax polynomial with p(0) = 1 exactly. AVX-512 has an
 // instruction that takes the fraction of a number, 0 <= r < 1, and one that multiplies by 2 to the power of the whole
 // part. Elsewhere n is the nearest integer, |r| <= 1/2: adding 1.5 * 2^23 + 127 rounds x to an integer *and* leaves
 // n + 127 in the low mantissa bits, so that a shift by 23 yields the float 2^n (and 0 at n = -127).
 //
-// Degree 6: < 1.1 ULP. Degree 4: relative error 2.9e-6, enough where the result is rounded to 16 bits.
+// Degree 6: < 1.1 ULP. Degree 4: relative error 3e-6, enough where the result is rounded to 16 bits.
 template <int Degree = 6>
 PTK_INLINE Vec<float> exp2(Vec<float> x) {
 #if PTK_X86_AVX512
