@@ -1,10 +1,9 @@
 // The engine as private torch ops, for its tests and benchmarks:
 //
-//   _gemm(a, b, bias, relu)             act(sum_r a[r] @ b[r] + bias)
-//   _gemm_rate(dtype, m, n, k, seconds) operations/s of one thread, operands
-//   warm _peak_flops(dtype, threads)         operations/s of a
-//   register-resident loop: the machine's limit _read_bandwidth(bytes) bytes/s
-//   of reading that much memory with all threads
+//   _gemm(a, b, bias, relu)              act(sum_r a[r] @ b[r] + bias)
+//   _gemm_rate(dtype, m, n, k, seconds)  operations/s of one thread, operands warm
+//   _peak_flops(dtype, threads)          operations/s of a register-resident loop: the machine's limit
+//   _read_bandwidth(bytes)               bytes/s of reading that much memory with all threads
 #include "csrc/core/parallel.h"
 #include "csrc/core/stable_compat.h"
 #include "csrc/cpu/gemm/gemm_driver.h"

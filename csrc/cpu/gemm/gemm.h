@@ -204,6 +204,10 @@ struct AddSums {
   static constexpr bool kAddsTiles = true;
   S* c;
   int64_t ld;
+  void prefetch(int64_t rows, int64_t row, int64_t column) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t half = 0; half < 2; ++half) __builtin_prefetch(c + (row + i) * ld + column + half * kLanes<S>, 1);
+  }
   TileTarget<S> tile_target(int64_t row, int64_t column) const { return {c + row * ld + column, ld}; }
   inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<S> sums, int64_t valid) const {
     S* p = c + row * ld + column;

@@ -1,8 +1,9 @@
-// C = A B for whole matrices, in strips of C computed independently.
+// C = A B for whole matrices, in blocks of C computed independently.
 //
-//   tiling   items of up to kRows x kN of C. Per item, depth in steps of kDepth: B's part is packed (kDepth x kN, in
-//            L2) and meets kM rows of A at a time, packed too. Sums of later steps are added to those of earlier ones,
-//            in C itself where it has their type; the last step's epilogue adds bias and converts.
+//   tiling   an item is rows x kN of C. Per kDepth of depth, its part of B is packed once and meets kM rows of A at a
+//            time, packed too. Sums of vector registers are added up over steps in C itself, where it has their type,
+//            with a short depth that keeps a panel of B in L1. Tiles are slow to load and store, so their depth is
+//            long: few products take more than one step.
 //
 //   threads  items are dealt out by a counter; each is computed by one thread in a fixed order, so the result does not
 //            depend on their number.
@@ -18,8 +19,6 @@
 namespace ptk::PTK_ISA {
 namespace {
 
-constexpr int64_t kN = 512, kDepth = 256;
-
 template <class T>
 using OutOf = std::conditional_t<sizeof(T) == 1, int32_t, T>;
 template <class T>
@@ -28,7 +27,7 @@ using SourceB = std::conditional_t<sizeof(T) == 1, int8_t, T>;
 // One item's last step: partial sums + bias, activation, conversion.
 template <class T>
 struct Finish {
-  static constexpr bool kLarge = true;
+  static constexpr bool kLarge = true, kStrip = true;
   const Sum<T>* partial;
   int64_t ld_partial;
   const Sum<T>* bias;
@@ -36,24 +35,58 @@ struct Finish {
   OutOf<T>* c;
   int64_t ld;
 
-  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<Sum<T>> sums,
-                                                        int64_t valid) const {
+  // Whole lines of C, which is written for the first time where there is one step.
+  void prefetch(int64_t rows, int64_t row, int64_t column) const {
+    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(c + (row + i) * ld + column, 1);
+  }
+  void strip(int rows, int64_t row, int64_t column, int64_t columns, const Sum<T>* sums) const {
+    constexpr int64_t lanes = kLanes<Sum<T>>;
+    for (const int64_t end = row + rows; row < end; ++row, sums += 2 * lanes) {
+      const Vec<Sum<T>> low = finished(row, column, load(sums), columns);
+      const Vec<Sum<T>> high = finished(row, column + lanes, load(sums + lanes), columns - lanes);
+      OutOf<T>* to = c + row * ld + column;
+      if (columns == 2 * lanes) {
+        store_pair(to, low, high);
+      } else {
+        store_one(to, low, columns);
+        if (columns > lanes) store_one(to + lanes, high, columns - lanes);
+      }
+    }
+  }
+
+private:
+  inline __attribute__((always_inline)) Vec<Sum<T>> finished(int64_t row, int64_t column, Vec<Sum<T>> sums,
+                                                             int64_t valid) const {
+    if (valid <= 0) return sums;
     if (partial) sums += load_partial(partial + row * ld_partial + column, valid);
     if (bias) sums += load_partial(bias + column, valid);
-    if (relu) sums = max(Vec<Sum<T>>{}, sums);
+    return relu ? max(Vec<Sum<T>>{}, sums) : sums;
+  }
+  static inline __attribute__((always_inline)) void store_one(OutOf<T>* to, Vec<Sum<T>> v, int64_t valid) {
     if constexpr (sizeof(T) == 1) {
-      store_partial(c + row * ld + column, sums, valid);
+      store_partial(to, v, valid);
     } else {
-      store_as_partial(c + row * ld + column, sums, valid);
+      store_as_partial(to, v, valid);
+    }
+  }
+  static inline __attribute__((always_inline)) void store_pair(OutOf<T>* to, Vec<Sum<T>> low, Vec<Sum<T>> high) {
+    if constexpr (sizeof(T) == 1) {
+      store(to, low);
+      store(to + kLanes<Sum<T>>, high);
+    } else {
+      store_pair_as(to, low, high);
     }
   }
 };
 
 template <class T>
 struct Product {
-  static constexpr int64_t kM = round_up(192, GemmTraits<T>::kMr), kRows = 8 * kM;
+  static constexpr bool kTiles = detail::kUsesTiles<T>;
+  static constexpr int64_t kM = kTiles ? 64 : 8 * GemmTraits<T>::kMr, kN = kTiles ? 256 : 512;
+  static constexpr int64_t kDepth = (kTiles ? 4096 : 1024) / sizeof(Element<T>);
   static constexpr int64_t kLda = kDepth + 64 / sizeof(Element<T>);
   static constexpr bool kSumsInC = std::is_same_v<OutOf<T>, Sum<T>>;
+  static constexpr int64_t kRowsOfSums = 8 * kM;  // where sums are not in C
   const GemmProblem& p;
   const int64_t depth_steps = (p.k + kDepth - 1) / kDepth;
   const int64_t panel_stride = padded_k<T>(least(p.k, kDepth)) * GemmTraits<T>::kNr;
@@ -71,7 +104,7 @@ struct Product {
       piece.sums = static_cast<Sum<T>*>(p.c) + m0 * p.n + n0;
       piece.ld = p.n;
     } else {
-      piece.sums = carver.take<Sum<T>>(kRows * kN);
+      piece.sums = carver.take<Sum<T>>(p.reduce * depth_steps > 1 ? kRowsOfSums * kN : 0);
       piece.ld = kN;
     }
     return piece;
@@ -122,17 +155,18 @@ struct Product {
 // Rows are divided only as far as threads need items, since every item packs its part of B again.
 template <class T>
 bool multiply(const GemmProblem& problem) {
-  const Product<T> product{problem};
-  const int64_t strips = (problem.n + kN - 1) / kN, wanted = (4 * num_threads() + strips - 1) / strips;
-  const int64_t least_parts = (problem.m + product.kRows - 1) / product.kRows,
-                most_parts = (problem.m + product.kM - 1) / product.kM;
-  const int64_t parts = least(most(wanted, least_parts), most_parts);
-  const int64_t rows = round_up((problem.m + parts - 1) / parts, product.kM);
-  const int64_t down = (problem.m + rows - 1) / rows;
+  using P = Product<T>;
+  const P product{problem};
+  const int64_t strips = (problem.n + P::kN - 1) / P::kN, wanted = (4 * num_threads() + strips - 1) / strips;
+  const bool has_sums = !P::kSumsInC && problem.reduce * product.depth_steps > 1;
+  const int64_t least_parts = has_sums ? (problem.m + P::kRowsOfSums - 1) / P::kRowsOfSums : 1;
+  const int64_t most_parts = (problem.m + P::kM - 1) / P::kM, parts = least(most(wanted, least_parts), most_parts);
+  const int64_t rows = round_up((problem.m + parts - 1) / parts, P::kM), down = (problem.m + rows - 1) / rows;
   bool ok = true;
   parallel_items(strips * down, [&](int64_t i) {
     const int64_t m0 = i / strips * rows;
-    if (!product.item(m0, least(rows, problem.m - m0), i % strips * kN)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    if (!product.item(m0, least(rows, problem.m - m0), i % strips * P::kN))
+      __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
   });
   return ok;
 }

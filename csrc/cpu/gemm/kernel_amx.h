@@ -105,14 +105,18 @@ PTK_INLINE void tile_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k
       return store_tiles(target.data, target.ld, lower);
     }
   }
+  prefetch_target(epilogue, rows, row, column);
   zero_tiles();
   multiply_tiles<T>(blocks, count, k, lda, row, lower);
   alignas(64) S buffer[32 * 32];
   store_tiles(buffer, 32, lower);
-  if constexpr (StripEpilogue<Epilogue>) return epilogue.strip(static_cast<int>(rows), row, column, columns, buffer);
-  for (int64_t i = 0; i < rows; ++i) {
-    epilogue(row + i, column, load(buffer + i * 32), columns < 16 ? columns : 16);
-    if (columns > 16) epilogue(row + i, column + 16, load(buffer + i * 32 + 16), columns < 32 ? columns - 16 : 16);
+  if constexpr (StripEpilogue<Epilogue>) {
+    epilogue.strip(static_cast<int>(rows), row, column, columns, buffer);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      epilogue(row + i, column, load(buffer + i * 32), columns < 16 ? columns : 16);
+      if (columns > 16) epilogue(row + i, column + 16, load(buffer + i * 32 + 16), columns < 32 ? columns - 16 : 16);
+    }
   }
 }
 

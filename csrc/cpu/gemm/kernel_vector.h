@@ -53,24 +53,31 @@ struct RowPointers {
 template <class Epilogue>
 concept LargeEpilogue = requires { Epilogue::kLarge; };
 
-// One that marks itself `kStrip` takes all rows of a kernel at once, so that what belongs to a column is loaded once:
+// One that marks itself `kStrip` takes all rows of a kernel at once, so that what belongs to a column is loaded once,
+// in memory that it may write to:
 //   epilogue.strip(rows, row, column, columns, sums[rows][2][lanes])
 template <class Epilogue>
 concept StripEpilogue = requires { Epilogue::kStrip; };
 
+// One that writes to memory that may be far away may offer prefetch(rows, row, column), called before the products.
+template <class Epilogue>
+PTK_INLINE void prefetch_target(const Epilogue& epilogue, int64_t rows, int64_t row, int64_t column) {
+  if constexpr (requires { epilogue.prefetch(rows, row, column); }) epilogue.prefetch(rows, row, column);
+}
+
 // Hands sums[M][2][lanes] to an epilogue.
 template <int M, class S, class Epilogue>
-PTK_INLINE void hand_over(const S* sums, int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
+PTK_INLINE void hand_over(S* sums, int64_t row, int64_t column, int64_t columns, Epilogue& epilogue) {
   constexpr int lanes = kLanes<S>;
   if constexpr (StripEpilogue<Epilogue>) {
     epilogue.strip(M, row, column, columns, sums);
-    return;
-  }
+  } else {
 #pragma GCC unroll 1
-  for (int i = 0; i < M; ++i) {
-    for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
-      const int64_t left = columns - half * lanes;
-      epilogue(row + i, column + half * lanes, load(sums + (2 * i + half) * lanes), left < lanes ? left : lanes);
+    for (int i = 0; i < M; ++i) {
+      for (int64_t half = 0; half < 2 && half * lanes < columns; ++half) {
+        const int64_t left = columns - half * lanes;
+        epilogue(row + i, column + half * lanes, load(sums + (2 * i + half) * lanes), left < lanes ? left : lanes);
+      }
     }
   }
 }
@@ -156,6 +163,7 @@ template <class T, int M, class Epilogue>
 PTK_INLINE void fma_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
                            int64_t column, int64_t columns, Epilogue& epilogue) {
   const bool is_narrow = columns <= kLanes<Sum<T>>;
+  prefetch_target(epilogue, M, row, column);
   if (LargeEpilogue<Epilogue> || is_narrow) {
     alignas(64) Sum<T> buffer[M * GemmTraits<T>::kNr];
     if (is_narrow) {
