@@ -105,7 +105,8 @@ public:
 
   explicit TiledBackward(const BackwardParams& params)
       : b_(params), p_(params.problem), group_(p_.heads_q / p_.heads_kv), turns_(turns_of(params)), sums_(params) {
-    splits_ = most(1, least(kItems / slices(), p_.len_k / kLeastKeysOfSplit));
+    // Every split packs all queries: it should have keys enough to be worth it.
+    splits_ = most(1, least(kItems / slices(), p_.len_k / most(kLeastKeysOfSplit, p_.len_q / 4)));
     is_shaped_ = p_.softcap != 0 || p_.alibi.data || p_.seeds || sums_.needs_score_gradients();
   }
 
@@ -138,7 +139,7 @@ public:
 
 private:
   static constexpr int64_t kParallelWork = 1 << 16;
-  static constexpr int64_t kItems = 8, kLeastKeysOfSplit = 512;
+  static constexpr int64_t kItems = 8, kLeastKeysOfSplit = 128;
   static constexpr int64_t kPad = 64 / sizeof(E);
   static constexpr int64_t kPanel = Blocks::kPanel;
 

@@ -12,13 +12,13 @@
 
 namespace ptk::PTK_ISA {
 
-// Two vectors of consecutive stored values. Where it saves instructions they come in another order: value i of the pair
-// is lane place(i) of both.
+// Two vectors of consecutive stored values: the first and the last or, where that saves instructions, those in even and
+// those in odd places.
 template <class C>
 struct PairOf {
   using A = Acc<C>;
   static constexpr int kStep = 2 * kLanes<A>;
-  static constexpr int place(int i) { return i; }
+  static constexpr bool kInOrder = true;
   PTK_INLINE void load_pair(const C* p, Vec<A>& low, Vec<A>& high) {
     low = load_as(p);
     high = load_as(p + kLanes<A>);
@@ -29,11 +29,25 @@ template <>
 struct PairOf<bf16> {
   using A = float;
   static constexpr int kStep = 2 * kLanes<A>;
-  static constexpr int place(int i) { return i / 2 + i % 2 * kLanes<A>; }
+  static constexpr bool kInOrder = false;
   PTK_INLINE void load_pair(const bf16* p, Vec<A>& low, Vec<A>& high) {
     const Vec<uint32_t> both = load(reinterpret_cast<const uint32_t*>(p));
     low = bit_cast<Vec<float>>(both << 16);
     high = bit_cast<Vec<float>>(both & 0xffff0000u);
+  }
+  // Between a pair and two vectors in the order of memory.
+  template <int... I>
+  PTK_INLINE void to_pair(Vec<A>& x, Vec<A>& y, std::integer_sequence<int, I...>) {
+    const Vec<A> low = __builtin_shufflevector(x, y, 2 * I...);
+    y = __builtin_shufflevector(x, y, 2 * I + 1 ...);
+    x = low;
+  }
+  template <int... I>
+  PTK_INLINE void from_pair(Vec<A>& x, Vec<A>& y, std::integer_sequence<int, I...>) {
+    constexpr int lanes = kLanes<A>;
+    const Vec<A> first = __builtin_shufflevector(x, y, (I / 2 + I % 2 * lanes)...);
+    y = __builtin_shufflevector(x, y, (lanes / 2 + I / 2 + I % 2 * lanes)...);
+    x = first;
   }
 };
 
@@ -42,7 +56,7 @@ struct StoredRows {
   using A = Acc<C>;
   using Pair = PairOf<C>;
   static constexpr int kStep = Pair::kStep, kLane = kLanes<A>;
-  static constexpr bool kInOrder = Pair::place(1) == 1;
+  static constexpr std::make_integer_sequence<int, kLane> kIndices{};
   // Rows of values that stay in L1 while all of dim_v is summed, and rows between a prefetch and the use.
   static constexpr int64_t kBlock = 32;
 
@@ -52,21 +66,22 @@ struct StoredRows {
   int64_t ld_q() const { return round_up(dim_qk, kStep); }
   int64_t ld_v() const { return round_up(dim_v, kStep); }
 
-  // Between the order of memory and the order of pairs, which has zeros up to a whole step.
+  // Between the order of memory and the order of pairs, whose rows are whole steps: zeros behind n.
   static void to_pairs(const A* from, int64_t n, A* to) {
-    if constexpr (kInOrder) {
-      std::memcpy(to, from, n * sizeof(A));
-      std::memset(to + n, 0, (round_up(n, kStep) - n) * sizeof(A));
-    } else {
-      std::memset(to, 0, round_up(n, kStep) * sizeof(A));
-      for (int64_t d = 0; d < n; ++d) to[d / kStep * kStep + Pair::place(d % kStep)] = from[d];
+    for (int64_t d = 0; d < n; d += kStep) {
+      Vec<A> x = load_partial(from + d, n - d),
+             y = n - d > kLane ? load_partial(from + d + kLane, n - d - kLane) : Vec<A>{};
+      if constexpr (!Pair::kInOrder) Pair::to_pair(x, y, kIndices);
+      store(to + d, x);
+      store(to + d + kLane, y);
     }
   }
   static void from_pairs(const A* from, int64_t n, A* to) {
-    if constexpr (kInOrder) {
-      std::memcpy(to, from, n * sizeof(A));
-    } else {
-      for (int64_t d = 0; d < n; ++d) to[d] = from[d / kStep * kStep + Pair::place(d % kStep)];
+    for (int64_t d = 0; d < n; d += kStep) {
+      Vec<A> x = load(from + d), y = load(from + d + kLane);
+      if constexpr (!Pair::kInOrder) Pair::from_pair(x, y, kIndices);
+      store(to + d, x);
+      store(to + d + kLane, y);
     }
   }
 
@@ -122,6 +137,7 @@ private:
       Vec<A> sum[kLane] = {};
 #pragma GCC unroll 8
       for (int g = 0; g < J; g += G) {
+        if (j + g >= n) continue;
         const C* k[G];
 #pragma GCC unroll 2
         for (int i = 0; i < G; ++i) {

@@ -29,7 +29,7 @@ template <>
 struct PairOf<int8_t> {
   using A = float;
   static constexpr int kStep = 2 * kLanes<A>;
-  static constexpr int place(int i) { return i; }
+  static constexpr bool kInOrder = true;
   PTK_INLINE void load_pair(const int8_t* p, Vec<A>& low, Vec<A>& high) {
     low = widen_s8(p);
     high = widen_s8(p + kLanes<A>);
@@ -54,7 +54,7 @@ template <>
 struct PairOf<e4m3> {
   using A = float;
   static constexpr int kStep = 2 * kLanes<A>;
-  static constexpr int place(int i) { return i; }
+  static constexpr bool kInOrder = true;
   PTK_INLINE void load_pair(const e4m3* p, Vec<A>& low, Vec<A>& high) {
     const Vec<uint16_t> code = widen_u8(&p->bits), magnitude = code & 0x7f;
     const Vec<uint16_t> nan = (Vec<uint16_t>)(magnitude == 0x7f) & 0x7e00;
