@@ -10,7 +10,7 @@ namespace ptk::PTK_ISA {
 template <class P>
 PTK_INLINE Vec<Acc<P>> softmax_exp2(Vec<Acc<P>> x) {
   if constexpr (sizeof(P) == 2) {
-    return exp2<3>(x);
+    return exp2<4>(x);
   } else {
     return exp2(x);
   }
