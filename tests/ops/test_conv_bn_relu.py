@@ -523,3 +523,33 @@ def test_planes(case: str, training: bool, dtype: torch.dtype) -> None:
     with torch.no_grad():
         again = ptk.conv_bn_relu(x, weight, bias, gamma, beta, *running, residual=residual, **options)
     assert torch.equal(again, ours[0]), "the same bits with and without gradients"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 5), (4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_images_of_few_channels(
+    channels: int, kernel: tuple[int, ...], stride: int, padding: int, dtype: torch.dtype
+) -> None:
+    """Windows that lie partly, or wholly, outside: small integers, whose sums every type holds exactly."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randint(-3, 4, (2, channels, *(5, 7, 6)[: len(kernel)]), generator=generator).double()
+    weight = torch.randint(-2, 3, (34, channels, *kernel), generator=generator).double()
+    convolution = {2: F.conv2d, 3: F.conv3d}[len(kernel)]
+    expected = convolution(x, weight, stride=stride, padding=padding)
+    mean, var = torch.zeros(34), torch.ones(34)
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[len(kernel)]
+    for source in (x, x.to(memory_format=layout)):
+        got = ptk.conv_bn_relu(
+            source.to(dtype),
+            weight.to(dtype),
+            running_mean=mean.to(dtype),
+            running_var=var.to(dtype),
+            eps=0.0,
+            stride=stride,
+            padding=padding,
+            activation="none",
+        )
+        assert torch.equal(got.double(), expected)

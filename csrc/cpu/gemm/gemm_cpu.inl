@@ -14,6 +14,8 @@
 #include "csrc/cpu/gemm/gemm.h"
 #include "csrc/cpu/scratch.h"
 
+#include <iterator>
+
 #include <time.h>
 
 namespace ptk::PTK_ISA {
@@ -197,6 +199,21 @@ double rate(double work, double seconds, const Body& body) {
   return best;
 }
 
+// Numbers of both signs and many exponents: multipliers take longer, or the clock goes down, where bits change.
+template <class E>
+void fill(E* data, int64_t n) {
+  uint32_t state = 1;
+  for (int64_t i = 0; i < n; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const float x = static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
+    if constexpr (std::is_integral_v<E>) {
+      data[i] = static_cast<E>(state >> 24);
+    } else {
+      data[i] = round_to<E>(x);
+    }
+  }
+}
+
 template <class T>
 double warm_rate(int64_t m, int64_t n, int64_t k, double seconds) {
   const int64_t lda = padded_k<T>(k) + 64 / sizeof(Element<T>), panel = padded_k<T>(k) * GemmTraits<T>::kNr;
@@ -208,7 +225,8 @@ double warm_rate(int64_t m, int64_t n, int64_t k, double seconds) {
   auto* a = reinterpret_cast<Element<T>*>(memory);
   auto* b = reinterpret_cast<ElementB<T>*>(memory + round_up(a_bytes, 64));
   auto* c = reinterpret_cast<Sum<T>*>(memory + round_up(a_bytes, 64) + round_up(b_bytes, 64));
-  std::memset(memory, 0, a_bytes + b_bytes);
+  fill(a, a_bytes / sizeof(Element<T>));
+  fill(b, b_bytes / sizeof(ElementB<T>));
   TileScope tiles;
   return rate(2.0 * m * n * k, seconds, [&] { gemm<T>(m, n, k, a, lda, b, panel, StoreSums<Sum<T>>{c, n}); });
 }
@@ -222,6 +240,13 @@ double peak_rate(double seconds) {
   TileScope tiles;
 #if PTK_ISA_LEVEL >= 5
   if constexpr (multiply != Multiply::fma) {
+    alignas(64) Element<T> operand[1024 / sizeof(Element<T>)];
+    fill(operand, std::ssize(operand));
+    PTK_TILE_LOAD(4, operand, 64);
+    PTK_TILE_LOAD(5, operand, 64);
+    PTK_TILE_LOAD(6, operand, 64);
+    PTK_TILE_LOAD(7, operand, 64);
+    detail::zero_tiles();
     const double work = 2.0 * 4 * 16 * 16 * GemmTraits<T>::kKStep * repeats;
     return rate(work, seconds, [&] {
       for (int i = 0; i < repeats; ++i) {

@@ -206,6 +206,43 @@ static inline void locate(const Gather& g, int64_t begin, int64_t rows, Position
   }
 }
 
+#if PTK_X86_AVX512
+// As gather_rows(), where a row takes one vector of bytes and neighbouring taps lie side by side: every row of taps is
+// loaded to where it belongs in the vector, which is stored once.
+template <class T>
+static void gather_short_rows(const Gather& g, const T* source, const DepthStep& step, const Position* positions,
+                              int64_t count, T* rows, int64_t ld) {
+  const Axis *ad = &g.axis[0], *ah = &g.axis[1], *aw = &g.axis[2];
+  const int64_t channels = g.source_channels, pixel = channels * static_cast<int64_t>(sizeof(T));
+  const int64_t taps = step.taps * pixel;
+  const auto below = [](int64_t bytes) { return bytes < 64 ? (1ull << bytes) - 1 : ~0ull; };
+  // From the source coordinates of tap 0 to those of a row of taps, and from the first byte of the one to that which
+  // comes first in the vector.
+  struct TapRow {
+    int64_t d, h, bytes;
+  } tap_rows[64];
+  for (int64_t i = 0; i < step.rows; ++i) {
+    const int64_t d = (step.row + i) / ah->taps * ad->delta, h = (step.row + i) % ah->taps * ah->delta;
+    tap_rows[i] = {d, h, (d * ah->source + h) * aw->source * pixel - i * taps};
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const auto& [from, image, out] = positions[r];
+    const int64_t w = from[2] + step.tap, first = most(0, -w), end = least(step.taps, aw->source - w);
+    const uint64_t inside = end > first ? below(end * pixel) & ~below(first * pixel) : 0;
+    const char* tap0 = reinterpret_cast<const char*>(source) +
+                       (((image * ad->source + from[0]) * ah->source + from[1]) * aw->source + w) * pixel;
+    __m512i row = _mm512_setzero_si512();
+    for (int64_t i = 0; i < step.rows; ++i) {
+      const auto d = static_cast<uint64_t>(from[0] + tap_rows[i].d), h = static_cast<uint64_t>(from[1] + tap_rows[i].h);
+      // Only the bytes of the mask are read.
+      if (d < static_cast<uint64_t>(ad->source) && h < static_cast<uint64_t>(ah->source))
+        row = _mm512_or_si512(row, _mm512_maskz_loadu_epi8(inside << i * taps, tap0 + tap_rows[i].bytes));
+    }
+    _mm512_storeu_si512(rows + r * ld, row);
+  }
+}
+#endif
+
 // rows[r * ld + k] for one step of depth: the source elements that position r's taps meet, zeros outside and up to
 // `padded` depth.
 template <class T, class To>
@@ -216,6 +253,13 @@ static void gather_rows(const Gather& g, const T* source, int64_t group, const D
   // Neighbouring taps lie side by side in memory.
   const bool merges = aw->delta == 1 && step.channels == channels;
   const int64_t width = step.taps * step.channels, depth = step.depth();
+#if PTK_X86_AVX512
+  if constexpr (std::is_same_v<T, To>) {
+    constexpr int64_t vector = 64 / static_cast<int64_t>(sizeof(T));
+    if (merges && padded <= vector && ld >= vector)
+      return gather_short_rows(g, source, step, positions, count, rows, ld);
+  }
+#endif
   const auto copy = [&](const T* from, int64_t n, To* to) __attribute__((always_inline)) {
     if constexpr (std::is_same_v<T, To>) {
       copy_few(to, from, n * static_cast<int64_t>(sizeof(To)));

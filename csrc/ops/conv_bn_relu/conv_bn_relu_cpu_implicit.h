@@ -66,8 +66,9 @@ private:
     const typename ConvResult<T>::Vectors right = r.at(channel + column + kLane);
 #pragma GCC unroll 1
     for (int i = 0; i < rows; ++i) {
-      store_one(r, left, place, i, 0, load(sums + 2 * i * kLane), kLane);
-      store_one(r, right, place, i, kLane, load(sums + (2 * i + 1) * kLane), kLane);
+      const Vec<A> low = finished(r, left, place, i, 0, load(sums + 2 * i * kLane), kLane);
+      const Vec<A> high = finished(r, right, place, i, kLane, load(sums + (2 * i + 1) * kLane), kLane);
+      store_pair_as(place.out + place.offsets[i], low, high);
     }
   }
 
@@ -79,12 +80,16 @@ private:
     const T* residual;
     T* out;
   };
+  inline __attribute__((always_inline)) Vec<A> finished(const ConvResult<T>& r,
+                                                        const typename ConvResult<T>::Vectors& v, const Place& place,
+                                                        int row, int64_t column, Vec<A> sums, int64_t valid) const {
+    if (place.partial) sums += load(place.partial + row * place.ld_partial + column);
+    return r.finished(sums, v, place.residual ? place.residual + place.offsets[row] + column : nullptr, valid);
+  }
   inline __attribute__((always_inline)) void store_one(const ConvResult<T>& r, const typename ConvResult<T>::Vectors& v,
                                                        const Place& place, int row, int64_t column, Vec<A> sums,
                                                        int64_t valid) const {
-    if (place.partial) sums += load(place.partial + row * place.ld_partial + column);
-    const int64_t at = place.offsets[row] + column;
-    r.finish(sums, v, place.residual ? place.residual + at : nullptr, place.out + at, valid);
+    store_as_partial(place.out + place.offsets[row] + column, finished(r, v, place, row, column, sums, valid), valid);
   }
 };
 

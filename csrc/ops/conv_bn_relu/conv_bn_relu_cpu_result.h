@@ -47,14 +47,19 @@ struct ConvResult {
     return v;
   }
 
-  // Stores `valid` channels of one position at the address of `out_at`, as Normalize does in a pass of its own.
-  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at, T* out_at,
-                                                    int64_t valid) const {
+  // What `valid` channels of one position become, as Normalize computes it in a pass of its own.
+  inline __attribute__((always_inline)) Vec<Acc<T>> finished(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at,
+                                                             int64_t valid) const {
     if (bias) sums += v.bias;
     sums = rounded<T>(sums);
     if (mean) sums = multiply_add<Acc<T>>(sums - v.mean, v.scale, v.shift);
     if (residual_at) sums += load_as_partial(residual_at, valid);
-    store_as_partial(out_at, activate(activation, sums, slope), valid);
+    return activate(activation, sums, slope);
+  }
+  // Stored at the address of `out_at`.
+  inline __attribute__((always_inline)) void finish(Vec<Acc<T>> sums, const Vectors& v, const T* residual_at, T* out_at,
+                                                    int64_t valid) const {
+    store_as_partial(out_at, finished(sums, v, residual_at, valid), valid);
   }
 };
 
