@@ -189,19 +189,6 @@ PTK_INLINE T reduce_max(Vec<T> v) {
   return lane[0];
 }
 
-// Whether any lane of a comparison's result holds.
-template <class V>
-PTK_INLINE bool any(V mask) {
-#if PTK_X86_AVX512
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
-#else
-  const auto words = bit_cast<Vec<int64_t>>(mask);
-  int64_t all = 0;
-  for (int i = 0; i < kLanes<int64_t>; ++i) all |= words[i];
-  return all != 0;
-#endif
-}
-
 // ---- 16-bit floats <-> float
 // --------------------------------------------------------------------------------------
 

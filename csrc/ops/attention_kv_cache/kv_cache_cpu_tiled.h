@@ -22,18 +22,6 @@ PTK_INLINE int64_t gathered_row_of(const KvCacheParams& p) {
   return round_up(most(p.dim_qk, p.dim_v), kGatherStep);
 }
 
-// O = O * factor + sums, the rescaling of the online softmax fused into the product.
-template <class A>
-struct RescaleAndAdd {
-  A* out;
-  int64_t ld;
-  const A* factor;
-  inline __attribute__((always_inline)) void operator()(int64_t row, int64_t column, Vec<A> sums, int64_t) const {
-    A* p = out + row * ld + column;
-    store(p, load(p) * factor[row] + sums);
-  }
-};
-
 // Numbers of any cache type are exact in every element type they are converted to.
 template <class E, class C>
 static void convert_stored(const C* row, int64_t n, E* out) {
