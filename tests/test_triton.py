@@ -112,6 +112,11 @@ def traced_call(name: str) -> tuple[Any, list[Tensor]]:
     if name == "lstm":
         call = lambda x, *w: ops.packed_rnn(x, None, None, [], list(w), 3, "time_first", "lstm")  # noqa: E731
         return call, [on_gpu(7, 3, 8), on_gpu(64, 8), on_gpu(64, 16)]
+    if name == "rotary":
+        heads = [on_gpu(2, heads, 5, 16) for heads in (4, 2)]
+        return lambda q, k, w, *angles: ops.rotary_embedding(q, k, *angles, None, w, None, True), [
+            *heads, on_gpu(16), *(on_gpu(9, 6) for _ in range(2))
+        ]  # fmt: skip
     if name == "varlen":
         return lambda q, k, v, cu: ops.attention_varlen(q, k, v, cu, cu, 9, 9), [
             *(on_gpu(9, 4, 16) for _ in "qkv"),
@@ -133,7 +138,7 @@ def traced_call(name: str) -> tuple[Any, list[Tensor]]:
     return ops.attention_with_kv_cache, [on_gpu(2, 4, 1, 64), cache, cache, rows]
 
 
-TRACED = ("conv", "linear", "experts", "lstm", "varlen", "cache", "cache-float8")
+TRACED = ("conv", "linear", "experts", "lstm", "rotary", "varlen", "cache", "cache-float8")
 
 
 @installed

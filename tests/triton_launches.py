@@ -183,6 +183,21 @@ def rnn(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, 
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
 
 
+def rotary(arch: int, dim: int, pairs: int, dtype: torch.dtype, interleaved: bool, norm: bool) -> list[Any]:
+    from ptkernels.ops.rotary_embedding import triton as module
+
+    query, key = (meta(2, 1024, heads, dim, dtype=dtype).transpose(1, 2) for heads in (32, 8))
+    table, positions = meta(4096, pairs, dtype=torch.float32), meta(1024, dtype=torch.int64)
+    weights = [meta(dim, dtype=dtype) if norm else None for _ in "qk"]
+    call = (query, key, table, table, positions, *weights, interleaved, 1e-6)
+
+    def launch(recorder: Any) -> None:
+        module.rotary_embedding(*call, wrap=recorder)
+        module.rotary_embedding_backward(query, key, *call, [True, True, norm, norm], wrap=recorder)
+
+    return with_every_tile(arch, module, ("tiles",), launch)
+
+
 def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
     for dim, dim_v, dtype, options in (
         (64, 64, torch.bfloat16, "plain"),
@@ -241,6 +256,10 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "lstm-float32": lambda arch: rnn(arch, "lstm", 32, torch.float32),
     "gru-256-float32": lambda arch: rnn(arch, "gru", 256, torch.float32),
     "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
+    "rotary": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, False),
+    "rotary-norm": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, True),
+    "rotary-part-interleaved": lambda arch: rotary(arch, 80, 16, torch.float16, True, True),
+    "rotary-512-float32": lambda arch: rotary(arch, 512, 256, torch.float32, False, True),
 }
 
 

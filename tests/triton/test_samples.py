@@ -18,12 +18,19 @@ from ptkernels import _registry
 from ptkernels._registry import Sample
 from ptkernels.errors import BackendError
 
-OPS = ("packed_rnn", "conv_bn_relu", "quantized_matmul", "attention_varlen", "attention_with_kv_cache")
+OPS = (
+    "packed_rnn",
+    "conv_bn_relu",
+    "quantized_matmul",
+    "attention_varlen",
+    "attention_with_kv_cache",
+    "rotary_embedding",
+)
 DTYPES = (torch.float32, torch.bfloat16)
 UNCOVERED = r"have no (projection|statistics of every image|activation before the convolution|relative_bias)"
 UNCOVERED += "|return no cells|have no (zoneout|peephole_lstm|reset_before_gru|layer_norm_(lstm|gru))"
-# The interpreter takes a minute for each of these.
-LARGE = ("lstm-concatenated", "gru-many-rows")
+# The interpreter takes up to a minute for each of these.
+LARGE = ("lstm-concatenated", "gru-many-rows", "many-heads")
 
 
 @functools.cache

@@ -53,15 +53,17 @@ def rotary_embedding(
     Raises:
         TypeError: an argument is not a dense tensor, or has a dtype or Python type that is not taken.
         ValueError: shapes, devices or numbers do not fit, or ``cos`` or ``sin`` requires grad; the message names the
-            argument. Positions beyond the rows of ``cos`` raise RuntimeError, from the kernel that reads them.
+            argument. Positions beyond the rows of ``cos`` raise RuntimeError, from the kernel that reads them; on a
+            GPU, where nothing waits to look at them, they make the values that are rotated NaN.
         ptkernels.errors.FallbackError: no kernel covers the call and ``PTKERNELS_STRICT=1``.
 
     Note:
         Every value is read once and written once. Computes in float32 (float64 for float64) and rounds once, at the
         end. Gradients of the weights are summed in float64. Results do not depend on the number of threads.
 
-        Double backward and forward-mode differentiation run on the reference, with a warning; so do devices other than
-        the CPU. Under autocast query, key and weights are cast as products are; angles are not.
+        Double backward and forward-mode differentiation run on the reference, with a warning; so does float64 on a GPU,
+        where the kernels are Triton's (not yet run on a GPU). Under autocast query, key and weights are cast as
+        products are; angles are not.
 
         Su et al., *RoFormer*, 2021; Zhang and Sennrich, *Root mean square layer normalization*, 2019.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptkernels import _backend
 from ptkernels._autograd import Function, apply, below_autograd, forward_of_function, has_tangent, in_transform
+from ptkernels._triton import dispatch
 from ptkernels.ops.rotary_embedding import batching, reference
 from ptkernels.ops.rotary_embedding.checks import OP, check_inputs
 from ptkernels.ops.rotary_embedding.library import backward_op, rotary_op
@@ -177,6 +178,8 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey) -> Callable[..
 _library = torch.library.Library("ptkernels", "FRAGMENT")
 torch.library.register_fake("ptkernels::rotary_embedding", _fake_rotary, lib=_library)
 torch.library.register_fake("ptkernels::_rotary_embedding_backward", _fake_backward, lib=_library)
+dispatch.implement(_library, rotary_op, "ptkernels.ops.rotary_embedding.triton", "rotary_embedding")
+dispatch.implement(_library, backward_op, "ptkernels.ops.rotary_embedding.triton", "rotary_embedding_backward")
 _library.impl("rotary_embedding", _autograd_rotary, "Autograd", with_keyset=True)
 _library.impl("_rotary_embedding_backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("ptkernels::rotary_embedding", batching.vmap_forward, lib=_library)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ptkernels import _backend, _loader
+from ptkernels import _backend, _loader, _triton
 from ptkernels._autograd import has_tangent
-from ptkernels._registry import Explanation, KernelInfo
+from ptkernels._registry import Explanation, KernelInfo, triton_row
 from ptkernels.ops.rotary_embedding import library, register
 from ptkernels.ops.rotary_embedding.checks import DTYPES, OP, check_inputs
 
@@ -19,10 +19,13 @@ _LEVELS = ("baseline", "avx2", "avx512")
 
 def fallback_reason(query: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
+    tangent = register.FORWARD_MODE if has_tangent(query, *others) else None
+    if _backend.runs_on_triton(query.device.type, library.DEVICES):
+        return _triton.uncovered(query) or tangent
     # On the meta device a call is shape propagation, which the operators have for every device.
     if query.device.type not in (*library.DEVICES, "meta"):
-        return f"no kernel for {query.device.type} tensors"
-    return register.FORWARD_MODE if has_tangent(query, *others) else None
+        return _backend.no_kernel(query.device.type)
+    return tangent
 
 
 def runs_on_reference(query: Tensor, *others: Tensor | None) -> bool:
@@ -82,6 +85,8 @@ def explain(
         for name, tensor in (("query", query), ("key", key))
         if tensor.numel() > 0 and tensor.size(-1) > 1 and tensor.stride(-1) != 1
     ]
+    if _backend.runs_on_triton(device, library.DEVICES):
+        return Explanation(OP, "Triton", "triton", f"{reason}; {_triton.NOT_YET_RUN}", hints)
     return Explanation(OP, _cpu_kernel() if device == "cpu" else "shape propagation", device, reason, hints)
 
 
@@ -90,5 +95,6 @@ def kernels() -> list[KernelInfo]:
     dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     return [
         KernelInfo(_cpu_kernel(), "cpu", dtypes, True),
+        triton_row(),
         KernelInfo(_COMPOSITION, "reference", dtypes, True),
     ]
