@@ -166,18 +166,22 @@ def conv(
     return with_every_tile(arch, module, ("tiles", "weight_tiles", "depthwise_tiles"), launch)
 
 
-def rnn(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, batch: int = 32) -> list[Any]:
+def rnn(
+    arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, batch: int = 32, projection: int = 0
+) -> list[Any]:
     from ptkernels.ops.packed_rnn import triton as module
     from ptkernels.ops.packed_rnn.reference import GATES
 
     rows = GATES[mode] * hidden
-    shapes = ((rows, 64), (rows, hidden), (rows,), (rows,))
+    shapes: Any = ((rows, 64), (rows, projection or hidden), (rows,), (rows,))
+    if projection:
+        shapes = (*shapes, (projection, hidden))
     x, params = meta(2, batch, 64, dtype=dtype), [meta(*shape, dtype=dtype) for shape in shapes * 2]
     layer = (x, None, None, [], params)
 
     def launch(recorder: Any) -> None:
         out, _, _, gates, cells = module.rnn(*layer, batch, "time_first", mode, True, True, wrap=recorder)
-        saved, options = (out, gates, cells), (batch, "time_first", mode, True, [True] * 9)
+        saved, options = (out, gates, cells), (batch, "time_first", mode, True, [True] * (1 + len(params)))
         module.rnn_backward(out, None, None, *layer, *saved, *options, wrap=recorder)
 
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
@@ -256,6 +260,8 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "lstm-float32": lambda arch: rnn(arch, "lstm", 32, torch.float32),
     "gru-256-float32": lambda arch: rnn(arch, "gru", 256, torch.float32),
     "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
+    "lstm-projected": lambda arch: rnn(arch, "lstm", 1024, projection=256),
+    "lstm-projected-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128),
     "rotary": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, False),
     "rotary-norm": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, True),
     "rotary-part-interleaved": lambda arch: rotary(arch, 80, 16, torch.float16, True, True),

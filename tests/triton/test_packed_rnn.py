@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import op_checks as contract
 import pytest
 import torch
@@ -9,6 +11,7 @@ from comparing import DEVICE
 
 import ptkernels as ptk
 from ptkernels import _registry
+from ptkernels.ops.packed_rnn import spec
 from ptkernels.ops.packed_rnn import triton as launch
 
 SPEC = _registry.get("packed_rnn")
@@ -16,6 +19,7 @@ SAMPLES = {
     sample.name: sample
     for level in ("gradcheck", "quick")
     for sample in SPEC.samples(torch.float32, DEVICE, False, level)
+    # A projection is launched once per step alone.
     if not {"weight_hr", "return_cells"} & set(sample.kwargs) and sample.args[0].numel() < 500
     if not any(cell in sample.name for cell in ("peephole", "reset-before", "layer-norm", "zoneout"))
 }
@@ -36,10 +40,22 @@ def test_values_and_gradients(name: str, plan: str, monkeypatch: pytest.MonkeyPa
     contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
 
 
-@pytest.mark.parametrize("mode", ["lstm", "gru"])
-def test_layers_and_directions_of_a_stack(mode: str, device: str) -> None:
+@pytest.mark.parametrize("wanted", [None, ("weight_hr",), ("weight_hh", "bias_ih")], ids=str)
+def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None) -> None:
+    """More sequences, units and outputs than a tile has; all gradients, or some."""
+    case = spec._Case("padded", "lstm", (3, 0, 2, *[1] * 14), 3, 19, True, projection=17, layout="batch_first")
+    sample = case.sample(torch.float32, DEVICE, False)
+    sample = replace(sample, grad_inputs=wanted or sample.grad_inputs)
+    with ptk.backend("triton"):
+        ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
+    contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+
+
+@pytest.mark.parametrize(("mode", "projection"), [("lstm", 0), ("lstm", 4), ("gru", 0)])
+def test_layers_and_directions_of_a_stack(mode: str, projection: int, device: str) -> None:
     torch.manual_seed(0)
-    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[mode](5, 6, num_layers=2, bidirectional=True)
+    kind, options = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[mode], {"num_layers": 2, "bidirectional": True}
+    module = kind(5, 6, **options, **({"proj_size": projection} if projection else {}))
     data, lengths = torch.randn(4, 3, 5), torch.tensor([4, 1, 2])
     packed = torch.nn.utils.rnn.pack_padded_sequence(data, lengths, enforce_sorted=False)
     want = module(packed)[0].data

@@ -26,7 +26,7 @@ def fallback_reason(
     if _backend.runs_on_triton(input.device.type, library.DEVICES):
         if all_cells:
             return "the Triton kernels return no cells of every token"
-        uncovered = _uncovered_by_triton(mode, params, options)
+        uncovered = _uncovered_by_triton(mode, options)
         return _triton.uncovered(input) or uncovered or _tangent(input, state, params)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
@@ -38,13 +38,10 @@ def _tangent(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -
     return "forward-mode differentiation has no kernel" if has_tangent(input, *state, *params) else None
 
 
-def _uncovered_by_triton(mode: str, params: Sequence[Tensor], options: Options) -> str | None:
+def _uncovered_by_triton(mode: str, options: Options) -> str | None:
     if mode not in ("lstm", "gru", "tanh", "relu"):
         return f"the Triton kernels have no {mode}"
-    if options.zoneout or options.zoneout_cell:
-        return "the Triton kernels have no zoneout"
-    # Weights and biases of one or two directions are even in number; a projection makes it 3, 5, 6 or 10.
-    return "the Triton kernels have no projection" if len(params) in (3, 5, 6, 10) else None
+    return "the Triton kernels have no zoneout" if options.zoneout or options.zoneout_cell else None
 
 
 def runs_on_reference(

@@ -25,6 +25,8 @@ from ptkernels.ops.packed_rnn.triton_order import Order, order_of
 MODES = {"lstm": kernels.LSTM.value, "gru": kernels.GRU.value, "tanh": kernels.TANH.value, "relu": kernels.RELU.value}
 # Gradients of gates that the backward keeps of a unit: a gru's n has one for each of its two terms.
 STORED = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
+# How many weights and biases one or two directions have with a projection: elsewhere they are even in number for each.
+PROJECTED = (3, 5, 6, 10)
 
 
 class Tile(NamedTuple):
@@ -46,15 +48,27 @@ def persistent_tiles(dtype: torch.dtype, hidden: int, arch: int) -> list[Tile]:
     return [Tile(16, units, units, 8 if units == 128 else 4, 1)]
 
 
-def step_tiles(dtype: torch.dtype, batch: int) -> list[Tile]:
+def step_tiles(dtype: torch.dtype, batch: int, projected: bool) -> list[Tile]:
     """Tiles worth trying for one launch per step, best guess first: few units, so that many programs share a step.
 
     The batch matters only by how many rows of a tile it fills.
     """
     if dtype == torch.float32:
-        return [Tile(32, 16, 16, 8, 1)]
+        # Beside a projection's addresses, sums of more rows leave the registers of sm_80.
+        return [Tile(16, 16, 16, 4, 1) if projected else Tile(32, 16, 16, 8, 1)]
     rows = min(_triton.power_of_2(batch), 64)
     return [Tile(rows, 16, 64, 4, 3), Tile(rows, 32, 32, 4, 3)]
+
+
+class Step(NamedTuple):
+    """A kernel that is launched in each of the first rounds, and what for."""
+
+    kernel: Any
+    rounds: int
+    columns: int
+    """Units or outputs, which its programs share."""
+    args: tuple[Any, ...]
+    switches: dict[str, Any]
 
 
 class _Layer:
@@ -76,7 +90,8 @@ class _Layer:
         self.directions = 2 if bidirectional else 1
         self.each = len(params) // self.directions
         self.gates = GATES[mode]
-        self.hidden = params[0].size(0) // self.gates
+        self.hidden, self.outputs = params[0].size(0) // self.gates, params[1].size(1)
+        self.projected = len(params) in PROJECTED
         self.dtype = input.dtype
         self.order: Order = order_of(input, sizes, sorted_indices, batch, layout)
         self.saved_rows = input.numel() // input.size(-1)
@@ -96,10 +111,10 @@ class _Layer:
         data = self.input.reshape(-1, self.input.size(-1))
         return data if self.order.rows is None else data.index_select(0, self.order.rows)
 
-    def by_slot(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """A copy of states ``[directions, batch, hidden]`` in the order of slots; zeros for None."""
+    def by_slot(self, tensor: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+        """A copy of states ``[directions, batch, width]`` in the order of slots; zeros for None."""
         if tensor is None:
-            return self.input.new_zeros(self.directions, self.batch, self.hidden, dtype=dtype)
+            return self.input.new_zeros(self.directions, self.batch, width, dtype=dtype)
         ordered = tensor if self.order.slots is None else tensor.index_select(1, self.order.slots)
         return ordered.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -112,15 +127,16 @@ class _Layer:
     def states(self) -> tuple[Tensor, Tensor]:
         """h in the dtype of the input and c in float32 before the first step."""
         given = (*self.state, None, None)
-        return self.by_slot(given[0], self.dtype), self.by_slot(given[1], torch.float32)
+        h = self.by_slot(given[0], self.outputs, self.dtype)
+        return h, self.by_slot(given[1], self.hidden, torch.float32)
 
     def plan(self, arch: int) -> tuple[Tile, bool]:
         """The tile, and whether a program runs all steps."""
         persistent = persistent_tiles(self.dtype, self.hidden, arch)
-        if persistent:
+        if persistent and not self.projected:
             return tuning.pick("rnn", (self.mode, self.dtype, self.hidden), persistent, self.input.device), True
-        stepwise = step_tiles(self.dtype, self.batch)
-        key = (self.mode, self.dtype, self.hidden, stepwise[0].b)
+        stepwise = step_tiles(self.dtype, self.batch, self.projected)
+        key = (self.mode, self.dtype, self.hidden, self.outputs, stepwise[0].b)
         return tuning.pick("rnn_step", key, stepwise, self.input.device), False
 
     def switches(self) -> dict[str, Any]:
@@ -132,19 +148,20 @@ class _Layer:
             "PRECISION": self.precision,
         }
 
-    def launch(self, whole: Any, step: Any, rounds: int, args: tuple[Any, ...], switches: dict[str, Any]) -> None:
-        """Run ``whole`` once, or ``step`` for every round."""
+    def launch(self, whole: Any, args: tuple[Any, ...], switches: dict[str, Any], steps: Sequence[Step]) -> None:
+        """Run ``whole`` once, or ``steps`` one after the other for every round."""
         tile, persistent = self.plan(_triton.arch_of(self.input))
         blocks = triton.cdiv(self.batch, tile.b)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if persistent:
             whole[(blocks, self.directions)](*args, **switches, BLOCK_B=tile.b, BLOCK_H=tile.n, **options)
             return
-        grid = (blocks, triton.cdiv(self.hidden, tile.n), self.directions)
-        for round in range(rounds):
-            step[grid](
-                *args, round, self.order.steps, **switches, BLOCK_B=tile.b, BLOCK_N=tile.n, BLOCK_K=tile.k, **options
-            )
+        options |= {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        for round in range(max(step.rounds for step in steps)):
+            for step in steps:
+                if round < step.rounds:
+                    grid = (blocks, triton.cdiv(step.columns, tile.n), self.directions)
+                    step.kernel[grid](*step.args, round, self.order.steps, **step.switches, **options)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -172,7 +189,7 @@ def rnn(
         raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     make = input.new_zeros if a.has_padding else input.new_empty
-    output = make((*input.shape[:-1], a.directions * a.hidden))
+    output = make((*input.shape[:-1], a.directions * a.outputs))
     h_start, c = a.states()
     h_n = h_start.clone()
     saves = save and mode in ("lstm", "gru")
@@ -191,9 +208,22 @@ def rnn(
             cells, a.batch, a.saved_rows, a.directions,
         )  # fmt: skip
         switches = {**a.switches(), "HAS_BIAS": a.has_bias, "SAVE": saves}
-        a.launch(wrap(kernels.forward), wrap(kernels.forward_step), a.order.steps, args, switches)
+        a.launch(wrap(kernels.forward), args, switches, _forward_steps(a, args, switches, wrap))
     c_n = a.by_sequence(c, input.dtype) if mode == "lstm" else input.new_empty(0)
     return output, a.by_sequence(h_n, input.dtype), c_n, gates, cells
+
+
+def _forward_steps(a: _Layer, args: tuple[Any, ...], switches: dict[str, Any], wrap: Launcher) -> list[Step]:
+    sizes = {"OUTPUTS": a.outputs, "PROJECTED": a.projected}
+    *_, first, lengths, rows, output, h_n, _, _, _, _, _ = args
+    unprojected = a.input.new_empty(a.directions, a.batch, a.hidden) if a.projected else h_n
+    cells = Step(wrap(kernels.forward_step), a.order.steps, a.hidden, (*args, unprojected), {**switches, **sizes})
+    if not a.projected:
+        return [cells]
+    args = (unprojected, a.stacked(a.each - 1), first, lengths, rows, output, h_n, a.batch, a.directions)
+    switches = {name: switches[name] for name in ("HIDDEN", "HAS_ROWS", "PRECISION")}
+    switches["OUTPUTS"] = a.outputs
+    return [cells, Step(wrap(kernels.project_step), a.order.steps, a.outputs, args, switches)]
 
 
 def rnn_backward(
@@ -221,7 +251,7 @@ def rnn_backward(
     if all_cells:
         raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
-    dh, dc = a.by_slot(grad_h_n, torch.float32), a.by_slot(grad_c_n, torch.float32)
+    dh, dc = a.by_slot(grad_h_n, a.outputs, torch.float32), a.by_slot(grad_c_n, a.hidden, torch.float32)
     if a.order.tokens == 0:
         of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
         found = [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
@@ -239,25 +269,44 @@ def rnn_backward(
         a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
         dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
     )  # fmt: skip
+    d_out = input.new_empty(a.directions, a.order.tokens, a.outputs) if a.projected else dg
     switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
-    a.launch(wrap(kernels.backward), wrap(kernels.backward_step), a.order.steps + 1, args, switches)
+    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, switches, wrap))
 
     of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
     wanted = iter(output_mask)
     results = [_input_gradient(a, dg)] if next(wanted) else []
     results += [grad for grad in of_states if next(wanted)]
     for d in range(a.directions):
-        results += _weight_gradients(a, dg[d], before[d], [next(wanted) for _ in range(a.each)])
+        results += _weight_gradients(a, dg[d], before[d], [next(wanted) for _ in range(4 if a.has_bias else 2)])
+        if a.projected and next(wanted):
+            unprojected = gates[d, : a.order.tokens, 3] * cells[d, : a.order.tokens].tanh()
+            results.append(d_out[d].t() @ unprojected.to(a.dtype))
     return results
 
 
+def _backward_steps(
+    a: _Layer, args: tuple[Any, ...], d_out: Tensor, switches: dict[str, Any], wrap: Launcher
+) -> list[Step]:
+    hidden_weight, *_, grad_rows, first, lengths, rows, dh, _, dg, batch, tokens, _, directions = args
+    projection = a.stacked(a.each - 1) if a.projected else dg
+    switches = {**switches, "OUTPUTS": a.outputs}
+    of_cells = {**switches, "PROJECTED": a.projected}
+    kernel, rounds = wrap(kernels.backward_step), a.order.steps + (not a.projected)
+    cells = Step(kernel, rounds, a.hidden, (*args, projection, d_out), of_cells)
+    if not a.projected:
+        return [cells]
+    args = (hidden_weight, grad_rows, first, lengths, rows, dh, dg, d_out, batch, tokens, directions)
+    return [Step(wrap(kernels.output_gradient_step), a.order.steps + 1, a.outputs, args, switches), cells]
+
+
 def _previous_states(a: _Layer, output: Tensor, h_start: Tensor, rows: Tensor, wrap: Launcher) -> Tensor:
-    previous = output.new_empty(a.directions, a.order.tokens, a.hidden)
+    previous = output.new_empty(a.directions, a.order.tokens, a.outputs)
     block = min(_triton.power_of_2(a.batch), 32)
     wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
         output, h_start, a.order.first, a.order.lengths, rows, previous, a.batch, a.order.tokens, a.directions,
-        HIDDEN=a.hidden, HAS_ROWS=a.order.rows is not None, BLOCK_B=block,
-        BLOCK_N=min(_triton.power_of_2(a.hidden), 128), num_warps=4,
+        OUTPUTS=a.outputs, HAS_ROWS=a.order.rows is not None, BLOCK_B=block,
+        BLOCK_N=min(_triton.power_of_2(a.outputs), 128), num_warps=4,
     )  # fmt: skip
     return previous
 
@@ -304,5 +353,5 @@ def sees_through(*args: Any, **kwargs: Any) -> bool:
     forward = isinstance(args[7], str)
     input, sizes, params, layout = (args[i] for i in ((0, 1, 4, 6) if forward else (3, 4, 7, 12)))
     hidden = params[0].size(0) // GATES[args[7 if forward else 13]]
-    persistent = bool(persistent_tiles(input.dtype, hidden, _triton.arch_of(input)))
-    return persistent and (layout == "packed" or sizes is None)
+    persistent = len(params) not in PROJECTED and persistent_tiles(input.dtype, hidden, _triton.arch_of(input))
+    return bool(persistent) and (layout == "packed" or sizes is None)

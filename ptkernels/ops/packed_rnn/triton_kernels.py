@@ -1,6 +1,6 @@
 """Device code of recurrent layers in Triton: the recurrence, forward and backward, over ragged sequences.
 
-    lstm   i, f, o = sigmoid(xW + hU + b),  g = tanh(..),  c' = f c + i g,  h' = o tanh(c')
+    lstm   i, f, o = sigmoid(xW + hU + b),  g = tanh(..),  c' = f c + i g,  h' = o tanh(c')   [h' = (o tanh(c')) W_r]
     gru    r, z = sigmoid(xW + hU + b),  n = tanh(xW_n + b_n + r (hU_n + b'_n)),  h' = (1 - z) n + z h
     rnn    h' = tanh(xW + hU + b), or relu
 
@@ -11,7 +11,9 @@ ROWS naming the row of each token. The second direction runs the steps backwards
 Tiling: the product of the inputs is taken for all tokens ahead. Where all of U fits beside a block of sequences, a
 program owns BLOCK_B sequences of one direction for all steps (`forward`, `backward`): U, h, and c stay on the chip, and
 nothing waits for another program. Larger layers launch once per step (`forward_step`, `backward_step`), a program
-owning BLOCK_B sequences and BLOCK_N units, whose cells it alone reads and writes. Gates are saved after activation.
+owning BLOCK_B sequences and BLOCK_N units, whose cells it alone reads and writes. A projection sums over all units, so
+it is a second launch of every step (`project_step`, `output_gradient_step`), whose programs own BLOCK_N of the OUTPUTS
+that h then has; elsewhere OUTPUTS is HIDDEN. Gates are saved after activation.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ def _recurrent_gate(gate: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(U, gate, rows, columns, HIDDEN: tl.constexpr):
-    """U[gate * HIDDEN + rows, columns], in the shape that rows and columns broadcast to, 0 beyond."""
-    inside = (rows < HIDDEN) & (columns < HIDDEN)
-    return tl.load(U + (gate * HIDDEN + rows).to(tl.int64) * HIDDEN + columns, mask=inside, other=0.0)
+def _load_weight(U, gate, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """U[gate * ROWS + rows, columns], in the shape that rows and columns broadcast to, 0 beyond."""
+    inside = (rows < ROWS) & (columns < COLUMNS)
+    return tl.load(U + (gate * ROWS + rows).to(tl.int64) * COLUMNS + columns, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -149,12 +151,12 @@ def forward(
     OUT += d * HIDDEN
     state = d * batch + slot
 
-    u0 = _load_weight(U, 0, unit[None, :], unit[:, None], HIDDEN)
+    u0 = _load_weight(U, 0, unit[None, :], unit[:, None], HIDDEN, HIDDEN)
     if GATE_COUNT > 1:
-        u1 = _load_weight(U, 1, unit[None, :], unit[:, None], HIDDEN)
-        u2 = _load_weight(U, 2, unit[None, :], unit[:, None], HIDDEN)
+        u1 = _load_weight(U, 1, unit[None, :], unit[:, None], HIDDEN, HIDDEN)
+        u2 = _load_weight(U, 2, unit[None, :], unit[:, None], HIDDEN, HIDDEN)
     if GATE_COUNT > 3:
-        u3 = _load_weight(U, 3, unit[None, :], unit[:, None], HIDDEN)
+        u3 = _load_weight(U, 3, unit[None, :], unit[:, None], HIDDEN, HIDDEN)
     h = _load_units(H_START, state, unit, real, HIDDEN, HIDDEN).to(U.dtype.element_ty)
     c = _load_units(C, state, unit, real, HIDDEN, HIDDEN)
     steps = tl.max(length, 0)
@@ -184,12 +186,15 @@ def forward(
 @triton.jit(do_not_specialize=["step"])
 def forward_step(
     XG, U, B_IH, B_HH, H_START, C, FIRST, LENGTHS, ROWS, OUT, H_N, GATES, CELLS, batch, tokens_saved, directions,
-    step, steps,
-    MODE: tl.constexpr, HIDDEN: tl.constexpr, GATE_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    UNPROJECTED, step, steps,
+    MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it."""
+    """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it.
+
+    What a projection multiplies goes to UNPROJECTED, [directions, batch, HIDDEN], for `project_step`.
+    """
     d = tl.program_id(2)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -203,47 +208,81 @@ def forward_step(
     token_before = tl.load(FIRST + tl.maximum(before, 0)) + slot
     width = directions * GATE_COUNT * HIDDEN
     XG += d * GATE_COUNT * HIDDEN
-    U += d.to(tl.int64) * GATE_COUNT * HIDDEN * HIDDEN
+    U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
     B_IH += d * GATE_COUNT * HIDDEN
     B_HH += d * GATE_COUNT * HIDDEN
     GATES += d * tokens_saved * 4 * HIDDEN
     CELLS += d * tokens_saved * HIDDEN
-    OUT += d * HIDDEN
+    OUT += d * OUTPUTS
     state = d * batch + slot
     row_before = _rows_of(ROWS, token_before, continued, HAS_ROWS)
 
     s0 = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     s1, s2, s3 = s0, s0, s0
-    for first in range(0, HIDDEN, BLOCK_K):
+    for first in range(0, OUTPUTS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        h = _load_units(OUT, row_before, k, continued, directions * HIDDEN, HIDDEN)
-        h = tl.where(begun[:, None], _load_units(H_START, state, k, begun, HIDDEN, HIDDEN), h).to(U.dtype.element_ty)
-        s0 = tl.dot(h, _load_weight(U, 0, unit[None, :], k[:, None], HIDDEN), s0, input_precision=PRECISION)
+        h = _load_units(OUT, row_before, k, continued, directions * OUTPUTS, OUTPUTS)
+        h = tl.where(begun[:, None], _load_units(H_START, state, k, begun, OUTPUTS, OUTPUTS), h).to(U.dtype.element_ty)
+        u = _load_weight(U, 0, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
+        s0 = tl.dot(h, u, s0, input_precision=PRECISION)
         if GATE_COUNT > 1:
-            s1 = tl.dot(h, _load_weight(U, 1, unit[None, :], k[:, None], HIDDEN), s1, input_precision=PRECISION)
-            s2 = tl.dot(h, _load_weight(U, 2, unit[None, :], k[:, None], HIDDEN), s2, input_precision=PRECISION)
+            u = _load_weight(U, 1, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
+            s1 = tl.dot(h, u, s1, input_precision=PRECISION)
+            u = _load_weight(U, 2, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
+            s2 = tl.dot(h, u, s2, input_precision=PRECISION)
         if GATE_COUNT > 3:
-            s3 = tl.dot(h, _load_weight(U, 3, unit[None, :], k[:, None], HIDDEN), s3, input_precision=PRECISION)
+            u = _load_weight(U, 3, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
+            s3 = tl.dot(h, u, s3, input_precision=PRECISION)
 
-    own_h = _load_units(OUT, row_before, unit, continued, directions * HIDDEN, HIDDEN)
-    own_h = tl.where(begun[:, None], _load_units(H_START, state, unit, begun, HIDDEN, HIDDEN), own_h)
+    own_h = s0
+    if MODE == GRU:
+        own_h = _load_units(OUT, row_before, unit, continued, directions * HIDDEN, HIDDEN)
+        own_h = tl.where(begun[:, None], _load_units(H_START, state, unit, begun, HIDDEN, HIDDEN), own_h)
     c = _load_units(C, state, unit, active, HIDDEN, HIDDEN)
     h, c = _cell(
         s0, s1, s2, s3, own_h, c, XG, B_IH, B_HH, GATES, CELLS, token, unit, active, width,
         MODE, HIDDEN, HAS_BIAS, SAVE,
     )  # fmt: skip
-    row = _rows_of(ROWS, token, active, HAS_ROWS)
-    _store_units(OUT, row, unit, active, directions * HIDDEN, h, HIDDEN)
-    _store_units(H_N, state, unit, active, HIDDEN, h, HIDDEN)
     _store_units(C, state, unit, active, HIDDEN, c, HIDDEN)
+    if PROJECTED:
+        _store_units(UNPROJECTED, state, unit, active, HIDDEN, h, HIDDEN)
+    else:
+        row = _rows_of(ROWS, token, active, HAS_ROWS)
+        _store_units(OUT, row, unit, active, directions * HIDDEN, h, HIDDEN)
+        _store_units(H_N, state, unit, active, HIDDEN, h, HIDDEN)
+
+
+@triton.jit(do_not_specialize=["step"])
+def project_step(
+    UNPROJECTED, W_R, FIRST, LENGTHS, ROWS, OUT, H_N, batch, directions, step, steps,
+    HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The h that a step of `forward_step` leaves, BLOCK_N outputs of it."""
+    d = tl.program_id(2)
+    slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.where(d == 0, step, steps - 1 - step)
+    active = t < tl.load(LENGTHS + slot, mask=slot < batch, other=0)
+    W_R += d.to(tl.int64) * OUTPUTS * HIDDEN
+    state = d * batch + slot
+    h = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for first in range(0, HIDDEN, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        unprojected = _load_units(UNPROJECTED, state, k, active, HIDDEN, HIDDEN).to(W_R.dtype.element_ty)
+        w = _load_weight(W_R, 0, output[None, :], k[:, None], OUTPUTS, HIDDEN)
+        h = tl.dot(unprojected, w, h, input_precision=PRECISION)
+    row = _rows_of(ROWS, tl.load(FIRST + t) + slot, active, HAS_ROWS)
+    _store_units(OUT + d * OUTPUTS, row, output, active, directions * OUTPUTS, h, OUTPUTS)
+    _store_units(H_N, state, output, active, OUTPUTS, h, OUTPUTS)
 
 
 @triton.jit
 def previous_states(
     OUT, H_START, FIRST, LENGTHS, ROWS, PREVIOUS, batch, tokens, directions,
-    HIDDEN: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    OUTPUTS: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The h that each token's step started from, [directions, tokens, HIDDEN]: the operand of U's gradient."""
+    """The h that each token's step started from, [directions, tokens, OUTPUTS]: the operand of U's gradient."""
     t, d = tl.program_id(0), tl.program_id(2)
     slot = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     length = tl.load(LENGTHS + slot, mask=slot < batch, other=0)
@@ -253,11 +292,11 @@ def previous_states(
     begun = active & (continued == 0)
     token = tl.load(FIRST + t) + slot
     row_before = _rows_of(ROWS, tl.load(FIRST + tl.maximum(before, 0)) + slot, continued, HAS_ROWS)
-    for first in range(0, HIDDEN, BLOCK_N):
+    for first in range(0, OUTPUTS, BLOCK_N):
         unit = first + tl.arange(0, BLOCK_N)
-        h = _load_units(OUT + d * HIDDEN, row_before, unit, continued, directions * HIDDEN, HIDDEN)
-        h = tl.where(begun[:, None], _load_units(H_START, d * batch + slot, unit, begun, HIDDEN, HIDDEN), h)
-        _store_units(PREVIOUS, d * tokens + token, unit, active, HIDDEN, h, HIDDEN)
+        h = _load_units(OUT + d * OUTPUTS, row_before, unit, continued, directions * OUTPUTS, OUTPUTS)
+        h = tl.where(begun[:, None], _load_units(H_START, d * batch + slot, unit, begun, OUTPUTS, OUTPUTS), h)
+        _store_units(PREVIOUS, d * tokens + token, unit, active, OUTPUTS, h, OUTPUTS)
 
 
 @triton.jit
@@ -340,12 +379,12 @@ def backward(
     GRAD_OUT += d * HIDDEN
     state = d * batch + slot
 
-    u0 = _load_weight(U, 0, unit[:, None], unit[None, :], HIDDEN)
+    u0 = _load_weight(U, 0, unit[:, None], unit[None, :], HIDDEN, HIDDEN)
     if GATE_COUNT > 1:
-        u1 = _load_weight(U, 1, unit[:, None], unit[None, :], HIDDEN)
-        u2 = _load_weight(U, 2, unit[:, None], unit[None, :], HIDDEN)
+        u1 = _load_weight(U, 1, unit[:, None], unit[None, :], HIDDEN, HIDDEN)
+        u2 = _load_weight(U, 2, unit[:, None], unit[None, :], HIDDEN, HIDDEN)
     if GATE_COUNT > 3:
-        u3 = _load_weight(U, 3, unit[:, None], unit[None, :], HIDDEN)
+        u3 = _load_weight(U, 3, unit[:, None], unit[None, :], HIDDEN, HIDDEN)
     dh = _load_units(DH, state, unit, real, HIDDEN, HIDDEN)
     dc = _load_units(DC, state, unit, real, HIDDEN, HIDDEN)
     steps = tl.max(length, 0)
@@ -378,17 +417,100 @@ def backward(
     _store_units(DC, state, unit, real, HIDDEN, dc, HIDDEN)
 
 
+@triton.jit
+def _state_gradient(
+    DH, DG, U, FIRST, state, slot, unit, length, real, active, d, step, steps, t,
+    MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient that a step's h gets from the step after: DH, and DG of that step times U.
+
+    In round `steps`, behind the last: that of the states before the first tokens.
+    """
+    after = t + 1 - 2 * d
+    sent = _runs(after, length)
+    if step == steps:
+        after_state = tl.where(d == 0, 0, length - 1)
+        sent = length > 0
+    else:
+        after_state = tl.zeros(length.shape, length.dtype) + after
+        sent = sent & active
+    token_after = tl.load(FIRST + after_state, mask=sent, other=0) + slot
+    dh = _load_units(DH, state, unit, real, OUTPUTS, OUTPUTS)
+    for gate in tl.static_range(0, GATE_COUNT):
+        from_gate = token_after * STORED + _recurrent_gate(gate, MODE)
+        for first in range(0, HIDDEN, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            dg = _load_units(DG, from_gate, k, sent, HIDDEN, HIDDEN).to(U.dtype.element_ty)
+            u = _load_weight(U, gate, k[:, None], unit[None, :], HIDDEN, OUTPUTS)
+            dh = tl.dot(dg, u, dh, input_precision=PRECISION)
+    return dh
+
+
+@triton.jit(do_not_specialize=["step"])
+def output_gradient_step(
+    U, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DG, D_OUT, batch, tokens, directions, step, steps,
+    MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Where h is projected: its gradient at one step, BLOCK_N outputs of it, to D_OUT for `backward_step`.
+
+    DH holds what is to be added at a sequence's last token; round `steps` leaves there what the first ones send.
+    """
+    d = tl.program_id(2)
+    slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.where(d == 0, steps - 1 - step, step)
+    real = slot < batch
+    length = tl.load(LENGTHS + slot, mask=real, other=0)
+    active = _runs(t, length)
+    U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
+    DG += d * tokens * STORED * HIDDEN
+    D_OUT += d * tokens * OUTPUTS
+    state = d * batch + slot
+    dh = _state_gradient(
+        DH, DG, U, FIRST, state, slot, output, length, real, active, d, step, steps, t,
+        MODE, HIDDEN, OUTPUTS, GATE_COUNT, STORED, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if step == steps:
+        _store_units(DH, state, output, real, OUTPUTS, dh, OUTPUTS)
+    else:
+        token = tl.load(FIRST + t) + slot
+        if HAS_GRAD:
+            row = _rows_of(ROWS, token, active, HAS_ROWS)
+            dh += _load_units(GRAD_OUT + d * OUTPUTS, row, output, active, directions * OUTPUTS, OUTPUTS)
+        _store_units(D_OUT, token, output, active, OUTPUTS, dh, OUTPUTS)
+        _store_units(DH, state, output, active, OUTPUTS, tl.zeros(dh.shape, tl.float32), OUTPUTS)
+
+
+@triton.jit
+def _through_projection(
+    D_OUT, W_R, token, unit, active, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what a projection multiplied, from that of its result."""
+    dh = tl.zeros((token.shape[0], unit.shape[0]), tl.float32)
+    for first in range(0, OUTPUTS, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        d_out = _load_units(D_OUT, token, k, active, OUTPUTS, OUTPUTS).to(W_R.dtype.element_ty)
+        w = _load_weight(W_R, 0, k[:, None], unit[None, :], OUTPUTS, HIDDEN)
+        dh = tl.dot(d_out, w, dh, input_precision=PRECISION)
+    return dh
+
+
 @triton.jit(do_not_specialize=["step"])
 def backward_step(
     U, GATES, CELLS, C_START, PREVIOUS, OUT, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DC, DG,
-    batch, tokens, tokens_saved, directions, step, steps,
-    MODE: tl.constexpr, HIDDEN: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr, HAS_GRAD: tl.constexpr,
-    HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    batch, tokens, tokens_saved, directions, W_R, D_OUT, step, steps,
+    MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
+    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units: dh = DH + grad_out + DG of the step after times U.
 
     DH holds the part of dh that did not go through U. Round `steps` adds what the first tokens send to the states.
+    Where h is projected, dh comes from D_OUT, and there is no such round.
     """
     d = tl.program_id(2)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -397,21 +519,11 @@ def backward_step(
     real = slot < batch
     length = tl.load(LENGTHS + slot, mask=real, other=0)
     active = _runs(t, length)
-    after = t + 1 - 2 * d
-    # Of the round behind the last: every sequence with a token has sent its state a gradient at its first.
-    sent = _runs(after, length)
-    if step == steps:
-        after_state = tl.where(d == 0, 0, length - 1)
-        sent = length > 0
-    else:
-        after_state = tl.zeros((BLOCK_B,), length.dtype) + after
-        sent = sent & active
     before = t - 1 + 2 * d
     continued = active & _runs(before, length)
     token = tl.load(FIRST + tl.minimum(tl.maximum(t, 0), steps)) + slot
     token_before = tl.load(FIRST + tl.minimum(tl.maximum(before, 0), steps)) + slot
-    token_after = tl.load(FIRST + after_state, mask=sent, other=0) + slot
-    U += d.to(tl.int64) * GATE_COUNT * HIDDEN * HIDDEN
+    U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
     GATES += d * tokens_saved * 4 * HIDDEN
     CELLS += d * tokens_saved * HIDDEN
     PREVIOUS += d * tokens * HIDDEN
@@ -421,23 +533,25 @@ def backward_step(
     state = d * batch + slot
     row = _rows_of(ROWS, token, active, HAS_ROWS)
 
-    dh = _load_units(DH, state, unit, real, HIDDEN, HIDDEN)
-    for gate in tl.static_range(0, GATE_COUNT):
-        from_gate = token_after * STORED + _recurrent_gate(gate, MODE)
-        for first in range(0, HIDDEN, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            dg = _load_units(DG, from_gate, k, sent, HIDDEN, HIDDEN).to(U.dtype.element_ty)
-            u = _load_weight(U, gate, k[:, None], unit[None, :], HIDDEN)
-            dh = tl.dot(dg, u, dh, input_precision=PRECISION)
+    if PROJECTED:
+        W_R += d.to(tl.int64) * OUTPUTS * HIDDEN
+        D_OUT += d * tokens * OUTPUTS
+        dh = _through_projection(D_OUT, W_R, token, unit, active, HIDDEN, OUTPUTS, PRECISION, BLOCK_K)
+    else:
+        dh = _state_gradient(
+            DH, DG, U, FIRST, state, slot, unit, length, real, active, d, step, steps, t,
+            MODE, HIDDEN, OUTPUTS, GATE_COUNT, STORED, PRECISION, BLOCK_K,
+        )  # fmt: skip
     if step == steps:
         _store_units(DH, state, unit, real, HIDDEN, dh, HIDDEN)
     else:
-        if HAS_GRAD:
+        if HAS_GRAD and not PROJECTED:
             dh += _load_units(GRAD_OUT, row, unit, active, directions * HIDDEN, HIDDEN)
         dc = _load_units(DC, state, unit, active, HIDDEN, HIDDEN)
         d0, d1, d2, d3, dc, through = _cell_gradient(
             dh, dc, GATES, CELLS, C_START, PREVIOUS, OUT, DG, token, token_before, row, unit, active, continued, state,
             directions, MODE, HIDDEN, STORED,
         )  # fmt: skip
-        _store_units(DH, state, unit, active, HIDDEN, through, HIDDEN)
+        if not PROJECTED:
+            _store_units(DH, state, unit, active, HIDDEN, through, HIDDEN)
         _store_units(DC, state, unit, active, HIDDEN, dc, HIDDEN)
