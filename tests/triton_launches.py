@@ -187,6 +187,28 @@ def rnn(
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
 
 
+def cells(arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, zoneout: bool = False) -> list[Any]:
+    from ptkernels.ops.packed_rnn import triton as module
+    from ptkernels.ops.packed_rnn.reference import GATES, NORMALISED, has_cells, param_orders
+
+    rows, both = GATES[mode] * hidden, 2
+    shapes: dict[str, Any] = {"weight_ih": (rows, 64), "weight_hh": (rows, hidden)}
+    shapes |= dict.fromkeys(("bias_ih", "bias_hh"), (rows,))
+    shapes |= {"weight_peephole": (3, hidden), "norm_hidden": (2, rows), "norm_cell": (2, hidden)}
+    params = [meta(*shapes[name], dtype=dtype) for name in max(param_orders(mode), key=len) if name != "weight_hr"]
+    params = (params[:4] if mode == "lstm" else params) * both
+    x = meta(2, 32, both * rows if mode in NORMALISED else 64, dtype=dtype)
+    layer = (x, None, None, [], params, 32, "time_first", mode, True)
+    options = (has_cells(mode), 1e-5, *((0.1, 0.2, meta(dtype=torch.int64)) if zoneout else (0.0, 0.0, None)))
+
+    def launch(recorder: Any) -> None:
+        out, _, _, gates, sums = module.rnn(*layer, True, False, *options, wrap=recorder)
+        wanted = [True] * (1 + len(params))
+        module.rnn_backward(out, None, None, *layer[:5], out, gates, sums, *layer[5:], wanted, *options, wrap=recorder)
+
+    return with_every_tile(arch, module, ("step_tiles",), launch)
+
+
 def rotary(arch: int, dim: int, pairs: int, dtype: torch.dtype, interleaved: bool, norm: bool) -> list[Any]:
     from ptkernels.ops.rotary_embedding import triton as module
 
@@ -262,6 +284,13 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
     "lstm-projected": lambda arch: rnn(arch, "lstm", 1024, projection=256),
     "lstm-projected-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128),
+    "lstm-zoneout-128": lambda arch: cells(arch, "lstm", 128, zoneout=True),
+    "gru-zoneout-float32": lambda arch: cells(arch, "gru", 200, torch.float32, zoneout=True),
+    "peephole-lstm-512": lambda arch: cells(arch, "peephole_lstm", 512, zoneout=True),
+    "reset-before-gru-512": lambda arch: cells(arch, "reset_before_gru", 512),
+    "layer-norm-lstm-1024": lambda arch: cells(arch, "layer_norm_lstm", 1024, zoneout=True),
+    "layer-norm-lstm-float32": lambda arch: cells(arch, "layer_norm_lstm", 96, torch.float32),
+    "layer-norm-gru-2048": lambda arch: cells(arch, "layer_norm_gru", 2048),
     "rotary": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, False),
     "rotary-norm": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, True),
     "rotary-part-interleaved": lambda arch: rotary(arch, 80, 16, torch.float16, True, True),

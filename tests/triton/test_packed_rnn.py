@@ -11,6 +11,7 @@ from comparing import DEVICE
 
 import ptkernels as ptk
 from ptkernels import _registry
+from ptkernels.errors import BackendError
 from ptkernels.ops.packed_rnn import spec
 from ptkernels.ops.packed_rnn import triton as launch
 
@@ -19,9 +20,9 @@ SAMPLES = {
     sample.name: sample
     for level in ("gradcheck", "quick")
     for sample in SPEC.samples(torch.float32, DEVICE, False, level)
-    # A projection is launched once per step alone.
-    if not {"weight_hr", "return_cells"} & set(sample.kwargs) and sample.args[0].numel() < 500
-    if not any(cell in sample.name for cell in ("peephole", "reset-before", "layer-norm", "zoneout"))
+    # Projections, and cells whose step is more than a product, are launched step by step alone.
+    if not {"weight_hr", "return_cells", "zoneout"} & set(sample.kwargs) and sample.args[0].numel() < 500
+    if sample.kwargs["mode"] in ("lstm", "gru", "tanh", "relu")
 }
 PLANS = {
     "whole": lambda *args: [launch.Tile(16, 32, 32, 4, 1)],
@@ -49,6 +50,32 @@ def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None) -> None:
     with ptk.backend("triton"):
         ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
     contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+
+
+ROWS = (2, 0, 3, *[1] * 14)
+CELLS = {
+    # More sequences than one program has, so that several add to the gradients of vectors.
+    "layer_norm_lstm": spec._Case("blocks", "layer_norm_lstm", ROWS, hidden=65, both=True, layout="batch_first"),
+    "layer_norm_gru": spec._Case("blocks", "layer_norm_gru", ROWS, hidden=65, layout="varlen"),
+    # What is drawn follows sequences, which are not in the order of their lengths.
+    "lstm": spec._Case("drawn", "lstm", ROWS, layout="varlen", zoneout=(0.3, 0.5), train=True, both=True),
+    "gru": spec._Case("drawn", "gru", ROWS, layout="time_first", zoneout=0.3, train=True, both=True),
+}
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_cells_of_many_sequences(mode: str) -> None:
+    sample = CELLS[mode].sample(torch.float32, DEVICE, False)
+    with ptk.backend("triton"):
+        ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
+    contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+
+
+def test_cells_of_every_token_are_refused_beside_a_projection() -> None:
+    case = spec._Case("refused", hidden=3, projection=2, cells=True)
+    sample = case.sample(torch.float32, DEVICE, False)
+    with ptk.backend("triton"), pytest.raises(BackendError, match="no cells of every token with a projection"):
+        SPEC.function(*sample.args, **sample.kwargs)
 
 
 @pytest.mark.parametrize(("mode", "projection"), [("lstm", 0), ("lstm", 4), ("gru", 0)])

@@ -28,9 +28,11 @@ OPS = (
 )
 DTYPES = (torch.float32, torch.bfloat16)
 UNCOVERED = r"have no (statistics of every image|activation before the convolution|relative_bias)"
-UNCOVERED += "|return no cells|have no (zoneout|peephole_lstm|reset_before_gru|layer_norm_(lstm|gru))"
 # The interpreter takes up to a minute for each of these.
-LARGE = ("lstm-concatenated", "gru-many-rows", "many-heads")
+LARGE = ("lstm-concatenated", "gru-many-rows", "many-heads", "lstm-zoneout", "gru-zoneout")
+LARGE += tuple(
+    f"{cell}-concatenated" for cell in ("peephole-lstm", "reset-before-gru", "layer-norm-lstm", "layer-norm-gru")
+)
 
 
 @functools.cache

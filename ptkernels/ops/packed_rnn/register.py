@@ -36,7 +36,8 @@ _SAVED_GATES = {
 _SAVED_STATISTICS = {"layer_norm_lstm": 3, "layer_norm_gru": 2}
 
 
-def _saved_shapes(input: Tensor, mode: str, directions: int, hidden: int) -> tuple[list[Any], list[Any]]:
+def saved_shapes(input: Tensor, mode: str, directions: int, hidden: int) -> tuple[list[Any], list[Any]]:
+    """Of the gates and the cells that the forward keeps for the backward."""
     rows = math.prod(input.shape[:-1])  # Size.numel() would specialise symbolic sizes
     gates = [directions, rows, _SAVED_GATES[mode], hidden] if _SAVED_GATES[mode] else [0]
     cells = (hidden if reference.has_cells(mode) else 0) + _SAVED_STATISTICS.get(mode, 0)
@@ -63,7 +64,7 @@ def _fake_rnn(
         OP, input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional, all_cells, *options
     )
     directions = 2 if bidirectional else 1
-    gates, cells = _saved_shapes(input, mode, directions, hidden) if save else ([0], [0])
+    gates, cells = saved_shapes(input, mode, directions, hidden) if save else ([0], [0])
     return (
         input.new_empty(*input.shape[:-1], directions * (outputs + (hidden if all_cells else 0))),
         input.new_empty(directions, batch_size, outputs),
@@ -103,7 +104,7 @@ def _fake_backward(
         output,
         gates,
         cells,
-        _saved_shapes(input, mode, directions, hidden),
+        saved_shapes(input, mode, directions, hidden),
         (
             (*input.shape[:-1], directions * (outputs + (hidden if all_cells else 0))),
             (directions, batch_size, outputs),

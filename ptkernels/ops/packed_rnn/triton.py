@@ -1,6 +1,7 @@
 """Launching the recurrent layers' Triton kernels, and the products over all tokens around them.
 
-The device code, with its equations, layout and tiling, is in ``triton_kernels``. :func:`rnn` and :func:`rnn_backward`
+The device code, with its equations, layout and tiling, is in ``triton_kernels``; cells that need more of a step than
+one product are launched in ``triton_cells``. :func:`rnn` and :func:`rnn_backward`
 are ``ptkernels::packed_rnn`` and ``ptkernels::_packed_rnn_backward`` on a GPU, and save the same tensors as the CPU
 kernels. Lengths are on the host, so nothing waits for the GPU; full sequences copy nothing from there, and a call can
 be captured in a CUDA graph, as can one whose lengths are in pinned memory.
@@ -18,15 +19,16 @@ from torch import Tensor
 from ptkernels import _triton
 from ptkernels._triton import tuning
 from ptkernels._triton.dispatch import Launcher, identity
+from ptkernels.ops.packed_rnn import triton_cells
 from ptkernels.ops.packed_rnn import triton_kernels as kernels
-from ptkernels.ops.packed_rnn.reference import GATES
+from ptkernels.ops.packed_rnn.reference import GATES, NORMALISED, Options, param_names
 from ptkernels.ops.packed_rnn.triton_order import Order, order_of
 
 MODES = {"lstm": kernels.LSTM.value, "gru": kernels.GRU.value, "tanh": kernels.TANH.value, "relu": kernels.RELU.value}
-# Gradients of gates that the backward keeps of a unit: a gru's n has one for each of its two terms.
-STORED = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
-# How many weights and biases one or two directions have with a projection: elsewhere they are even in number for each.
-PROJECTED = (3, 5, 6, 10)
+
+
+# Where the gradients of a cell's own vectors are among those that its backward adds up.
+OWN = {"weight_peephole": slice(0, 3), "norm_hidden": slice(0, 8), "norm_cell": slice(8, 10)}
 
 
 class Tile(NamedTuple):
@@ -90,13 +92,15 @@ class _Layer:
         self.directions = 2 if bidirectional else 1
         self.each = len(params) // self.directions
         self.gates = GATES[mode]
-        self.hidden, self.outputs = params[0].size(0) // self.gates, params[1].size(1)
-        self.projected = len(params) in PROJECTED
+        self.names = param_names(mode, self.each)
+        self.hidden = params[0].size(0) // self.gates
+        self.projected = "weight_hr" in self.names
+        self.outputs = params[self.names.index("weight_hh")].size(1)
         self.dtype = input.dtype
         self.order: Order = order_of(input, sizes, sorted_indices, batch, layout)
         self.saved_rows = input.numel() // input.size(-1)
         self.has_padding = sizes is not None and layout in ("time_first", "batch_first")
-        self.has_bias = self.each >= 4
+        self.has_bias = "bias_hh" in self.names
         self.precision = _triton.dot_precision(input.dtype)
 
     def of_params(self, index: int) -> list[Tensor]:
@@ -135,9 +139,13 @@ class _Layer:
         persistent = persistent_tiles(self.dtype, self.hidden, arch)
         if persistent and not self.projected:
             return tuning.pick("rnn", (self.mode, self.dtype, self.hidden), persistent, self.input.device), True
+        return self.step_tile(), False
+
+    def step_tile(self) -> Tile:
+        """That of a launch per step."""
         stepwise = step_tiles(self.dtype, self.batch, self.projected)
         key = (self.mode, self.dtype, self.hidden, self.outputs, stepwise[0].b)
-        return tuning.pick("rnn_step", key, stepwise, self.input.device), False
+        return tuning.pick("rnn_step", key, stepwise, self.input.device)
 
     def switches(self) -> dict[str, Any]:
         return {
@@ -185,9 +193,10 @@ def rnn(
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
-    if all_cells:
-        raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
+    of_cells = Options(*options)
+    if triton_cells.covers(mode, of_cells, all_cells):
+        return triton_cells.forward(a, save, all_cells, of_cells, wrap)
     make = input.new_zeros if a.has_padding else input.new_empty
     output = make((*input.shape[:-1], a.directions * a.outputs))
     h_start, c = a.states()
@@ -248,41 +257,69 @@ def rnn_backward(
     wrap: Launcher = identity,
 ) -> list[Tensor]:
     """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
-    if all_cells:
-        raise NotImplementedError("packed_rnn: all_cells: got True, expected False: no Triton kernel returns them")
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     dh, dc = a.by_slot(grad_h_n, a.outputs, torch.float32), a.by_slot(grad_c_n, a.hidden, torch.float32)
     if a.order.tokens == 0:
         of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
         found = [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
         return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted]
-    output = output.contiguous()
-    h_start, c_start = a.states()
-    stored = STORED[mode]
-    dg = input.new_empty(a.directions, a.order.tokens, stored, a.hidden)
-    rows = _or(a.order.rows, a.order.first)
+    output = output[..., : a.directions * a.outputs].contiguous()
     # h before every step: what U multiplied, and what z of a gru multiplied.
-    of_hidden = any(output_mask[1 + len(state) + d * a.each + 1] for d in range(a.directions))
-    before = _previous_states(a, output, h_start, rows, wrap) if of_hidden or mode == "gru" else dg
-    grad_rows = output if grad_output is None else grad_output.contiguous()
-    args = (
-        a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
-        dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
-    )  # fmt: skip
-    d_out = input.new_empty(a.directions, a.order.tokens, a.outputs) if a.projected else dg
-    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
-    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, switches, wrap))
+    of_hidden = any(output_mask[1 + len(state) + d * a.each + a.names.index("weight_hh")] for d in range(a.directions))
+    before = _previous_states(a, output, wrap) if of_hidden or a.gates == 3 else output.new_empty(a.directions, 0)
+    d_out = input.new_empty(a.directions, a.order.tokens if a.projected else 0, a.outputs)
+    own = dh.new_empty(a.directions, 0)
+    of_cells = Options(*options)
+    if triton_cells.covers(mode, of_cells, all_cells):
+        saved = (gates, cells)
+        dg, own = triton_cells.backward(a, grad_output, dh, dc, before, saved, all_cells, of_cells, wrap)
+    else:
+        dg = _gate_gradients(a, grad_output, dh, dc, before, output, gates, cells, d_out, wrap)
 
     of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
     wanted = iter(output_mask)
     results = [_input_gradient(a, dg)] if next(wanted) else []
     results += [grad for grad in of_states if next(wanted)]
     for d in range(a.directions):
-        results += _weight_gradients(a, dg[d], before[d], [next(wanted) for _ in range(4 if a.has_bias else 2)])
-        if a.projected and next(wanted):
-            unprojected = gates[d, : a.order.tokens, 3] * cells[d, : a.order.tokens].tanh()
-            results.append(d_out[d].t() @ unprojected.to(a.dtype))
+        for index, name in enumerate(a.names):
+            if not next(wanted):
+                continue
+            if name == "weight_hr":
+                unprojected = gates[d, : a.order.tokens, 3] * cells[d, : a.order.tokens].tanh()
+                grad = d_out[d].t() @ unprojected.to(a.dtype)
+            elif name in OWN:
+                grad = own[d, OWN[name]].reshape(params[index].shape)
+            else:
+                grad = _weight_gradient(a, name, dg[d], before[d], gates[d] if gates.numel() else gates)
+            results.append(grad.to(a.dtype))
     return results
+
+
+def _gate_gradients(
+    a: _Layer,
+    grad_output: Tensor | None,
+    dh: Tensor,
+    dc: Tensor,
+    before: Tensor,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    d_out: Tensor,
+    wrap: Launcher,
+) -> Tensor:
+    """``[directions, tokens, .., hidden]``, as :func:`triton_cells.backward` gives them; writes ``d_out`` as well."""
+    _, c_start = a.states()
+    stored = triton_cells.STORED[a.mode]
+    dg = a.input.new_empty(a.directions, a.order.tokens, stored, a.hidden)
+    rows = _or(a.order.rows, a.order.first)
+    grad_rows = output if grad_output is None else grad_output.contiguous()
+    args = (
+        a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
+        dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
+    )  # fmt: skip
+    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
+    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, switches, wrap))
+    return dg
 
 
 def _backward_steps(
@@ -300,7 +337,9 @@ def _backward_steps(
     return [Step(wrap(kernels.output_gradient_step), a.order.steps + 1, a.outputs, args, switches), cells]
 
 
-def _previous_states(a: _Layer, output: Tensor, h_start: Tensor, rows: Tensor, wrap: Launcher) -> Tensor:
+def _previous_states(a: _Layer, output: Tensor, wrap: Launcher) -> Tensor:
+    h_start, _ = a.states()
+    rows = _or(a.order.rows, a.order.first)
     previous = output.new_empty(a.directions, a.order.tokens, a.outputs)
     block = min(_triton.power_of_2(a.batch), 32)
     wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
@@ -317,31 +356,34 @@ def _of_input(a: _Layer, dg: Tensor) -> Tensor:
 
 
 def _of_state(a: _Layer, dg: Tensor) -> Tensor:
-    """Those of the recurrent terms."""
-    if a.mode != "gru":
-        return _of_input(a, dg)
-    return torch.cat([dg[:, :2].flatten(1), dg[:, 3]], 1)
+    """Those of the recurrent terms: the last ones, but that r and z of a gru have one for both terms."""
+    if a.mode == "gru":
+        return torch.cat([dg[:, :2].flatten(1), dg[:, 3]], 1)
+    return dg[:, -a.gates :].reshape(dg.size(0), -1)
 
 
-def _weight_gradients(a: _Layer, dg: Tensor, before: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
-    results = []
-    of_input = _of_input(a, dg)
-    of_state = of_input if a.mode != "gru" or not any(wanted[1::2]) else _of_state(a, dg)
-    if wanted[0]:
-        results.append(of_input.t() @ a.packed_input())
-    if wanted[1]:
-        results.append(of_state.t() @ before)
-    for index, terms in ((2, of_input), (3, of_state)):
-        if index < len(wanted) and wanted[index]:
-            results.append(terms.sum(0, dtype=torch.float32).to(a.dtype))
-    return results
+def _weight_gradient(a: _Layer, name: str, dg: Tensor, before: Tensor, gates: Tensor) -> Tensor:
+    """Of one matrix or bias of a direction."""
+    if name == "weight_ih":
+        return _of_input(a, dg).t() @ a.packed_input()
+    if name == "bias_ih":
+        return _of_input(a, dg).sum(0, dtype=torch.float32)
+    if name == "bias_hh":
+        return _of_state(a, dg).sum(0, dtype=torch.float32)
+    if a.mode == "reset_before_gru":  # U_n multiplied r h
+        reset_h = gates[: a.order.tokens, 0] * before
+        return torch.cat([dg[:, :2].flatten(1).t() @ before, dg[:, 2].t() @ reset_h])
+    return _of_state(a, dg).t() @ before
 
 
 def _input_gradient(a: _Layer, dg: Tensor) -> Tensor:
-    weights = a.of_params(0)
-    grad = _of_input(a, dg[0]) @ weights[0]
-    if a.directions == 2:
-        grad = torch.addmm(grad, _of_input(a, dg[1]), weights[1])
+    own = [_of_input(a, of_direction) for of_direction in dg]
+    if a.mode in NORMALISED:  # whose input is products already
+        grad = torch.cat(own, 1)
+    else:
+        weights = a.of_params(0)
+        grad = own[0] @ weights[0]
+        grad = torch.addmm(grad, own[1], weights[1]) if a.directions == 2 else grad
     if a.order.rows is not None:
         whole = a.input.new_zeros if a.has_padding else a.input.new_empty
         grad = whole((a.saved_rows, a.input.size(-1))).index_copy_(0, a.order.rows, grad)
@@ -351,7 +393,11 @@ def _input_gradient(a: _Layer, dg: Tensor) -> Tensor:
 def sees_through(*args: Any, **kwargs: Any) -> bool:
     """Whether a call can be traced: its launches must follow from shapes, not from the numbers in ``sizes``."""
     forward = isinstance(args[7], str)
-    input, sizes, params, layout = (args[i] for i in ((0, 1, 4, 6) if forward else (3, 4, 7, 12)))
-    hidden = params[0].size(0) // GATES[args[7 if forward else 13]]
-    persistent = len(params) not in PROJECTED and persistent_tiles(input.dtype, hidden, _triton.arch_of(input))
+    input, sizes, params, layout, mode = (args[i] for i in ((0, 1, 4, 6, 7) if forward else (3, 4, 7, 12, 13)))
+    bidirectional, extras = (args[8:9], args[11:]) if forward else (args[14:15], args[16:])
+    names = param_names(mode, len(params) // (2 if any(bidirectional) else 1))
+    if "weight_hr" in names or triton_cells.covers(mode, Options(*extras[1:]), any(extras[:1])):
+        return False
+    hidden = params[0].size(0) // GATES[mode]
+    persistent = persistent_tiles(input.dtype, hidden, _triton.arch_of(input))
     return bool(persistent) and (layout == "packed" or sizes is None)
