@@ -1,14 +1,13 @@
 // The one registration of the ptkernels namespace. Ops add their schemas to it from their own files with
 // STABLE_TORCH_LIBRARY_FRAGMENT; registering the namespace twice would abort the process.
+#include "csrc/core/stable_compat.h"
 #include "csrc/cpu/isa.h"
-
-#include <string>
 
 #include <torch/csrc/stable/library.h>
 
 namespace {
 
-void set_max_isa(std::string name) {
+void set_max_isa(ptk::Text name) {
   ptk::set_max_isa(name);
 }
 

@@ -19,6 +19,30 @@ namespace ptk {
 
 using torch::stable::Tensor;
 
+// What operators take text as. As a std::string it would never be freed: torch::stable (2.13 still) returns a copy of
+// one that it has made with new. Goes when TORCH_TARGET_VERSION's does not.
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace ptk
+
+template <>
+struct torch::stable::detail::ToImpl<ptk::Text> {
+  static ptk::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    const ptk::Text text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+namespace ptk {
+
 // torch::stable::Tensor has no raw dtype getter; scalar_type() throws a message of its own on dtypes it does not know,
 // where ops want to name the argument. Goes when scalar_type() covers every dtype.
 inline int32_t shim_dtype(const Tensor& tensor) {

@@ -1,6 +1,7 @@
 #include "csrc/cpu/packed_weights.h"
 
 #include "csrc/cpu/fingerprint.h"
+#include "csrc/cpu/scratch.h"
 
 #include <algorithm>
 #include <atomic>
@@ -126,10 +127,7 @@ PackedWeights::PackedWeights(std::initializer_list<int64_t> kind, const std::vec
   }
   ready_ = block_ != nullptr;
   if (seen && !ready_) {
-    constexpr size_t kAlignment = 64;
-    block_ = {
-        static_cast<char*>(std::aligned_alloc(kAlignment, (packed_bytes + kAlignment - 1) / kAlignment * kAlignment)),
-        std::free};
+    block_ = {static_cast<char*>(allocate_block(packed_bytes)), free_block};
   }
 }
 

@@ -87,12 +87,12 @@ Tensor gemm(Tensor a, Tensor b, std::optional<Tensor> bias, bool relu) {
   return c;
 }
 
-double gemm_rate(std::string dtype, int64_t m, int64_t n, int64_t k, double seconds) {
+double gemm_rate(Text dtype, int64_t m, int64_t n, int64_t k, double seconds) {
   PTK_CHECK(m > 0 && n > 0 && k > 0, "_gemm_rate: got a size below 1");
   return PTK_DISPATCH(gemm_kernels).warm(type_named(dtype), m, n, k, seconds);
 }
 
-double peak_flops(std::string dtype, int64_t threads) {
+double peak_flops(Text dtype, int64_t threads) {
   const GemmType type = type_named(dtype);
   const GemmKernels& kernels = PTK_DISPATCH(gemm_kernels);
   PTK_CHECK(threads >= 1 && threads <= num_threads(), "_peak_flops: threads: got ", threads, ", expected 1 to ",

@@ -21,7 +21,7 @@ inline constexpr Architecture kNewestBuilt = Architecture::sm_90a;
 inline Architecture newest_architecture = Architecture::none;
 
 // Returns the newest that there is among those that may be chosen.
-inline std::string set_newest_architecture(std::string name) {
+inline std::string set_newest_architecture(Text name) {
   newest_architecture = std::min(architecture_of(name), kNewestBuilt);
   return architecture_name(newest_architecture);
 }

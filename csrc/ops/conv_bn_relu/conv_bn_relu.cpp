@@ -37,9 +37,9 @@ using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Tensors4 forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> bn_weight,
                  std::optional<Tensor> bn_bias, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                  std::optional<Tensor> residual, bool training, double eps, std::vector<int64_t> stride,
-                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string activation,
+                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, Text activation,
                  double negative_slope, bool save_conv, bool transposed,
-                 std::optional<std::vector<int64_t>> output_padding, int64_t num_groups, std::string pre_activation) {
+                 std::optional<std::vector<int64_t>> output_padding, int64_t num_groups, Text pre_activation) {
   const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope,
                            {transposed, output_padding.value_or(Sizes{}), num_groups, pre_activation});
   const ConvProblem& p = call.problem;
@@ -132,9 +132,9 @@ Gradients backward(Tensor grad_out, Tensor input, Tensor weight, std::optional<T
                    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> mean,
                    std::optional<Tensor> var, std::optional<Tensor> residual, std::optional<Tensor> conv, bool training,
                    double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                   int64_t groups, std::string activation, double negative_slope, std::vector<bool> output_mask,
+                   int64_t groups, Text activation, double negative_slope, std::vector<bool> output_mask,
                    bool transposed, std::optional<std::vector<int64_t>> output_padding, int64_t num_groups,
-                   std::string pre_activation) {
+                   Text pre_activation) {
   const ConvArguments call(input, weight, stride, padding, dilation, groups, activation, negative_slope,
                            {transposed, output_padding.value_or(Sizes{}), num_groups, pre_activation});
   const ConvProblem& p = call.problem;

@@ -3,6 +3,7 @@
 
 #include "csrc/core/checks.h"
 #include "csrc/core/stable_compat.h"
+#include "csrc/cpu/scratch.h"
 #include "csrc/ops/conv_bn_relu/conv_bn_relu.h"
 
 #include <algorithm>
@@ -26,22 +27,24 @@ namespace ptk {
 class Channels {
 public:
   Channels() = default;
-  Channels(DType dtype, int64_t count) : wide_(dtype == DType::f64), count_(count) {
-    wide_ ? doubles_.resize(count + kChannelPadding) : void(floats_.resize(count + kChannelPadding));
-  }
+  Channels(DType dtype, int64_t count)
+      : wide_(dtype == DType::f64), count_(count), storage_((count + kChannelPadding) * (wide_ ? 8 : 4)) {}
 
-  bool empty() const { return floats_.empty() && doubles_.empty(); }
+  bool empty() const { return storage_.empty(); }
   int64_t size() const { return count_; }
-  const void* data() const {
-    return empty() ? nullptr : wide_ ? static_cast<const void*>(doubles_.data()) : floats_.data();
-  }
+  const void* data() const { return empty() ? nullptr : storage_.data(); }
   void* mutable_data() { return const_cast<void*>(data()); }
-  double operator[](int64_t i) const { return wide_ ? doubles_[i] : static_cast<double>(floats_[i]); }
+  // float or double, as the precision is.
+  template <class A>
+  const A* as() const {
+    return static_cast<const A*>(data());
+  }
+  double operator[](int64_t i) const { return wide_ ? as<double>()[i] : static_cast<double>(as<float>()[i]); }
   void set(int64_t i, double value) {
     if (wide_) {
-      doubles_[i] = value;
+      static_cast<double*>(mutable_data())[i] = value;
     } else {
-      floats_[i] = static_cast<float>(value);
+      static_cast<float*>(mutable_data())[i] = static_cast<float>(value);
     }
   }
   Channels times(const Channels& factor) const {
@@ -69,8 +72,7 @@ public:
 private:
   bool wide_ = false;
   int64_t count_ = 0;
-  std::vector<float> floats_;
-  std::vector<double> doubles_;
+  std::vector<char, BorrowingAllocator<char>> storage_;
 };
 
 inline double read_element(DType dtype, const void* data, int64_t i) {
@@ -307,6 +309,10 @@ public:
     Channels values(problem.dtype, problem.out_channels);
     const void* data = tensor->const_data_ptr();
     const int64_t stride = tensor->stride(0);
+    if (*dtype == internal_dtype() && stride == 1) {
+      std::memcpy(values.mutable_data(), data, problem.out_channels * element_size(*dtype));
+      return values;
+    }
     for (int64_t i = 0; i < problem.out_channels; ++i) {
       values.set(i, read_element(*dtype, data, i * stride));
     }
@@ -357,13 +363,22 @@ private:
   // scale and shift of gamma, beta (empty: 1, 0), mean and variance, which are of one length.
   Norm with_vectors(const Channels& gamma, const Channels& beta, const Channels& mean, const Channels& variance,
                     double eps) const {
+    return problem.dtype == DType::f64 ? vectors_of<double>(gamma, beta, mean, variance, eps)
+                                       : vectors_of<float>(gamma, beta, mean, variance, eps);
+  }
+  template <class A>
+  Norm vectors_of(const Channels& gamma, const Channels& beta, const Channels& mean, const Channels& variance,
+                  double eps) const {
     const int64_t count = mean.size();
     Norm n{mean, Channels(problem.dtype, count), Channels(problem.dtype, count), Channels(problem.dtype, count)};
+    const A *factor = gamma.as<A>(), *offset = beta.as<A>(), *squares = variance.as<A>();
+    A* invstd = static_cast<A*>(n.invstd.mutable_data());
+    A *scale = static_cast<A*>(n.scale.mutable_data()), *shift = static_cast<A*>(n.shift.mutable_data());
     for (int64_t i = 0; i < count; ++i) {
-      const double invstd = 1 / std::sqrt(variance[i] + eps);
-      n.invstd.set(i, invstd);
-      n.scale.set(i, gamma.empty() ? invstd : gamma[i] * invstd);
-      n.shift.set(i, beta.empty() ? 0 : beta[i]);
+      const double inverse = 1 / std::sqrt(static_cast<double>(squares[i]) + eps);
+      invstd[i] = static_cast<A>(inverse);
+      scale[i] = static_cast<A>(factor ? static_cast<double>(factor[i]) * inverse : inverse);
+      shift[i] = offset ? offset[i] : 0;
     }
     return n;
   }

@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Layer& layer, void* gates, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 packed_rnn(Tensor input, std::optional<Tensor> sizes, std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
-           std::vector<Tensor> params, int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
-           bool save, bool /*recompute*/, bool all_cells, double eps, double zoneout, double zoneout_cell,
+           std::vector<Tensor> params, int64_t batch_size, Text layout, Text mode, bool bidirectional, bool save,
+           bool /*recompute*/, bool all_cells, double eps, double zoneout, double zoneout_cell,
            std::optional<Tensor> seed) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,
                     bidirectional, all_cells, {eps, zoneout, zoneout_cell, seed});
@@ -328,7 +328,7 @@ std::vector<Tensor> packed_rnn_backward(std::optional<Tensor> grad_output, std::
                                         std::optional<Tensor> grad_c_n, Tensor input, std::optional<Tensor> sizes,
                                         std::optional<Tensor> sorted_indices, std::vector<Tensor> state,
                                         std::vector<Tensor> params, Tensor output, Tensor gates, Tensor cells,
-                                        int64_t batch_size, std::string layout, std::string mode, bool bidirectional,
+                                        int64_t batch_size, Text layout, Text mode, bool bidirectional,
                                         std::vector<bool> output_mask, bool all_cells, double eps, double zoneout,
                                         double zoneout_cell, std::optional<Tensor> seed) {
   const Layer layer(input, sizes, sorted_indices, std::move(state), std::move(params), batch_size, layout, mode,

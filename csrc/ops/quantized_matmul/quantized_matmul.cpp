@@ -162,10 +162,9 @@ void advance_rows(QuantizedWeightView& weight, int64_t rows) {
 }
 
 Tensor quantized_linear(Tensor input, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
-                        std::optional<Tensor> bias, std::optional<Tensor> residual, std::string code_format,
-                        int64_t group_size, bool quantize_input, std::optional<Tensor> input_scale,
-                        std::string activation, std::optional<torch::headeronly::ScalarType> out_dtype,
-                        std::optional<Tensor> counts) {
+                        std::optional<Tensor> bias, std::optional<Tensor> residual, Text code_format,
+                        int64_t group_size, bool quantize_input, std::optional<Tensor> input_scale, Text activation,
+                        std::optional<torch::headeronly::ScalarType> out_dtype, std::optional<Tensor> counts) {
   const DType dtype = check_float("input", input);
   check_dims("input", input, 2);
   const HeldWeight weight(codes, scales, zeros, code_format, group_size, input.size(1));
@@ -227,7 +226,7 @@ Tensor quantized_linear(Tensor input, Tensor codes, Tensor scales, std::optional
 }
 
 Tensor quantized_linear_backward(Tensor grad_out, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
-                                 std::string code_format, int64_t group_size, int64_t in_features,
+                                 Text code_format, int64_t group_size, int64_t in_features,
                                  std::optional<Tensor> counts) {
   const DType dtype = check_float("grad_out", grad_out);
   check_dims("grad_out", grad_out, 2);
@@ -259,9 +258,8 @@ Tensor quantized_linear_backward(Tensor grad_out, Tensor codes, Tensor scales, s
   return grad_input;
 }
 
-Tensor quantized_embedding(Tensor indices, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
-                           std::string code_format, int64_t group_size, int64_t in_features,
-                           torch::headeronly::ScalarType out_dtype) {
+Tensor quantized_embedding(Tensor indices, Tensor codes, Tensor scales, std::optional<Tensor> zeros, Text code_format,
+                           int64_t group_size, int64_t in_features, torch::headeronly::ScalarType out_dtype) {
   const HeldWeight weight(codes, scales, zeros, code_format, group_size, in_features);
   check_cpu("indices", indices);
   check_dims("indices", indices, 1);
