@@ -41,6 +41,20 @@ def test_values_and_gradients(name: str, plan: str, monkeypatch: pytest.MonkeyPa
     contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("projection", [0, 2])
+def test_offsets_of_64_bits(plan: str, projection: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direction of 2**31 gates would not fit here; the kernels for it do."""
+    monkeypatch.setattr(launch, "persistent_tiles", PLANS[plan])
+    monkeypatch.setattr(launch, "LARGEST_OFFSET", 0)
+    sample = spec._Case("wide", "lstm", (3, 1), hidden=3, both=True, projection=projection).sample(
+        torch.float32, DEVICE, False
+    )
+    with ptk.backend("triton"):
+        ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
+    contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+
+
 @pytest.mark.parametrize("wanted", [None, ("weight_hr",), ("weight_hh", "bias_ih")], ids=str)
 def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None) -> None:
     """More sequences, units and outputs than a tile has; all gradients, or some."""

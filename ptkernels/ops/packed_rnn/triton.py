@@ -29,6 +29,8 @@ MODES = {"lstm": kernels.LSTM.value, "gru": kernels.GRU.value, "tanh": kernels.T
 
 # Where the gradients of a cell's own vectors are among those that its backward adds up.
 OWN = {"weight_peephole": slice(0, 3), "norm_hidden": slice(0, 8), "norm_cell": slice(8, 10)}
+# In 32 bits.
+LARGEST_OFFSET = 2**31 - 1
 
 
 class Tile(NamedTuple):
@@ -154,7 +156,12 @@ class _Layer:
             "GATE_COUNT": self.gates,
             "HAS_ROWS": self.order.rows is not None,
             "PRECISION": self.precision,
+            "WIDE": self.is_wide(),
         }
+
+    def is_wide(self) -> bool:
+        """Whether offsets of the second direction, in the largest tensor of gates, need 64 bits."""
+        return self.directions == 2 and self.saved_rows * 4 * self.hidden > LARGEST_OFFSET
 
     def launch(self, whole: Any, args: tuple[Any, ...], switches: dict[str, Any], steps: Sequence[Step]) -> None:
         """Run ``whole`` once, or ``steps`` one after the other for every round."""

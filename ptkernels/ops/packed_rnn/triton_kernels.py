@@ -37,6 +37,12 @@ def _runs(step, length):
 
 
 @triton.jit
+def _offset(d, WIDE: tl.constexpr):
+    """A direction as a factor of offsets: in 64 bits where one direction is too large for 32, which costs registers."""
+    return d.to(tl.int64) if WIDE else d
+
+
+@triton.jit
 def _recurrent_gate(gate: tl.constexpr, MODE: tl.constexpr):
     """Where the forward saves the gradient of a gate's recurrent term: n of a gru has one of its own, the fourth."""
     return 3 if MODE == GRU and gate == 2 else gate
@@ -132,7 +138,7 @@ def _cell(
 def forward(
     XG, U, B_IH, B_HH, H_START, C, FIRST, LENGTHS, ROWS, OUT, H_N, GATES, CELLS, batch, tokens_saved, directions,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, GATE_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps of BLOCK_B sequences."""
@@ -146,8 +152,8 @@ def forward(
     U += d.to(tl.int64) * GATE_COUNT * HIDDEN * HIDDEN
     B_IH += d * GATE_COUNT * HIDDEN
     B_HH += d * GATE_COUNT * HIDDEN
-    GATES += d * tokens_saved * 4 * HIDDEN
-    CELLS += d * tokens_saved * HIDDEN
+    GATES += _offset(d, WIDE) * tokens_saved * 4 * HIDDEN
+    CELLS += _offset(d, WIDE) * tokens_saved * HIDDEN
     OUT += d * HIDDEN
     state = d * batch + slot
 
@@ -188,7 +194,7 @@ def forward_step(
     XG, U, B_IH, B_HH, H_START, C, FIRST, LENGTHS, ROWS, OUT, H_N, GATES, CELLS, batch, tokens_saved, directions,
     UNPROJECTED, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it.
@@ -211,8 +217,8 @@ def forward_step(
     U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
     B_IH += d * GATE_COUNT * HIDDEN
     B_HH += d * GATE_COUNT * HIDDEN
-    GATES += d * tokens_saved * 4 * HIDDEN
-    CELLS += d * tokens_saved * HIDDEN
+    GATES += _offset(d, WIDE) * tokens_saved * 4 * HIDDEN
+    CELLS += _offset(d, WIDE) * tokens_saved * HIDDEN
     OUT += d * OUTPUTS
     state = d * batch + slot
     row_before = _rows_of(ROWS, token_before, continued, HAS_ROWS)
@@ -359,7 +365,8 @@ def backward(
     U, GATES, CELLS, C_START, PREVIOUS, OUT, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DC, DG,
     batch, tokens, tokens_saved, directions,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr, HAS_GRAD: tl.constexpr,
-    HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps of BLOCK_B sequences, last first.
 
@@ -371,10 +378,10 @@ def backward(
     real = slot < batch
     length = tl.load(LENGTHS + slot, mask=real, other=0)
     U += d.to(tl.int64) * GATE_COUNT * HIDDEN * HIDDEN
-    GATES += d * tokens_saved * 4 * HIDDEN
-    CELLS += d * tokens_saved * HIDDEN
-    PREVIOUS += d * tokens * HIDDEN
-    DG += d * tokens * STORED * HIDDEN
+    GATES += _offset(d, WIDE) * tokens_saved * 4 * HIDDEN
+    CELLS += _offset(d, WIDE) * tokens_saved * HIDDEN
+    PREVIOUS += _offset(d, WIDE) * tokens * HIDDEN
+    DG += _offset(d, WIDE) * tokens * STORED * HIDDEN
     OUT += d * HIDDEN
     GRAD_OUT += d * HIDDEN
     state = d * batch + slot
@@ -451,7 +458,7 @@ def _state_gradient(
 def output_gradient_step(
     U, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DG, D_OUT, batch, tokens, directions, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, GATE_COUNT: tl.constexpr, STORED: tl.constexpr,
-    HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Where h is projected: its gradient at one step, BLOCK_N outputs of it, to D_OUT for `backward_step`.
@@ -466,8 +473,8 @@ def output_gradient_step(
     length = tl.load(LENGTHS + slot, mask=real, other=0)
     active = _runs(t, length)
     U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
-    DG += d * tokens * STORED * HIDDEN
-    D_OUT += d * tokens * OUTPUTS
+    DG += _offset(d, WIDE) * tokens * STORED * HIDDEN
+    D_OUT += _offset(d, WIDE) * tokens * OUTPUTS
     state = d * batch + slot
     dh = _state_gradient(
         DH, DG, U, FIRST, state, slot, output, length, real, active, d, step, steps, t,
@@ -504,7 +511,7 @@ def backward_step(
     U, GATES, CELLS, C_START, PREVIOUS, OUT, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DC, DG,
     batch, tokens, tokens_saved, directions, W_R, D_OUT, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units: dh = DH + grad_out + DG of the step after times U.
@@ -524,10 +531,10 @@ def backward_step(
     token = tl.load(FIRST + tl.minimum(tl.maximum(t, 0), steps)) + slot
     token_before = tl.load(FIRST + tl.minimum(tl.maximum(before, 0), steps)) + slot
     U += d.to(tl.int64) * GATE_COUNT * HIDDEN * OUTPUTS
-    GATES += d * tokens_saved * 4 * HIDDEN
-    CELLS += d * tokens_saved * HIDDEN
-    PREVIOUS += d * tokens * HIDDEN
-    DG += d * tokens * STORED * HIDDEN
+    GATES += _offset(d, WIDE) * tokens_saved * 4 * HIDDEN
+    CELLS += _offset(d, WIDE) * tokens_saved * HIDDEN
+    PREVIOUS += _offset(d, WIDE) * tokens * HIDDEN
+    DG += _offset(d, WIDE) * tokens * STORED * HIDDEN
     OUT += d * HIDDEN
     GRAD_OUT += d * HIDDEN
     state = d * batch + slot
@@ -535,7 +542,7 @@ def backward_step(
 
     if PROJECTED:
         W_R += d.to(tl.int64) * OUTPUTS * HIDDEN
-        D_OUT += d * tokens * OUTPUTS
+        D_OUT += _offset(d, WIDE) * tokens * OUTPUTS
         dh = _through_projection(D_OUT, W_R, token, unit, active, HIDDEN, OUTPUTS, PRECISION, BLOCK_K)
     else:
         dh = _state_gradient(
