@@ -51,7 +51,13 @@ def pytest_report_header() -> list[str]:
     return [*lines, f"fresh memory: {'NaN' if POISONED else 'as malloc gives it'}"]
 
 
+# Single tests of these take minutes.
+LONGEST = ("test_triton.py", "test_isa.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Begun last, they would keep one worker when the others have nothing left.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -248,7 +248,14 @@ def test_interrupting_leaves_valid_partial_results(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "bench", "--peers", "none", "--case", "tiny", "--json", str(path)]
     # Long enough that the signal arrives before the last case, however busy the machine is.
     environment = tiny.environment(**{tiny.PAUSE: "1"})
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        # A shell starts what it puts in the background with the signal ignored, and all that comes of it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not path.exists():
             assert process.poll() is None, process.communicate()[1].decode()
