@@ -4,11 +4,11 @@
 //   grad_weight[o, tap, c] = sum over positions of grad_conv[position, o] * source[position + tap, c]
 //
 //   layout   both operands are channels last. Of a line of positions, a tap meets a run of source pixels: one position
-//            after the other, kMr neighbouring output channels are broadcast and two vectors of input channels loaded.
-//            Nothing is gathered or transposed; what many products read is first brought together, since rows of many
-//            channels lie pages apart: the gradient, and the source where there is one tap. Of few input channels, the
-//            taps of a line are neighbours in a copy of the source with zeros at the ends of its lines, and count as
-//            channels.
+//            after the other, a strip of neighbouring output channels are broadcast and two vectors of input channels
+//            loaded. Nothing is gathered or transposed; what many products read is first brought together, since rows
+//            of many channels lie pages apart: the gradient, and the source where there is one tap. Of few input
+//            channels, the taps of a line are neighbours in a copy of the source with zeros at the ends of its lines,
+//            and count as channels.
 //
 //   tiling   an item is a part of the columns (input channels) and a segment of the lines, long ones cut into pieces.
 //            Its sums, [tap][output channel][column], stay in L2; a chunk of lines passes by all of them at a time.
@@ -46,6 +46,7 @@ public:
     segment_ = (chunks + segments - 1) / segments * chunk_;
     segments_ = (lines_ + segment_ - 1) / segment_;
     is_single_ = lines_ <= chunk_ && !merges_;
+    full_ = kTail < kMr && outputs() % kTail == 0 ? outputs() - outputs() % (kMr / 2 * kTail) : outputs();
     ld_sums_ = is_single_ ? kNr : part_;
     tile_stride_ = is_single_ ? kMr * kNr : outputs() * part_;
   }
@@ -93,6 +94,12 @@ private:
                     kept * channels() * sizeof(T));
     });
   }
+
+  // Strips of kMr output channels up to full_, of kTail behind it: so that a strip of one or two, whose sums would wait
+  // for one another, is not left.
+  static constexpr int kTail = kMr == 14 ? 8 : kMr;
+  int64_t strip(int64_t o) const { return o < full_ ? o / kMr : full_ / kMr + (o - full_) / kTail; }
+  int64_t strip_rows(int64_t o) const { return least(o < full_ ? kMr : kTail, outputs() - o); }
 
   // Neighbouring positions of a line and the source pixels that one tap meets at them.
   struct Run {
@@ -143,14 +150,14 @@ private:
       for (int64_t c = 0; c < columns; c += kNr) {
         const int64_t channel = group * g_.group_source() + first + c, valid = least(kNr, columns - c);
         if (brings_source()) bring_source(s.runs[0], channel, valid, s.source);
-        for (int64_t o = 0; o < outputs(); o += kMr) {
-          const int64_t rows = least(kMr, outputs() - o);
+        for (int64_t o = 0, rows; o < outputs(); o += rows) {
+          rows = strip_rows(o);
           T* to = is_single_ ? s.sums : sums + o * part_ + c;
           for (int64_t tile = 0; tile < tiles_; ++tile) {
             T* tile_sums = to + tile * tile_stride_;
             if (begin == start)
               for (int64_t m = 0; m < rows; ++m) std::memset(tile_sums + m * ld_sums_, 0, kNr * sizeof(T));
-            add_rows(s.runs[tile], s.grad + o / kMr * kPositions * kLd, rows, brings_source() ? s.source : nullptr,
+            add_rows(s.runs[tile], s.grad + strip(o) * kPositions * kLd, rows, brings_source() ? s.source : nullptr,
                      channel, valid, tile_sums);
           }
           if (is_single_) write_rows(to, rows, valid, group * outputs() + o, first + c);
@@ -172,7 +179,7 @@ private:
   Scratch carve(Carver& carver) const {
     Scratch s;
     s.runs = carver.take<Runs>(tiles_);
-    s.grad = carver.take<T>((outputs() + kMr - 1) / kMr * kPositions * kLd + kLd);
+    s.grad = carver.take<T>((strip(outputs() - 1) + 1) * kPositions * kLd + kLd);
     s.source = carver.take<T>(brings_source() ? kPositions * kNr : 0);
     s.sums = carver.take<T>(is_single_ ? tiles_ * tile_stride_ : 0);
     return s;
@@ -186,11 +193,11 @@ private:
     };
     const int64_t first = first_position(begin), rows = first_position(end) - first;
     const T* from = grad_ + first * g_.result_channels + group * outputs();
-    for (int64_t o = 0; o < outputs(); o += kMr) {
-      T* to = grad + o / kMr * kPositions * kLd;
-      const int64_t strip = least(kMr, outputs() - o);
+    for (int64_t o = 0, channels; o < outputs(); o += channels) {
+      T* to = grad + strip(o) * kPositions * kLd;
+      channels = strip_rows(o);
       for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(to + r * kLd, from + r * g_.result_channels + o, strip * sizeof(T));
+        std::memcpy(to + r * kLd, from + r * g_.result_channels + o, channels * sizeof(T));
     }
   }
 
@@ -333,7 +340,7 @@ private:
   const bool merges_;
   bool is_single_;  // one chunk of lines is all there is
   int64_t padded_width_, pieces_, columns_, tiles_, part_, parts_, lines_, chunk_, segment_, segments_;
-  int64_t ld_sums_, tile_stride_;
+  int64_t ld_sums_, tile_stride_, full_;
 };
 
 }  // namespace ptk::PTK_ISA
