@@ -69,6 +69,15 @@ PTK_INLINE constexpr int64_t strip_rows(int64_t left) {
   return rows;
 }
 
+// Rows behind the last strip of kMr. Where they would end in a strip of two, which waits for its own sums, one strip of
+// 14 less leaves strips of eight and four instead: 14 + 2 = 8 + 8.
+template <class T>
+PTK_INLINE constexpr int64_t after_full_strips(int64_t rows) {
+  constexpr int64_t mr = GemmTraits<T>::kMr;
+  const int64_t left = rows % mr;
+  return mr == 14 && (left & 2) && rows > mr ? left + mr : left;
+}
+
 template <class T, int M, class Epilogue>
 static inline void exact_rows(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
                               int64_t rows, int64_t column, int64_t columns, Epilogue& epilogue) {
@@ -122,8 +131,12 @@ PTK_INLINE void gemm_strips(int64_t row, int64_t end, const GemmBlock<T>* panel,
         row += rows;
       }
     } else {
-      for (; row + mr <= end; row += mr) vector_kernel<T, mr>(panel, count, k, lda, row, column, columns, epilogue);
-      if (row < end) tail_rows<T, kLargestTail<T>>(panel, count, k, lda, row, end - row, column, columns, epilogue);
+      constexpr int tail = kLargestTail<T>;
+      for (const int64_t full = end - after_full_strips<T>(end - row); row < full; row += mr)
+        vector_kernel<T, mr>(panel, count, k, lda, row, column, columns, epilogue);
+      for (; row + tail <= end; row += tail)
+        vector_kernel<T, tail>(panel, count, k, lda, row, column, columns, epilogue);
+      if (row < end) tail_rows<T, tail / 2>(panel, count, k, lda, row, end - row, column, columns, epilogue);
     }
   }
 }
