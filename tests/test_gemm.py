@@ -66,6 +66,15 @@ def test_gemm_float(dtype: torch.dtype, shape: tuple[int, ...], a_transposed: bo
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    """Every number of rows is cut into strips of its own."""
+    a, b = operand((1, 48, 33), False, dtype), operand((1, 33, 37), False, dtype)
+    whole = gemm(a, b)
+    for rows in range(1, 48):
+        assert torch.equal(gemm(a[:, :rows], b), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_gemm_epilogue(dtype: torch.dtype) -> None:
     bias = torch.randn(67, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     check_float(operand((2, 45, 70), False, dtype), operand((2, 70, 67), False, dtype), bias, True)
