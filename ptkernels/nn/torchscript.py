@@ -2,7 +2,7 @@
 
 Each class here has the parameters, buffers and names of one of :mod:`ptkernels.nn` and calls the operators themselves,
 without the fallbacks around them. They are for evaluation: dropout and batch statistics stay with the modules, and so
-do sequences in other forms than padded ones.
+do sequences in other forms than padded ones and the states of every token.
 """
 
 # Annotations are read as types here, so they are no strings.
