@@ -25,20 +25,21 @@ struct Text : std::string {
   using std::string::string;
 };
 
+inline Text take_text(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  PTK_CHECK(torch_string_length(handle, &length) == TORCH_SUCCESS && torch_string_c_str(handle, &data) == TORCH_SUCCESS,
+            "ptkernels: cannot read a text argument");
+  const Text text(data, length);
+  PTK_CHECK(torch_delete_string(handle) == TORCH_SUCCESS, "ptkernels: cannot free a text argument");
+  return text;
+}
+
 }  // namespace ptk
 
 template <>
 struct torch::stable::detail::ToImpl<ptk::Text> {
-  static ptk::Text call(StableIValue value, uint64_t, bool) {
-    const StringHandle handle = to<StringHandle>(value);
-    size_t length = 0;
-    const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    const ptk::Text text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
-  }
+  static ptk::Text call(StableIValue value, uint64_t, bool) { return ptk::take_text(to<StringHandle>(value)); }
 };
 
 namespace ptk {

@@ -57,7 +57,7 @@ template <class T>
 inline constexpr int kLargestTail = GemmTraits<T>::kMr > 8   ? 8
                                     : GemmTraits<T>::kMr > 4 ? 4
                                                              : 1;
-// Rows of the next strip where `left` are left.
+// Rows of the next strip where `left` are left; an estimate where after_full_strips() cuts the last ones otherwise.
 template <class T>
 PTK_INLINE constexpr int64_t strip_rows(int64_t left) {
   constexpr int64_t mr = GemmTraits<T>::kMr;
