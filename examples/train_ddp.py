@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: imported later it keeps the first one for ever
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,27 +42,18 @@ class Classifier(nn.Module):
         return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=32, help="of all processes together")
-    parser.add_argument("--json", type=Path, help="where the first process writes the losses")
-    arguments = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+def train(steps: int, batch: int, device: torch.device) -> list[float]:
+    """The loss of each step, over all processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    if arguments.batch % world:
-        raise SystemExit(f"--batch: got {arguments.batch}, expected a multiple of the {world} processes")
     torch.manual_seed(0)
     model = DistributedDataParallel(Classifier(8, 16, 4).to(device))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 0.01)
     losses = []
-    for step in range(arguments.steps):
+    for step in range(steps):
         # Every process draws the whole batch and takes its part: what a sampler does for stored data.
         generator = torch.Generator().manual_seed(step)
-        classes = torch.randint(0, 4, (arguments.batch,), generator=generator)
-        sound = torch.randn(arguments.batch, 8, 12, generator=generator) + classes[:, None, None]
+        classes = torch.randint(0, 4, (batch,), generator=generator)
+        sound = torch.randn(batch, 8, 12, generator=generator) + classes[:, None, None]
         mine = slice(rank, None, world)
         loss = nn.functional.cross_entropy(model(sound[mine].to(device)), classes[mine].to(device))
         optimizer.zero_grad()
@@ -70,11 +62,29 @@ def main() -> None:
         mean = loss.detach() / world
         dist.all_reduce(mean)
         losses.append(mean.item())
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=32, help="of all processes together")
+    parser.add_argument("--json", type=Path, help="where the first process writes the losses")
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if arguments.batch % world:
+        raise SystemExit(f"--batch: got {arguments.batch}, expected a multiple of the {world} processes")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    losses = train(arguments.steps, arguments.batch, device)
     if rank == 0:
         print(f"{world} processes: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(losses))
     dist.barrier()  # a process that leaves early closes connections under those that have not finished
+    # Ends the threads of gloo too, as nothing holds the group any longer: one that lets go of a tensor while the
+    # interpreter ends would abort the process.
     dist.destroy_process_group()
 
 

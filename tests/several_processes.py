@@ -73,6 +73,7 @@ def main(folder: str) -> None:
             break
     torch.save(found, Path(folder) / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # threads of groups that a mesh still holds can abort an interpreter that ends as it should
 
 
 if __name__ == "__main__":
