@@ -2,7 +2,7 @@
 //
 // Per step of k: two loads of B, M broadcasts of A, 2 M multiply-adds. M = 14 with 32 registers (28 sums, 2 B, 1-2 A),
 // M = 6 with 16 (12 sums, 2 B, 1-2 A); smaller M serve the last rows. Where the last panel has columns for one vector
-// only, floating-point kernels leave the other out (N = 1), which takes half the time and gives the same bits.
+// only, floating-point and four-way dot kernels leave the other out (N = 1): half the time, the same bits.
 #pragma once
 
 #include "layout.h"
@@ -249,26 +249,27 @@ PTK_INLINE Vec<int32_t> dot_u8s8(Vec<int32_t> sum, uint32_t a, Vec<int32_t> b) {
 }
 
 // The column sums that undo the shift of signed A (GemmTraits::kShiftA) cost one dot product with ones per vector of B.
-template <class T, int M, class Epilogue>
-PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
-                                int64_t column, int64_t columns, Epilogue& epilogue) {
+template <class T, int M, int N>
+PTK_INLINE void dot_8bit_sums(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                              Vec<int32_t> (&sum)[M][2]) {
   constexpr int nr = GemmTraits<T>::kNr;
-  Vec<int32_t> sum[M][2] = {}, column_sum[2] = {};
+  Vec<int32_t> column_sum[2] = {};
   for (int64_t block = 0; block < count; ++block) {
     auto a = RowPointers<T, M>::make(blocks[block].a + row * lda, lda);
     const auto* b = reinterpret_cast<const int32_t*>(blocks[block].b);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += 4) {
-      Vec<int32_t> b0 = load(b), b1 = load(b + nr / 2);
+      Vec<int32_t> b0 = load(b), b1{};
+      if constexpr (N == 2) b1 = load(b + nr / 2);
       if constexpr (kShiftedA<T>) {
         column_sum[0] = dot_u8s8(column_sum[0], 0x01010101u, b0);
-        column_sum[1] = dot_u8s8(column_sum[1], 0x01010101u, b1);
+        if constexpr (N == 2) column_sum[1] = dot_u8s8(column_sum[1], 0x01010101u, b1);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const uint32_t x = a.template at<uint32_t>(m);
         sum[m][0] = dot_u8s8(sum[m][0], x, b0);
-        sum[m][1] = dot_u8s8(sum[m][1], x, b1);
+        if constexpr (N == 2) sum[m][1] = dot_u8s8(sum[m][1], x, b1);
       }
       a.advance(sizeof(uint32_t));
       b += nr;
@@ -280,6 +281,26 @@ PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64
       sum[m][1] -= column_sum[1] << 7;
     }
   }
+}
+
+template <class T, int M>
+static __attribute__((noinline)) void narrow_dot_8bit(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda,
+                                                      int64_t row, int32_t* buffer) {
+  Vec<int32_t> sum[M][2] = {};
+  dot_8bit_sums<T, M, 1>(blocks, count, k, lda, row, sum);
+  store_sums<M, int32_t>(sum, buffer);
+}
+
+template <class T, int M, class Epilogue>
+PTK_INLINE void dot_8bit_kernel(const GemmBlock<T>* blocks, int64_t count, int64_t k, int64_t lda, int64_t row,
+                                int64_t column, int64_t columns, Epilogue& epilogue) {
+  if (columns <= kLanes<int32_t>) {
+    alignas(64) int32_t buffer[M * GemmTraits<T>::kNr];
+    narrow_dot_8bit<T, M>(blocks, count, k, lda, row, buffer);
+    return hand_over<M>(buffer, row, column, columns, epilogue);
+  }
+  Vec<int32_t> sum[M][2] = {};
+  dot_8bit_sums<T, M, 2>(blocks, count, k, lda, row, sum);
   finish<M, Sum<T>>(sum, row, column, columns, epilogue);
 }
 #endif

@@ -19,7 +19,7 @@ class DirectProduct {
 
 public:
   // Beyond so many rows the tiled kernels, which decode once for all of them, are faster.
-  static constexpr int64_t kMaxRows = PTK_ISA_LEVEL >= 2 ? 16 : 8;
+  static constexpr int64_t kMaxRows = PTK_ISA_LEVEL < 2 ? 8 : PTK_ISA_LEVEL > 2 && kIntegers ? 12 : 16;
 
   static bool suits(const QuantizedForward& p) {
     if (p.m > kMaxRows || p.weight.k == 0 || p.input.dtype == DType::f64 || p.quantize_input != kIntegers) return false;
@@ -37,7 +37,6 @@ public:
                          rows,
                          carver.take<float>((kIntegers ? 1 : rows) * ld),
                          carver.take<DirectCode>(kIntegers ? rows * ld : 0),
-                         carver.take<float>(ld),
                          carver.take<DirectSum<kIntegers>>(spans() * rows * kLanes<float>)};
     };
     Carver carver;
@@ -73,8 +72,8 @@ private:
       DirectCode* codes = in.codes + m * in.ld;
       input_scales_[m] = quantize_row(p_.input, row, w_.k, p_.input_scale, in.x, codes);
       std::memset(codes + w_.k, 0, (in.ld - w_.k) * sizeof(DirectCode));
-      sum_spans(codes, m, in, integer_run(w_), integer_factor(w_));
-      if (w_.format == CodeFormat::u4) DirectNibblesByBytes::arrange(codes, w_.k, in.values);
+      if (w_.format == CodeFormat::u4) DirectNibblesByBytes::arrange(codes, w_.k);
+      sum_spans(codes, m, in, integer_factor(w_));
     } else {
       float* x = in.x + m * in.ld;
       const int64_t origin = row * p_.input.strides[0], stride = p_.input.strides[1];
@@ -85,21 +84,20 @@ private:
         for (int64_t k = 0; k < w_.k; ++k)
           x[k] = load_any_scalar<float>(p_.input.data, p_.input.dtype, origin + k * stride);
       }
-      const bool words = DirectNibbles::suits(w_);
-      if (w_.zeros) sum_spans(x, m, in, words ? 8 : 1, 1.0f);
-      if (words) DirectNibbles::arrange(x, w_.k, in.values);
+      if (DirectNibbles::suits(w_)) DirectNibbles::arrange(x, w_.k);
+      if (w_.zeros) sum_spans(x, m, in, 1.0f);
     }
   }
 
-  // Sums of the input over spans, lane by lane, in the lanes in which the kernels meet it: a lane takes `run`
-  // consecutive elements at a time.
+  // Sums of the arranged input over spans, in the lanes in which the kernels meet it.
   template <class U>
-  void sum_spans(const U* x, int64_t m, const DirectInput& in, int64_t run, DirectSum<kIntegers> factor) const {
-    for (int64_t s = 0; s < spans(); ++s) {
-      const int64_t k0 = s * span(), end = least(k0 + span(), w_.k);
-      DirectSum<kIntegers> lane[kLanes<float>] = {};
-      for (int64_t k = k0; k < end; ++k) lane[(k - k0) / run % kLanes<float>] += factor * x[k];
-      std::memcpy(in.sums + (s * in.rows + m) * kLanes<float>, lane, sizeof lane);
+  void sum_spans(const U* x, int64_t m, const DirectInput& in, DirectSum<kIntegers> factor) const {
+    const int64_t span = this->span(), spans = this->spans();
+    for (int64_t s = 0; s < spans; ++s) {
+      const int64_t end = least((s + 1) * span, w_.k);
+      Vec<DirectSum<kIntegers>> sum{};
+      for (int64_t k = s * span; k < end; k += kLanes<U>) sum = add_lanes(sum, x + k, end - k);
+      store(in.sums + (s * in.rows + m) * kLanes<float>, factor * sum);
     }
   }
 

@@ -5,6 +5,10 @@
 
 namespace ptk::PTK_ISA {
 
+PTK_INLINE Vec<float> add_lanes(Vec<float> sum, const float* x, int64_t valid) {
+  return sum + load_partial(x, valid);
+}
+
 // Any format, input in the order of k.
 template <class D>
 struct DirectFloat {
@@ -18,7 +22,8 @@ struct DirectFloat {
     const float* x = in.x + m0 * in.ld;
     for (int64_t g = 0, k = 0; k < w.k; ++g) {
       const int64_t end = least((g + 1) * w.group, whole);
-      Vec<float> part[R][M] = {};
+      Vec<float> part[R][M];
+      clear<M, R>(part);
       for (; k < end; k += kBlock) {
         rows.prefetch(k / kBlock % R, k * bits / 8);
 #pragma GCC unroll 4
@@ -32,7 +37,9 @@ struct DirectFloat {
         for (int r = 0; r < R; ++r)
           for (int m = 0; m < M; ++m)
             part[r][m][0] += static_cast<float>(D::value(rows.codes[r], k)) * x[m * in.ld + k];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           if (w.zeros) part[r][m] -= rows.zeros[r][g] * load(in.sum(g, m0 + m));
           total[r][m] += rows.scales[r][g] * part[r][m];
@@ -54,7 +61,7 @@ struct DirectNibbles {
            (w.group % kBlock == 0 || kBlock % w.group == 0);
   }
 
-  static void arrange(float* x, int64_t k, float* block) { arrange_lanes(x, k, kLanes<float>, 8, block); }
+  static void arrange(float* x, int64_t k) { arrange_lanes<8>(x, k); }
 
   PTK_INLINE Vec<float> values(Vec<uint32_t> words, int j, [[maybe_unused]] Vec<float> book) {
     if constexpr (kTable) {
@@ -71,9 +78,10 @@ struct DirectNibbles {
     Vec<float> book = iota<float>() - 8.0f;
     if (kTable && w.format != CodeFormat::u4) book = load(codebook_of(w.format));
     const float* input = in.x + m0 * in.ld;
-    for (int64_t k = 0; k < w.k;) {
-      const int64_t g = k / w.group, s = k / span, end = least(k + span, w.k);
-      Vec<float> part[R][M] = {};
+    for (int64_t k = 0, s = 0, g = 0; k < w.k; ++s, g += parts) {
+      const int64_t end = least(k + span, w.k);
+      Vec<float> part[R][M];
+      clear<M, R>(part);
       for (; k < end; k += kBlock) {
         Vec<uint32_t> words[R];
         for (int r = 0; r < R; ++r) {
@@ -92,8 +100,10 @@ struct DirectNibbles {
           }
         }
       }
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<float> scale = spread_groups(rows.scales[r] + g, parts);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           if (w.zeros) part[r][m] -= spread_groups(rows.zeros[r] + g, parts) * load(in.sum(s, m0 + m));
           total[r][m] += scale * part[r][m];

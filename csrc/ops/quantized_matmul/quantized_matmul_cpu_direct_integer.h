@@ -43,12 +43,12 @@ PTK_INLINE Vec<int32_t> dot_bytes(Vec<int32_t> sum, Vec<uint8_t> a, Vec<int8_t> 
 #endif
 }
 
-// Codes in a vector, and how many of them a lane holds.
+// Codes in a vector.
 PTK_INLINE int64_t integer_block(const QuantizedWeightView& w) {
   return w.format == CodeFormat::u4 ? 128 : 64;
 }
-PTK_INLINE int64_t integer_run(const QuantizedWeightView& w) {
-  return w.format == CodeFormat::u4 ? 8 : 4;
+PTK_INLINE Vec<int32_t> add_lanes(Vec<int32_t> sum, const DirectCode* codes, int64_t) {
+  return dot_bytes(sum, broadcast<uint8_t>(1), load(codes));
 }
 // What a code is above its value, negated.
 PTK_INLINE int32_t integer_factor(const QuantizedWeightView& w) {
@@ -82,11 +82,14 @@ struct DirectBytes {
     const QuantizedWeightView& w = in.w;
     const int64_t span = most(w.group, kBlock), parts = w.groups() == 1 ? 1 : span / w.group;
     const DirectCode* x = in.codes + m0 * in.ld;
-    for (int64_t k = 0, s = 0; k < w.k; ++s) {
-      const int64_t g = k / w.group, end = least(k + span, w.k);
+    for (int64_t k = 0, s = 0, g = 0; k < w.k; ++s, g += parts) {
+      const int64_t end = least(k + span, w.k);
       Vec<int32_t> part[R][M];
-      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) part[r][m] = load(in.sum(s, m0 + m));
+      }
       for (; k < end; k += kBlock) {
         Vec<int8_t> input[M];
         for (int m = 0; m < M; ++m) input[m] = load(x + m * in.ld + k);
@@ -112,20 +115,21 @@ struct DirectNibblesByBytes {
     return w.format == CodeFormat::u4 && w.k % kBlock == 0 && (w.group % kBlock == 0 || kBlock % w.group == 0);
   }
 
-  static void arrange(int8_t* codes, int64_t k, float* block) {
-    arrange_lanes(codes, k, kBlock / 2, 2, reinterpret_cast<int8_t*>(block));
-  }
+  static void arrange(int8_t* codes, int64_t k) { arrange_lanes<2>(codes, k); }
 
   template <int M, int R>
   static void dots(const DirectInput<true>& in, int64_t m0, const DirectRows<R>& rows, Vec<float> (&total)[R][M]) {
     const QuantizedWeightView& w = in.w;
     const int64_t span = most(w.group, kBlock), parts = span / w.group;
     const DirectCode* x = in.codes + m0 * in.ld;
-    for (int64_t k = 0, s = 0; k < w.k; ++s) {
-      const int64_t g = k / w.group, end = least(k + span, w.k);
+    for (int64_t k = 0, s = 0, g = 0; k < w.k; ++s, g += parts) {
+      const int64_t end = least(k + span, w.k);
       Vec<int32_t> part[R][M];
-      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) part[r][m] = load(in.sum(s, m0 + m));
+      }
       for (; k < end; k += kBlock) {
         Vec<int8_t> even[M], odd[M];
         for (int m = 0; m < M; ++m) {
@@ -153,8 +157,8 @@ struct DirectNibblesByBytes {
 PTK_INLINE int64_t integer_block(const QuantizedWeightView&) {
   return 1;
 }
-PTK_INLINE int64_t integer_run(const QuantizedWeightView&) {
-  return 1;
+PTK_INLINE Vec<int32_t> add_lanes(Vec<int32_t> sum, const DirectCode* codes, int64_t) {
+  return sum + detail::multiply_add_pairs(load(codes), broadcast<int16_t>(1));
 }
 PTK_INLINE int32_t integer_factor(const QuantizedWeightView&) {
   return 1;
@@ -199,9 +203,7 @@ struct DirectNibblesByBytes {
     return w.format == CodeFormat::u4 && w.k % kBlock == 0 && w.group % kBlock == 0;
   }
 
-  static void arrange(int16_t* codes, int64_t k, float* block) {
-    arrange_lanes(codes, k, kLanes<int16_t>, 2, reinterpret_cast<int16_t*>(block));
-  }
+  static void arrange(int16_t* codes, int64_t k) { arrange_lanes<2>(codes, k); }
 
   template <int M, int R>
   static void dots(const DirectInput<true>& in, int64_t m0, const DirectRows<R>& rows, Vec<float> (&total)[R][M]) {

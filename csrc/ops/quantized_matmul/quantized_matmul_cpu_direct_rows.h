@@ -17,7 +17,6 @@ struct DirectInput {
   int64_t ld, rows;
   float* x;                    // float input; where it is quantized, memory for one row
   DirectCode* codes;           // quantized input
-  float* values;               // memory for one row
   DirectSum<kIntegers>* sums;  // [span][row][lane]
 
   inline __attribute__((always_inline)) const DirectSum<kIntegers>* sum(int64_t span, int64_t m) const {
@@ -50,6 +49,16 @@ struct DirectRows {
     }
   }
 };
+
+// An array that is cleared as a whole is one that the compiler keeps in memory.
+template <int M, int R, class V>
+PTK_INLINE void clear(V (&part)[R][M]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) part[r][m] = V{};
+  }
+}
 
 // Lane l of the result is groups[l * parts / lanes]: numbers of `parts` groups for the lanes that hold their columns.
 PTK_INLINE Vec<float> spread_groups(const float* groups, int64_t parts) {
@@ -84,13 +93,28 @@ PTK_INLINE Vec<float> add_across(Vec<float> (&v)[kLanes<float>]) {
   return v[0];
 }
 
-// Moves element lane * steps + step of every block of lanes * steps to step * lanes + lane. `block` has memory for one.
-template <class U>
-static inline void arrange_lanes(U* row, int64_t k, int64_t lanes, int64_t steps, U* block) {
-  for (int64_t k0 = 0; k0 < k; k0 += lanes * steps) {
-    for (int64_t step = 0; step < steps; ++step)
-      for (int64_t lane = 0; lane < lanes; ++lane) block[step * lanes + lane] = row[k0 + lane * steps + step];
-    std::memcpy(row + k0, block, lanes * steps * sizeof(U));
+template <int Odd, class V, int... I>
+PTK_INLINE V every_other(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+}
+
+// Moves element lane * Steps + step of every block to step * lanes + lane: as often as Steps has bits, the elements of
+// even index go to the first half of the block, those of odd index to the second.
+template <int Steps, class U>
+static inline void arrange_lanes(U* row, int64_t k) {
+  constexpr int lanes = kLanes<U>;
+  constexpr auto all = std::make_integer_sequence<int, lanes>{};
+  for (int64_t k0 = 0; k0 < k; k0 += lanes * Steps) {
+    Vec<U> v[Steps], moved[Steps];
+    for (int i = 0; i < Steps; ++i) v[i] = load(row + k0 + i * lanes);
+    for (int bit = 1; bit < Steps; bit *= 2) {
+      for (int i = 0; i < Steps / 2; ++i) {
+        moved[i] = every_other<0>(v[2 * i], v[2 * i + 1], all);
+        moved[i + Steps / 2] = every_other<1>(v[2 * i], v[2 * i + 1], all);
+      }
+      for (int i = 0; i < Steps; ++i) v[i] = moved[i];
+    }
+    for (int i = 0; i < Steps; ++i) store(row + k0 + i * lanes, v[i]);
   }
 }
 

@@ -86,9 +86,10 @@ struct FoldIntegers {
     }
   }
 
-  inline __attribute__((always_inline)) void strip(int rows, int64_t row, int64_t column, int64_t,
+  inline __attribute__((always_inline)) void strip(int rows, int64_t row, int64_t column, int64_t columns,
                                                    const int32_t* integers) const {
     constexpr int lanes = kLanes<int32_t>;
+    const int halves = columns > lanes ? 2 : 1;
     if constexpr (std::is_same_v<F, double>) {
       for (int i = 0; i < rows; ++i, integers += 2 * lanes) {
         (*this)(row + i, column, load(integers), lanes);
@@ -97,7 +98,7 @@ struct FoldIntegers {
     } else {
       Vec<float> code_sum[2] = {};
       if (code_sums)
-        for (int half = 0; half < 2; ++half) code_sum[half] = load(code_sums + column + half * lanes);
+        for (int half = 0; half < halves; ++half) code_sum[half] = load(code_sums + column + half * lanes);
       const int64_t first = column / lanes * share, end = least(first + 2 * share, ahead_bytes);
       float* p = sums + row * ld + column;
       for (int i = 0; i < rows; ++i, integers += 2 * lanes, p += ld) {
@@ -105,7 +106,7 @@ struct FoldIntegers {
         for (int64_t byte = first; byte < end; byte += 64)
           __builtin_prefetch(ahead + weight_row * row_bytes + byte, 0, 2);
         const float shift = zeros ? offset + zeros[index] : offset, scale = scales[index];
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < halves; ++half) {
           const Vec<float> v =
               __builtin_convertvector(load(integers + half * lanes), Vec<float>) - shift * code_sum[half];
           store(p + half * lanes, load(p + half * lanes) + scale * v);
@@ -229,14 +230,14 @@ private:
 
   bool item(const RowBlock& block, int64_t m0) const {
     const int64_t columns = least(kColumns, p_.m - m0), ld = round_up(columns, kNr);
-    const int64_t rows = block.rows(), sum_rows = round_up(kRows, 32) + kLanes<F>;
+    const int64_t rows = block.rows(), sum_rows = round_up(rows, 32) + kLanes<F>;
     Carver carver;
-    carver.take<E>(round_up(kRows, 32) * kLda);
+    carver.take<E>(round_up(rows, 32) * kLda);
     carver.take<F>(sum_rows * ld);
     char* scratch = static_cast<char*>(thread_scratch(carver.bytes()));
     if (!scratch) return false;
     carver.next = scratch;
-    E* a = carver.take<E>(round_up(kRows, 32) * kLda);
+    E* a = carver.take<E>(round_up(rows, 32) * kLda);
     F* sums = carver.take<F>(sum_rows * ld);
     std::memset(sums, 0, sum_rows * ld * sizeof(F));
     TileScope tiles;
