@@ -52,7 +52,7 @@ CASES: dict[str, Kwargs] = {
     "llama3-8b-768": {"B": 1, "Hq": 32, "Hkv": 8, "L": 768, "D": 128, "causal": True},
 }
 QUICK_CASES: dict[str, Kwargs] = {
-    "bert-base-128": {"B": 8, "Hq": 12, "Hkv": 12, "L": 128, "D": 64, "causal": False},
+    "bert-base-128": {"B": 4, "Hq": 12, "Hkv": 12, "L": 128, "D": 64, "causal": False},
     "llama3-8b-256": {"B": 1, "Hq": 32, "Hkv": 8, "L": 256, "D": 128, "causal": True},
 }
 
