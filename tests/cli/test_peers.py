@@ -100,6 +100,16 @@ def test_eager_composition(name: str) -> None:
     assert oracle_of(problem).check((attention.composition(*problem.args, **problem.kwargs),)).passed
 
 
+def test_eager_composition_caps_and_sinks() -> None:
+    problem = problem_of("grouped-causal", torch.float64)
+    options = {"softcap": 0.7, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)}
+    found, expected = (
+        function(*problem.args, **problem.kwargs, **options)
+        for function in (attention.composition, problem.spec.reference)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_refuse_a_backward(engine: str) -> None:
     problem = problem_of("plain", torch.float32)
