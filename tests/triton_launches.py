@@ -167,7 +167,13 @@ def conv(
 
 
 def rnn(
-    arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, batch: int = 32, projection: int = 0
+    arch: int,
+    mode: str,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 32,
+    projection: int = 0,
+    all_cells: bool = False,
 ) -> list[Any]:
     from ptkernels.ops.packed_rnn import triton as module
     from ptkernels.ops.packed_rnn.reference import GATES
@@ -180,8 +186,9 @@ def rnn(
     layer = (x, None, None, [], params)
 
     def launch(recorder: Any) -> None:
-        out, _, _, gates, cells = module.rnn(*layer, batch, "time_first", mode, True, True, wrap=recorder)
-        saved, options = (out, gates, cells), (batch, "time_first", mode, True, [True] * (1 + len(params)))
+        options: Any = (batch, "time_first", mode, True)
+        out, _, _, gates, cells = module.rnn(*layer, *options, True, False, all_cells, wrap=recorder)
+        saved, options = (out, gates, cells), (*options, [True] * (1 + len(params)), all_cells)
         module.rnn_backward(out, None, None, *layer, *saved, *options, wrap=recorder)
 
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
@@ -284,6 +291,8 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
     "lstm-projected": lambda arch: rnn(arch, "lstm", 1024, projection=256),
     "lstm-projected-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128),
+    "lstm-projected-cells": lambda arch: rnn(arch, "lstm", 1024, projection=256, all_cells=True),
+    "lstm-projected-cells-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128, all_cells=True),
     "lstm-zoneout-128": lambda arch: cells(arch, "lstm", 128, zoneout=True),
     "gru-zoneout-float32": lambda arch: cells(arch, "gru", 200, torch.float32, zoneout=True),
     "peephole-lstm-512": lambda arch: cells(arch, "peephole_lstm", 512, zoneout=True),

@@ -202,10 +202,11 @@ def rnn(
     """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     of_cells = Options(*options)
-    if triton_cells.covers(mode, of_cells, all_cells):
+    if triton_cells.covers(mode, of_cells, all_cells and not a.projected):
         return triton_cells.forward(a, save, all_cells, of_cells, wrap)
     make = input.new_zeros if a.has_padding else input.new_empty
     output = make((*input.shape[:-1], a.directions * a.outputs))
+    all_c = make((*input.shape[:-1], a.directions * a.hidden)) if all_cells else output
     h_start, c = a.states()
     h_n = h_start.clone()
     saves = save and mode in ("lstm", "gru")
@@ -224,16 +225,21 @@ def rnn(
             cells, a.batch, a.saved_rows, a.directions,
         )  # fmt: skip
         switches = {**a.switches(), "HAS_BIAS": a.has_bias, "SAVE": saves}
-        a.launch(wrap(kernels.forward), args, switches, _forward_steps(a, args, switches, wrap))
+        steps = _forward_steps(a, args, all_c if all_cells else None, switches, wrap)
+        a.launch(wrap(kernels.forward), args, switches, steps)
     c_n = a.by_sequence(c, input.dtype) if mode == "lstm" else input.new_empty(0)
+    output = torch.cat([output, all_c], -1) if all_cells else output
     return output, a.by_sequence(h_n, input.dtype), c_n, gates, cells
 
 
-def _forward_steps(a: _Layer, args: tuple[Any, ...], switches: dict[str, Any], wrap: Launcher) -> list[Step]:
-    sizes = {"OUTPUTS": a.outputs, "PROJECTED": a.projected}
+def _forward_steps(
+    a: _Layer, args: tuple[Any, ...], all_cells: Tensor | None, switches: dict[str, Any], wrap: Launcher
+) -> list[Step]:
+    sizes = {"OUTPUTS": a.outputs, "PROJECTED": a.projected, "ALL_CELLS": all_cells is not None}
     *_, first, lengths, rows, output, h_n, _, _, _, _, _ = args
     unprojected = a.input.new_empty(a.directions, a.batch, a.hidden) if a.projected else h_n
-    cells = Step(wrap(kernels.forward_step), a.order.steps, a.hidden, (*args, unprojected), {**switches, **sizes})
+    args = (*args, unprojected, _or(all_cells, output))
+    cells = Step(wrap(kernels.forward_step), a.order.steps, a.hidden, args, {**switches, **sizes})
     if not a.projected:
         return [cells]
     args = (unprojected, a.stacked(a.each - 1), first, lengths, rows, output, h_n, a.batch, a.directions)
@@ -277,11 +283,14 @@ def rnn_backward(
     d_out = input.new_empty(a.directions, a.order.tokens if a.projected else 0, a.outputs)
     own = dh.new_empty(a.directions, 0)
     of_cells = Options(*options)
-    if triton_cells.covers(mode, of_cells, all_cells):
+    if triton_cells.covers(mode, of_cells, all_cells and not a.projected):
         saved = (gates, cells)
         dg, own = triton_cells.backward(a, grad_output, dh, dc, before, saved, all_cells, of_cells, wrap)
     else:
-        dg = _gate_gradients(a, grad_output, dh, dc, before, output, gates, cells, d_out, wrap)
+        grads = [grad_output, None]
+        if all_cells and grad_output is not None:
+            grads = list(grad_output.split([output.size(-1), a.directions * a.hidden], -1))
+        dg = _gate_gradients(a, grads, dh, dc, before, output, gates, cells, d_out, wrap)
 
     of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
     wanted = iter(output_mask)
@@ -304,7 +313,7 @@ def rnn_backward(
 
 def _gate_gradients(
     a: _Layer,
-    grad_output: Tensor | None,
+    grads: Sequence[Tensor | None],
     dh: Tensor,
     dc: Tensor,
     before: Tensor,
@@ -314,30 +323,38 @@ def _gate_gradients(
     d_out: Tensor,
     wrap: Launcher,
 ) -> Tensor:
-    """``[directions, tokens, .., hidden]``, as :func:`triton_cells.backward` gives them; writes ``d_out`` as well."""
+    """``[directions, tokens, .., hidden]``, as :func:`triton_cells.backward` gives them; writes ``d_out`` as well.
+
+    ``grads`` are those of every token's h and of its cells.
+    """
     _, c_start = a.states()
     stored = triton_cells.STORED[a.mode]
     dg = a.input.new_empty(a.directions, a.order.tokens, stored, a.hidden)
     rows = _or(a.order.rows, a.order.first)
-    grad_rows = output if grad_output is None else grad_output.contiguous()
+    of_output, of_cells = (None if grad is None else grad.contiguous() for grad in grads)
     args = (
-        a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
-        dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
+        a.stacked(1), gates, cells, c_start, before, output, _or(of_output, output), a.order.first, a.order.lengths,
+        rows, dh, dc, dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
     )  # fmt: skip
-    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
-    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, switches, wrap))
+    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": of_output is not None}
+    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, of_cells, switches, wrap))
     return dg
 
 
 def _backward_steps(
-    a: _Layer, args: tuple[Any, ...], d_out: Tensor, switches: dict[str, Any], wrap: Launcher
+    a: _Layer,
+    args: tuple[Any, ...],
+    d_out: Tensor,
+    grad_cells: Tensor | None,
+    switches: dict[str, Any],
+    wrap: Launcher,
 ) -> list[Step]:
     hidden_weight, *_, grad_rows, first, lengths, rows, dh, _, dg, batch, tokens, _, directions = args
     projection = a.stacked(a.each - 1) if a.projected else dg
     switches = {**switches, "OUTPUTS": a.outputs}
-    of_cells = {**switches, "PROJECTED": a.projected}
+    of_cells = {**switches, "PROJECTED": a.projected, "ALL_CELLS": grad_cells is not None}
     kernel, rounds = wrap(kernels.backward_step), a.order.steps + (not a.projected)
-    cells = Step(kernel, rounds, a.hidden, (*args, projection, d_out), of_cells)
+    cells = Step(kernel, rounds, a.hidden, (*args, projection, d_out, _or(grad_cells, d_out)), of_cells)
     if not a.projected:
         return [cells]
     args = (hidden_weight, grad_rows, first, lengths, rows, dh, dg, d_out, batch, tokens, directions)

@@ -192,14 +192,16 @@ def forward(
 @triton.jit(do_not_specialize=["step"])
 def forward_step(
     XG, U, B_IH, B_HH, H_START, C, FIRST, LENGTHS, ROWS, OUT, H_N, GATES, CELLS, batch, tokens_saved, directions,
-    UNPROJECTED, step, steps,
+    UNPROJECTED, OUT_CELLS, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, ALL_CELLS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it.
 
-    What a projection multiplies goes to UNPROJECTED, [directions, batch, HIDDEN], for `project_step`.
+    What a projection multiplies goes to UNPROJECTED, [directions, batch, HIDDEN], for `project_step`; ALL_CELLS: cells
+    go to OUT_CELLS, in the caller's order, as well.
     """
     d = tl.program_id(2)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -250,10 +252,12 @@ def forward_step(
         MODE, HIDDEN, HAS_BIAS, SAVE,
     )  # fmt: skip
     _store_units(C, state, unit, active, HIDDEN, c, HIDDEN)
+    row = _rows_of(ROWS, token, active, HAS_ROWS)
+    if ALL_CELLS:
+        _store_units(OUT_CELLS + d * HIDDEN, row, unit, active, directions * HIDDEN, c, HIDDEN)
     if PROJECTED:
         _store_units(UNPROJECTED, state, unit, active, HIDDEN, h, HIDDEN)
     else:
-        row = _rows_of(ROWS, token, active, HAS_ROWS)
         _store_units(OUT, row, unit, active, directions * HIDDEN, h, HIDDEN)
         _store_units(H_N, state, unit, active, HIDDEN, h, HIDDEN)
 
@@ -509,9 +513,10 @@ def _through_projection(
 @triton.jit(do_not_specialize=["step"])
 def backward_step(
     U, GATES, CELLS, C_START, PREVIOUS, OUT, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DC, DG,
-    batch, tokens, tokens_saved, directions, W_R, D_OUT, step, steps,
+    batch, tokens, tokens_saved, directions, W_R, D_OUT, GRAD_CELLS, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, ALL_CELLS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units: dh = DH + grad_out + DG of the step after times U.
@@ -555,6 +560,8 @@ def backward_step(
         if HAS_GRAD and not PROJECTED:
             dh += _load_units(GRAD_OUT, row, unit, active, directions * HIDDEN, HIDDEN)
         dc = _load_units(DC, state, unit, active, HIDDEN, HIDDEN)
+        if ALL_CELLS:
+            dc += _load_units(GRAD_CELLS + d * HIDDEN, row, unit, active, directions * HIDDEN, HIDDEN)
         d0, d1, d2, d3, dc, through = _cell_gradient(
             dh, dc, GATES, CELLS, C_START, PREVIOUS, OUT, DG, token, token_before, row, unit, active, continued, state,
             directions, MODE, HIDDEN, STORED,
