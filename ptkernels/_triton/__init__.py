@@ -111,6 +111,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 of float64, float32 of everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def number(value: float, like: Tensor) -> float | Tensor:
+    """An argument of a kernel that computes in the dtype of sums of a tensor.
+
+    Triton passes Python's floats as float32: for float64 they go by way of memory, written there by the device.
+    """
+    return value if like.dtype != torch.float64 else like.new_full((), value)
+
+
 def power_of_2(size: int, least: int = 16) -> int:
     """The smallest power of two that is neither below ``size`` nor below ``least``."""
     return max(least, 1 << max(size - 1, 0).bit_length())
