@@ -46,8 +46,8 @@ class Tile(NamedTuple):
 def persistent_tiles(dtype: torch.dtype, hidden: int, arch: int) -> list[Tile]:
     """Tiles worth trying for programs that keep all of U, best guess first; none where it does not fit beside them."""
     units = _triton.power_of_2(hidden)
-    # Products in IEEE float32 are made of registers alone, which cannot hold U as well.
-    if dtype == torch.float32 or units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
+    # Products in IEEE float32 are made of registers alone, which cannot hold U as well; nor can they in float64.
+    if dtype in (torch.float32, torch.float64) or units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
         return []
     return [Tile(16, units, units, 8 if units == 128 else 4, 1)]
 
@@ -57,6 +57,8 @@ def step_tiles(dtype: torch.dtype, batch: int, projected: bool) -> list[Tile]:
 
     The batch matters only by how many rows of a tile it fills.
     """
+    if dtype == torch.float64:
+        return [Tile(16, 16, 16, 2, 1)]
     if dtype == torch.float32:
         # Beside a projection's addresses, sums of more rows leave the registers of sm_80.
         return [Tile(16, 16, 16, 4, 1) if projected else Tile(32, 16, 16, 8, 1)]
@@ -98,7 +100,7 @@ class _Layer:
         self.hidden = params[0].size(0) // self.gates
         self.projected = "weight_hr" in self.names
         self.outputs = params[self.names.index("weight_hh")].size(1)
-        self.dtype = input.dtype
+        self.dtype, self.wide = input.dtype, _triton.sum_dtype(input.dtype)
         self.order: Order = order_of(input, sizes, sorted_indices, batch, layout)
         self.saved_rows = input.numel() // input.size(-1)
         self.has_padding = sizes is not None and layout in ("time_first", "batch_first")
@@ -131,10 +133,10 @@ class _Layer:
         return tensor.to(dtype)
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """h in the dtype of the input and c in float32 before the first step."""
+        """h in the dtype of the input and c in that of sums before the first step."""
         given = (*self.state, None, None)
         h = self.by_slot(given[0], self.outputs, self.dtype)
-        return h, self.by_slot(given[1], self.hidden, torch.float32)
+        return h, self.by_slot(given[1], self.hidden, self.wide)
 
     def plan(self, arch: int) -> tuple[Tile, bool]:
         """The tile, and whether a program runs all steps."""
@@ -211,9 +213,9 @@ def rnn(
     h_n = h_start.clone()
     saves = save and mode in ("lstm", "gru")
     gates = make((a.directions, a.saved_rows, 4, a.hidden)) if saves else input.new_empty(0)
-    cells = input.new_empty(0, dtype=torch.float32)
+    cells = input.new_empty(0, dtype=a.wide)
     if saves and mode == "lstm":
-        cells = make((a.directions, a.saved_rows, a.hidden), dtype=torch.float32)
+        cells = make((a.directions, a.saved_rows, a.hidden), dtype=a.wide)
     if a.order.tokens > 0:
         weights = torch.cat(a.of_params(0)) if a.directions == 2 else params[0]
         from_input = a.packed_input() @ weights.t()
@@ -271,7 +273,7 @@ def rnn_backward(
 ) -> list[Tensor]:
     """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
-    dh, dc = a.by_slot(grad_h_n, a.outputs, torch.float32), a.by_slot(grad_c_n, a.hidden, torch.float32)
+    dh, dc = a.by_slot(grad_h_n, a.outputs, a.wide), a.by_slot(grad_c_n, a.hidden, a.wide)
     if a.order.tokens == 0:
         of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
         found = [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
@@ -369,7 +371,7 @@ def _previous_states(a: _Layer, output: Tensor, wrap: Launcher) -> Tensor:
     wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
         output, h_start, a.order.first, a.order.lengths, rows, previous, a.batch, a.order.tokens, a.directions,
         OUTPUTS=a.outputs, HAS_ROWS=a.order.rows is not None, BLOCK_B=block,
-        BLOCK_N=min(_triton.power_of_2(a.outputs), 128), num_warps=4,
+        BLOCK_N=min(_triton.power_of_2(a.outputs), 512 // a.wide.itemsize), num_warps=4,
     )  # fmt: skip
     return previous
 
@@ -391,9 +393,9 @@ def _weight_gradient(a: _Layer, name: str, dg: Tensor, before: Tensor, gates: Te
     if name == "weight_ih":
         return _of_input(a, dg).t() @ a.packed_input()
     if name == "bias_ih":
-        return _of_input(a, dg).sum(0, dtype=torch.float32)
+        return _of_input(a, dg).sum(0, dtype=a.wide)
     if name == "bias_hh":
-        return _of_state(a, dg).sum(0, dtype=torch.float32)
+        return _of_state(a, dg).sum(0, dtype=a.wide)
     if a.mode == "reset_before_gru":  # U_n multiplied r h
         reset_h = gates[: a.order.tokens, 0] * before
         return torch.cat([dg[:, :2].flatten(1).t() @ before, dg[:, 2].t() @ reset_h])
