@@ -79,6 +79,9 @@ def tiles(kernel: str, dtype: torch.dtype, dim: int, dim_v: int, arch: int, crow
     With a bias or much arithmetic on the scores (``crowded``), only the one that leaves room for it.
     """
     widest = max(64, _triton.power_of_2(dim), _triton.power_of_2(dim_v))
+    if dtype == torch.float64:
+        # Up to a head dim of 128: see ``routing.uncovered_by_triton``.
+        return [Tile(16, 16 if kernel == "dkdv" else 32, 8, 1)]
     if dtype == torch.float32:
         return [_FLOAT32_TILES[widest]]
     by_generation = _TILES[kernel][widest]
@@ -166,10 +169,10 @@ class _Arguments:
             self.len_k - self.len_q if call.bottom_right else 0,
             call.window_left,
             right,
-            self.scale,
-            call.softcap,
+            _triton.number(self.scale, query),
+            _triton.number(call.softcap, query),
             keep_below,
-            KEEP_ALL / max(keep_below, 1),
+            _triton.number(KEEP_ALL / max(keep_below, 1), query),
             self.batch // seed.numel() if seed is not None else 1,
         )
         self.dims = {
@@ -223,7 +226,7 @@ def forward(
     """``out`` and ``lse`` of ``ptkernels::attention`` for arguments that were checked."""
     batch, heads, length, _ = query.shape
     out = _heads_inside(query, batch, heads, length, value.size(-1))
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, length, dtype=_triton.sum_dtype(query.dtype))
     if out.numel() > 0:
         _launch_forward(query, key, value, attn_mask, call, out, lse, wrap)
     return out, lse
@@ -235,7 +238,7 @@ def varlen_forward(
     """``out`` of shape ``[tokens, heads, dim_v]`` and ``lse`` ``[heads, tokens]`` of packed sequences."""
     tokens, heads, _ = query.shape
     out = query.new_empty(tokens, heads, value.size(-1))
-    lse = query.new_empty(heads, tokens, dtype=torch.float32)
+    lse = query.new_empty(heads, tokens, dtype=_triton.sum_dtype(query.dtype))
     if out.numel() > 0:
         _launch_forward(query, key, value, None, call, out, lse, wrap)
     return out, lse
@@ -420,8 +423,8 @@ def _sum_rows(rows: Tensor, like: Tensor | None, call: Call) -> Tensor | None:
 
 def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor, call: Call) -> Tensor | None:
     """A sink is one more score without a value: its dS is its weight times -delta."""
-    lengths, scores = _per_sequence(sinks, call), sinks.float().unsqueeze(-1)
+    lengths, scores = _per_sequence(sinks, call), sinks.to(lse.dtype).unsqueeze(-1)
     if lengths is not None:
-        scores = sinks.float().repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
+        scores = sinks.to(lse.dtype).repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
     weights = torch.exp(scores - lse).masked_fill(lse == -math.inf, 0.0)
     return _sum_rows(-weights * delta, sinks, call)

@@ -103,8 +103,3 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def uncovered(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot take a checked call, or None where they can."""
-    return _triton.uncovered(query)
