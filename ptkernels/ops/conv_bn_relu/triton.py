@@ -108,9 +108,11 @@ class _Conv:
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        pre_activation: str,
+        slope: float,
     ) -> None:
         self.input, self.weight, self.groups = input, weight, groups
-        self.wide = _triton.sum_dtype(input.dtype)
+        self.wide, self.slope = _triton.sum_dtype(input.dtype), slope
         missing = 3 - len(stride)
         self.stride = (*(1,) * missing, *stride)
         self.padding = (*(0,) * missing, *padding)
@@ -138,6 +140,7 @@ class _Conv:
             "TAPS_D": self.taps[0],
             "TAPS_H": self.taps[1],
             "TAPS_W": self.taps[2],
+            "PRE": ACTIVATIONS[pre_activation],
             "PRECISION": _triton.dot_precision(input.dtype),
         }
 
@@ -197,7 +200,6 @@ def _convolve(
     norm: _Norm,
     residual: Tensor | None,
     activation: str,
-    slope: float,
     wrap: Launcher,
     *,
     out: Tensor | None = None,
@@ -215,7 +217,7 @@ def _convolve(
         some if residual is None else residual, written, some if z is None else z,
         some if partial is None else partial, a.pixels, a.filters, *a.in_size, *a.out_size, *_strides(some),
         *_strides(a.weight), *_strides(written if residual is None else residual), *_strides(written), *a.window,
-        *_numbers(norm.eps, slope, some), **{**a.constants, **plan}, HAS_BIAS=bias is not None,
+        *_numbers(norm.eps, a.slope, some), **{**a.constants, **plan}, HAS_BIAS=bias is not None,
         HAS_NORM=norm.mean is not None, **norm.switches(), HAS_RESIDUAL=residual is not None,
         ACTIVATION=ACTIVATIONS[activation], WRITE_OUT=out is not None, WRITE_Z=z is not None, STATISTICS=statistics,
         **_options(tile),
@@ -261,8 +263,9 @@ def conv_bn_relu(
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, z where it is saved, and the statistics of the batch where training, of checked arguments."""
-    _refuse(Variant(*variant))
-    a = _Conv(input, weight, stride, padding, dilation, groups)
+    of_variant = Variant(*variant)
+    _refuse(of_variant)
+    a = _Conv(input, weight, stride, padding, dilation, groups, of_variant.pre_activation, negative_slope)
     out = _empty(input, a.shape, _is_channels_last(input))
     nothing = input.new_empty(0, dtype=a.wide)
     z = a.empty_z() if save_conv or training else None
@@ -271,16 +274,15 @@ def conv_bn_relu(
     if training:
         mean, var = (input.new_zeros(a.filters, dtype=a.wide) for _ in range(2))
     if out.numel() > 0:
-        arguments = (a, bias, norm, residual, activation, negative_slope, wrap)
         if training:
             unnormalised = norm._replace(mean=None, var=None)
-            partial = _convolve(a, bias, unnormalised, None, "none", 0.0, wrap, z=z, statistics=True)
+            partial = _convolve(a, bias, unnormalised, None, "none", wrap, z=z, statistics=True)
             assert partial is not None
             assert z is not None
             mean, var = _merge_statistics(a, partial, wrap)
             _normalize(a, z, norm._replace(mean=mean, var=var), residual, activation, negative_slope, out, wrap)
         else:
-            _convolve(*arguments, out=out, z=z)
+            _convolve(a, bias, norm, residual, activation, wrap, out=out, z=z)
     saved = z if save_conv and z is not None else nothing
     return out, saved, mean, var
 
@@ -328,8 +330,9 @@ def conv_bn_relu_backward(
     wrap: Launcher = identity,
 ) -> Gradients:
     """Gradients of input, weight, bias, bn_weight, bn_bias and residual, None where not asked for."""
-    _refuse(Variant(*variant))
-    a = _Conv(input, weight, stride, padding, dilation, groups)
+    of_variant = Variant(*variant)
+    _refuse(of_variant)
+    a = _Conv(input, weight, stride, padding, dilation, groups, of_variant.pre_activation, negative_slope)
     want_x, want_w, want_bias, want_scale, want_shift, want_residual = output_mask
     channels_last = _is_channels_last(input)
     if a.pixels == 0 or a.filters == 0:
@@ -340,7 +343,7 @@ def conv_bn_relu_backward(
     z = conv
     if z is None:
         z = a.empty_z()
-        _convolve(a, bias, norm._replace(mean=None, var=None), None, "none", 0.0, wrap, z=z)
+        _convolve(a, bias, norm._replace(mean=None, var=None), None, "none", wrap, z=z)
     needs_sums = training or want_scale or want_shift or want_bias
     pointwise = _Pointwise(a, grad_out, z, norm, residual, activation, negative_slope, wrap)
     sums = pointwise.sums() if needs_sums else None
@@ -432,8 +435,9 @@ def _input_gradient(a: _Conv, dz: Tensor, dx: Tensor, wrap: Launcher) -> Tensor:
         tile = a.pick("input", tiles(a.input.dtype, channels, a.per_group), channels, a.per_group)
     grid = (triton.cdiv(pixels, tile.m) * triton.cdiv(channels, tile.n), groups, math.prod(steps))
     wrap(backward_kernels.input_gradient)[grid](
-        dz, a.weight, dx, pixels, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight),
-        *_strides(dx), *a.window, **constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
+        dz, a.weight, a.input, dx, pixels, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight),
+        *_strides(a.input), *_strides(dx), *a.window, _triton.number(a.slope, dz), **constants,
+        STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
     )  # fmt: skip
     return dx
 
@@ -450,10 +454,11 @@ def _depthwise_weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     blocks = triton.cdiv(a.filters, tile.n)
     shares, share = _shares(a.pixels, blocks * taps, tile.m)
     partial = dz.new_empty(shares, a.filters, taps, dtype=a.wide)
-    constants = {name: a.constants[name] for name in ("TAPS_D", "TAPS_H", "TAPS_W")}
+    constants = {name: a.constants[name] for name in ("TAPS_D", "TAPS_H", "TAPS_W", "PRE")}
     wrap(backward_kernels.depthwise_weight_gradient)[(blocks, taps, shares)](
         dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,
-        **constants, MULTIPLIER=a.multiplier, BLOCK_M=tile.m, BLOCK_C=tile.n, num_warps=tile.warps,
+        _triton.number(a.slope, dz), **constants, MULTIPLIER=a.multiplier, BLOCK_M=tile.m, BLOCK_C=tile.n,
+        num_warps=tile.warps,
     )  # fmt: skip
     return partial.sum(0).to(a.weight.dtype).view(a.weight.shape)
 
@@ -471,7 +476,7 @@ def _weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     partial = dz.new_empty(shares, a.filters, taps * a.channels, dtype=a.wide)
     wrap(backward_kernels.weight_gradient)[(programs, a.groups, shares)](
         dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,
-        **a.constants, FLAT=a.flat, **_options(tile),
+        _triton.number(a.slope, dz), **a.constants, FLAT=a.flat, **_options(tile),
     )  # fmt: skip
     total = partial.sum(0) if shares > 1 else partial[0]
     grad = total.view(a.filters, taps, a.channels).transpose(1, 2).to(a.weight.dtype)

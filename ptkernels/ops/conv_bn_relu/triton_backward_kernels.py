@@ -3,7 +3,7 @@
     u = xhat * bn_weight + bn_bias + residual,  xhat = (z - mean) * invstd,  du = grad_out * act'(u)
     dz = bn_weight * invstd * (du - (sum(du) + xhat * sum(du * xhat)) / pixels)     statistics of the batch
     dz = bn_weight * invstd * du                                                    running statistics
-    dresidual = du,  dx = conv^T(dz, w),  dw = sum over pixels of dz x
+    dresidual = du,  dx = pre'(x) conv^T(dz, w),  dw = sum over pixels of dz pre(x)
 
 Nothing was saved but z: xhat, u and the mask of the activation are computed again from it, once for the sums and once
 for dz. z and dz are in channels last, [pixels, channels]; everything else is read and written through its strides.
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ptkernels._triton.math import activation_derivative, number, widened, zeros
-from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, normalization, offset_of, pixels_of
+from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, load_input, normalization, offset_of, pixels_of
 
 
 @triton.jit
@@ -129,12 +129,13 @@ def _met(coordinate, tap, padding, stride, dilation, size):
 
 @triton.jit(do_not_specialize=["pixels"])
 def input_gradient(
-    DZ, W, DX, pixels, batch, filters, depth, height, width, out_depth, out_height, out_width,
+    DZ, W, X, DX, pixels, batch, filters, depth, height, width, out_depth, out_height, out_width,
     stride_wf, stride_wc, stride_wq, stride_wr, stride_ws, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    stride_yn, stride_yc, stride_yd, stride_yh, stride_yw,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of one class, the largest of which has `pixels`, by BLOCK_N channels of one group."""
     tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
@@ -188,19 +189,24 @@ def input_gradient(
             )
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    there = offset_of(image, z, y, x, stride_xn, stride_xd, stride_xh, stride_xw)
     channel = (group * CHANNELS + within).to(tl.int64)
-    pointers = DX + there[:, None] + channel[None, :] * stride_xc
-    tl.store(pointers, acc.to(DX.dtype.element_ty), mask=exists[:, None] & (within[None, :] < CHANNELS))
+    inside = exists[:, None] & (within[None, :] < CHANNELS)
+    if PRE != 0:
+        there = offset_of(image, z, y, x, stride_xn, stride_xd, stride_xh, stride_xw)
+        given = widened(tl.load(X + there[:, None] + channel[None, :] * stride_xc, mask=inside, other=0.0))
+        acc *= activation_derivative(given, number(negative_slope, X), PRE)
+    there = offset_of(image, z, y, x, stride_yn, stride_yd, stride_yh, stride_yw)
+    tl.store(DX + there[:, None] + channel[None, :] * stride_yc, acc.to(DX.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    FLAT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FLAT: tl.constexpr, PRE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Over `share` pixels: [shares, filters, taps * CHANNELS] in the dtype of sums."""
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
@@ -224,6 +230,7 @@ def weight_gradient(
     begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
 
+    slope = number(negative_slope, DZ)
     acc = zeros((BLOCK_M, BLOCK_N), DZ)
     for first in range(0, share, BLOCK_K):
         pixel = begin + first + tl.arange(0, BLOCK_K)
@@ -235,7 +242,7 @@ def weight_gradient(
         inside = real[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(image[:, None], layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
-        b = tl.load(X + offset, mask=inside & inside_n[None, :], other=0.0)
+        b = load_input(X + offset, inside & inside_n[None, :], slope, PRE)
         a = tl.load(
             DZ + pixel.to(tl.int64)[None, :] * filters + f[:, None],
             mask=real[None, :] & (within[:, None] < FILTERS),
@@ -250,8 +257,8 @@ def weight_gradient(
 def depthwise_weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
-    TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MULTIPLIER: tl.constexpr,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
+    TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tap of BLOCK_C filters over `share` pixels: [shares, filters, taps] in the dtype of sums."""
@@ -261,6 +268,7 @@ def depthwise_weight_gradient(
     q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
     begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
+    slope = number(negative_slope, DZ)
     acc = zeros((BLOCK_M, BLOCK_C), DZ)
     for first in range(0, share, BLOCK_M):
         pixel = begin + first + tl.arange(0, BLOCK_M)
@@ -274,6 +282,6 @@ def depthwise_weight_gradient(
         valid = inside[:, None] & (f[None, :] < filters)
         of_input = X + offset[:, None] + (f // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
         dz = tl.load(DZ + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=valid, other=0.0)
-        acc += widened(tl.load(of_input, mask=valid, other=0.0)) * widened(dz)
+        acc += widened(load_input(of_input, valid, slope, PRE)) * widened(dz)
     there = (tl.program_id(2).to(tl.int64) * filters + f) * TAPS + tap
     tl.store(PARTIAL + there, tl.sum(acc, 0), mask=f < filters)

@@ -1,6 +1,6 @@
 """Device code of convolution with batch normalisation, residual and activation in Triton: forward.
 
-    z = conv(x, w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
+    z = conv(pre(x), w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
 
 Layout: images through their strides, fastest in channels last, where a tile of pixels by channels is rows of memory. z
 is always in channels last: [pixels, channels]. Lines and planes are volumes of one layer.
@@ -70,6 +70,15 @@ def normalization(
     return mean, invstd, weight, per_channel(BN_BIAS, f, real, 0.0, HAS_SHIFT)
 
 
+@triton.jit
+def load_input(pointers, inside, negative_slope, PRE: tl.constexpr):
+    """What is convolved, in the dtype of the input: the activation PRE of it, and 0 where it falls on padding."""
+    x = tl.load(pointers, mask=inside, other=0.0)
+    if PRE != 0:
+        x = tl.where(inside, activate(widened(x), negative_slope, PRE), 0.0).to(x.dtype)
+    return x
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def conv(
     X, W, BIAS, BN_WEIGHT, BN_BIAS, MEAN, VAR, RESIDUAL, OUT, Z, PARTIAL,
@@ -81,7 +90,7 @@ def conv(
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WRITE_OUT: tl.constexpr, WRITE_Z: tl.constexpr,
-    STATISTICS: tl.constexpr, FLAT: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, FLAT: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS and FILTERS are those of one group, of which the second dimension of the grid counts.
@@ -123,9 +132,8 @@ def conv(
         inside = (pixel < pixels)[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(0, layer, row, column, 0, stride_xd, stride_xh, stride_xw)
-        a = tl.load(
-            X[:, None] + offset + channel.to(tl.int64)[None, :] * stride_xc, mask=inside & inside_k[None, :], other=0.0
-        )
+        of_channel = channel.to(tl.int64)[None, :] * stride_xc
+        a = load_input(X[:, None] + offset + of_channel, inside & inside_k[None, :], negative_slope, PRE)
         if FLAT:
             of_tap = tl.trans(q * stride_wq + r * stride_wr + s * stride_ws)
         else:
