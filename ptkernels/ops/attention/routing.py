@@ -52,8 +52,6 @@ def fallback_reason(
             return reason
         if options.relative_bias is not None:
             return "the Triton kernels have no relative_bias"
-        if options.mask_block_size != 1:
-            return "the Triton kernels have no masks of blocks"
         return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
     if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):

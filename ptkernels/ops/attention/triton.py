@@ -108,6 +108,7 @@ class Call(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    mask_block_size: int = 1
 
 
 def _shape(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int]:
@@ -146,11 +147,12 @@ class _Arguments:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
         self.mask = query if mask is None else mask
-        mask_kind = kernels.NO_MASK if mask is None else kernels.FLOAT_MASK
+        mask_kind = int((kernels.NO_MASK if mask is None else kernels.FLOAT_MASK).value)
         if mask is not None and mask.dtype == torch.uint8:
-            mask_kind = kernels.BOOL_MASK
+            mask_kind = call.mask_block_size
         lead = (self.batch, self.heads)
-        self.mask_strides = _broadcast_strides(mask, (*lead, self.len_q, self.len_k))
+        blocks = (-(-length // call.mask_block_size) for length in (self.len_q, self.len_k))
+        self.mask_strides = _broadcast_strides(mask, (*lead, *blocks))
         self.slope_strides = _broadcast_strides(call.alibi_slopes, lead)
         self.sink_strides = _broadcast_strides(call.sinks, lead)
         self.slopes = query if call.alibi_slopes is None else call.alibi_slopes
@@ -182,7 +184,7 @@ class _Arguments:
             "BLOCK_DV": _triton.power_of_2(dim_v),
         }
         self.switches = {
-            "MASK": mask_kind.value,
+            "MASK": mask_kind,
             "ALIBI": call.alibi_slopes is not None,
             "SOFTCAP": call.softcap != 0.0,
             "LEFT": call.window_left != UNBOUNDED,

@@ -23,9 +23,9 @@ import triton.language as tl
 
 from ptkernels._triton.math import LN2, LOG2E, load_tile, number, tanh, widened, zeros
 
+# What MASK may be beside the number of rows, and of keys, that an element of a boolean mask stands for.
 NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-FLOAT_MASK = tl.constexpr(2)
+FLOAT_MASK = tl.constexpr(-1)
 
 
 @triton.jit
@@ -68,12 +68,11 @@ def _logits(
     if ALIBI:
         s -= slope * tl.abs(rows + diagonal - cols).to(s.dtype)
     inside = (rows < len_q) & (cols < len_k)
-    if MASK != NO_MASK:
-        given = tl.load(_tile(mask, rows, cols, stride_mm, stride_mn), mask=inside, other=0)
-        if MASK == BOOL_MASK:
-            s = tl.where(given != 0, s, float("-inf"))
-        else:
-            s += widened(given)
+    if MASK == FLOAT_MASK:
+        s += widened(tl.load(_tile(mask, rows, cols, stride_mm, stride_mn), mask=inside, other=0))
+    elif MASK != NO_MASK:
+        given = tl.load(_tile(mask, rows // MASK, cols // MASK, stride_mm, stride_mn), mask=inside, other=0)
+        s = tl.where(given != 0, s, float("-inf"))
     if BOUNDS:
         if RIGHT:
             inside &= cols <= rows + diagonal + right
