@@ -150,6 +150,7 @@ class _Arguments:
         mask_kind = int((kernels.NO_MASK if mask is None else kernels.FLOAT_MASK).value)
         if mask is not None and mask.dtype == torch.uint8:
             mask_kind = call.mask_block_size
+        self.has_blocks = mask_kind > 1
         lead = (self.batch, self.heads)
         blocks = (-(-length // call.mask_block_size) for length in (self.len_q, self.len_k))
         self.mask_strides = _broadcast_strides(mask, (*lead, *blocks))
@@ -198,7 +199,11 @@ class _Arguments:
         crowded = any(self.switches[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
         candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch, crowded)
         key = (self.dtype, self.dims["D"], self.dims["DV"], self.switches["RIGHT"], crowded)
-        return tuning.pick(f"attention_{kernel}", key, candidates, self.device)
+        tile = tuning.pick(f"attention_{kernel}", key, candidates, self.device)
+        if kernel == "forward" and self.has_blocks:
+            # Places in a mask of blocks take the registers of half of the keys, and of those that are in flight.
+            return tile._replace(n=min(tile.n, 32), stages=1)
+        return tile
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

@@ -57,7 +57,7 @@ def weight_tiles(dtype: torch.dtype, filters: int, columns: int) -> list[Tile]:
     """The same for the weight gradient, whose rows are filters and whose sum runs over pixels."""
     m, n = min(_triton.power_of_2(filters), 128), min(_triton.power_of_2(columns), 64)
     if dtype in (torch.float32, torch.float64):
-        return [Tile(min(m, 32), min(n, 32), 32, 4, 1)]
+        return [Tile(min(m, 32), min(n, 32), 32, 4 if dtype == torch.float32 else 8, 1)]
     return [Tile(max(m, 64), n, 64, 4, 3)] if m >= 64 else [Tile(m, n, 64, 4, 3)]
 
 
