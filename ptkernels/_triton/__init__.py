@@ -16,7 +16,7 @@ from torch import Tensor
 
 MIN_VERSION = (3, 6)
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOT_YET_RUN = "not yet run on a GPU"
 
 # Shared memory that one block may ask for, in bytes, by compute capability.
