@@ -100,7 +100,7 @@ def decode(arch: int, dim: int, query_dtype: torch.dtype = torch.bfloat16) -> li
     rotary = Rotary(*(meta(8192, dim // 2, dtype=torch.float32) for _ in range(2)), interleaved=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triton, "arch_of", lambda tensor: arch)
-        codes = (torch.int8, torch.float8_e4m3fn) if query_dtype.itemsize == 2 else ()
+        codes = () if query_dtype == torch.float32 else (torch.int8, torch.float8_e4m3fn)
         for dtype in (query_dtype, *codes):
             keys = meta(1024, 64, 8, dim, dtype=dtype).transpose(1, 2)
             scale = None if dtype == query_dtype else meta(1024, 8, 64, dtype=torch.float32)
@@ -330,6 +330,9 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "rotary-512-float64": lambda arch: rotary(arch, 512, 256, torch.float64, False, True),
     "rotary-interleaved-float64": lambda arch: rotary(arch, 80, 16, torch.float64, True, True),
 }
+
+
+FLOAT64_OF_CODES = ("decode-128-float64", "int4-groups-float64", "int8-dynamic-float64")
 
 
 def uses_matrix_instructions(launch: Any) -> bool:

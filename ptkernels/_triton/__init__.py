@@ -17,6 +17,8 @@ from torch import Tensor
 MIN_VERSION = (3, 6)
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The oldest that compiles a product in float64 whose operand was loaded in fewer bits than it has.
+FLOAT64_OF_CODES = (3, 9)
 NOT_YET_RUN = "not yet run on a GPU"
 
 # Shared memory that one block may ask for, in bytes, by compute capability.
@@ -103,6 +105,13 @@ def uncovered(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"the Triton kernels have no {str(tensor.dtype).removeprefix('torch.')}"
     return unavailable_for(tensor)
+
+
+def uncovered_codes(dtype: torch.dtype) -> str | None:
+    """Why Triton cannot multiply numbers of a dtype that are stored in 8 bits or fewer; None where it can."""
+    if dtype != torch.float64 or interpreted() or (version() or ()) >= FLOAT64_OF_CODES:
+        return None
+    return f"the Triton kernels have no float64 of stored codes before Triton {'.'.join(map(str, FLOAT64_OF_CODES))}"
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -89,7 +89,7 @@ def tile(dtype: torch.dtype, dim: int, dim_v: int, rows: int) -> Tile:
     """Rows are the queries that share a key head; tiles do not depend on the length of the cache."""
     widest = max(_triton.power_of_2(dim), _triton.power_of_2(dim_v))
     if dtype == torch.float64:
-        return Tile(16, 16, 8, 1)
+        return Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         # Products in IEEE float32 are made of registers alone, which hold no more rows.
         return Tile(16, 32, 8, 2) if widest <= 128 else Tile(16, 16, 16, 2)

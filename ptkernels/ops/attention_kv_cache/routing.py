@@ -23,7 +23,10 @@ def _fallback_reason(query: Tensor, v_cache: Any) -> str | None:
     device = query.device.type
     if _backend.runs_on_triton(device, library.DEVICES):
         # What is no tensor is for the checks, which come after.
-        return uncovered_by_triton(query, v_cache if isinstance(v_cache, Tensor) else query)
+        if not isinstance(v_cache, Tensor):
+            return _triton.uncovered(query)
+        codes = _triton.uncovered_codes(query.dtype) if v_cache.dtype != query.dtype else None
+        return uncovered_by_triton(query, v_cache) or codes
     if _backend.has_kernel(device, (*library.DEVICES, "meta")):
         return None
     return _backend.no_kernel(device, library.DEVICES)
