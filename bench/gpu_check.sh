@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of less than nine minutes, or in slices of it:
-#   bench/gpu_check.sh [--out FOLDER] [env cuda triton sanitizer attention conv_bn_relu quantized_matmul packed_rnn]
+#   bench/gpu_check.sh [--out FOLDER] [env cuda triton sanitizer attention rotary_embedding conv_bn_relu quantized_matmul
+#     packed_rnn]
 # PYTHON must have a torch >= 2.10 built with CUDA, and pytest. Works from a copied tree without a network; the libraries
 # are built first where they are missing.
 set -uo pipefail
@@ -12,7 +13,7 @@ if [ "${1:-}" = --out ]; then
   shift 2
 fi
 slices=("$@")
-[ ${#slices[@]} -gt 0 ] || slices=(env cuda triton sanitizer attention conv_bn_relu quantized_matmul packed_rnn)
+[ ${#slices[@]} -gt 0 ] || slices=(env cuda triton sanitizer attention rotary_embedding conv_bn_relu quantized_matmul packed_rnn)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PTKERNELS_STRICT=1
 mkdir -p "$out"
 failed=()

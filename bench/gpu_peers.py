@@ -83,6 +83,7 @@ PEERS: dict[str, dict[str, Prepare]] = {
         "torch-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
     },
     "conv_bn_relu": {"torch-eager": _baseline, "torch-compile": _compiled},
+    "rotary_embedding": {"torch-eager": _baseline, "torch-compile": _compiled},
     "quantized_matmul": {"torch-dense": _dense, "torch-int-mm": _int_mm, "torch-scaled-mm": _scaled_mm},
     "packed_rnn": {
         "cudnn-packed": lambda problem: _packed(problem, 1),

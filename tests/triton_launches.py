@@ -79,6 +79,9 @@ def attention(arch: int, dim: int, dim_v: int, dtype: torch.dtype, options: str)
             bottom_right=True,
         )
 
+    elif options == "blocks":
+        mask, call = meta(1, 1, 16, 16, dtype=torch.bool), module.Call(mask_block_size=64)
+
     def launch(recorder: Any) -> None:
         out, lse = module.forward(query, key, value, mask, call, recorder)
         module.backward(out, None, query, key, value, out, lse, mask, call, wrap=recorder)
@@ -143,6 +146,7 @@ def conv(
     groups: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     activation: str = "relu",
+    pre_activation: str = "none",
 ) -> list[Any]:
     """Forward with statistics of the batch and with given ones, and backward."""
     from ptkernels.ops.conv_bn_relu import triton as module
@@ -155,19 +159,27 @@ def conv(
     residual, vector = image(8, filters, size, size), meta(filters, dtype=torch.float32)
     tensors = (x, weight, None, vector, vector)
     window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups, activation, 0.0)
+    variant: Any = (False, None, 0, pre_activation)
 
     def launch(recorder: Any) -> None:
-        module.conv_bn_relu(*tensors, vector, vector, residual, False, 1e-5, *window, wrap=recorder)
-        out, z, mean, var = module.conv_bn_relu(
-            *tensors, None, None, residual, True, 1e-5, *window, True, wrap=recorder
-        )
-        module.conv_bn_relu_backward(out, *tensors, mean, var, residual, z, True, 1e-5, *window, wrap=recorder)
+        given = (*tensors, vector, vector, residual, False, 1e-5, *window, False, *variant)
+        module.conv_bn_relu(*given, wrap=recorder)
+        of_batch = (*tensors, None, None, residual, True, 1e-5, *window, True, *variant)
+        out, z, mean, var = module.conv_bn_relu(*of_batch, wrap=recorder)
+        saved: Any = (out, *tensors, mean, var, residual, z, True, 1e-5, *window, (True,) * 6, *variant)
+        module.conv_bn_relu_backward(*saved, wrap=recorder)
 
     return with_every_tile(arch, module, ("tiles", "weight_tiles", "depthwise_tiles"), launch)
 
 
 def rnn(
-    arch: int, mode: str, hidden: int, dtype: torch.dtype = torch.bfloat16, batch: int = 32, projection: int = 0
+    arch: int,
+    mode: str,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 32,
+    projection: int = 0,
+    all_cells: bool = False,
 ) -> list[Any]:
     from ptkernels.ops.packed_rnn import triton as module
     from ptkernels.ops.packed_rnn.reference import GATES
@@ -180,8 +192,9 @@ def rnn(
     layer = (x, None, None, [], params)
 
     def launch(recorder: Any) -> None:
-        out, _, _, gates, cells = module.rnn(*layer, batch, "time_first", mode, True, True, wrap=recorder)
-        saved, options = (out, gates, cells), (batch, "time_first", mode, True, [True] * (1 + len(params)))
+        options: Any = (batch, "time_first", mode, True)
+        out, _, _, gates, cells = module.rnn(*layer, *options, True, False, all_cells, wrap=recorder)
+        saved, options = (out, gates, cells), (*options, [True] * (1 + len(params)), all_cells)
         module.rnn_backward(out, None, None, *layer, *saved, *options, wrap=recorder)
 
     return with_every_tile(arch, module, ("persistent_tiles", "step_tiles"), launch)
@@ -229,6 +242,7 @@ def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
         (64, 64, torch.bfloat16, "plain"),
         (64, 64, torch.bfloat16, "all"),
         (128, 128, torch.bfloat16, "plain"),
+        (128, 128, torch.bfloat16, "blocks"),
         (128, 128, torch.float16, "all"),
         (192, 128, torch.bfloat16, "plain"),
         (256, 256, torch.bfloat16, "all"),
@@ -236,6 +250,8 @@ def _attention_cases() -> Iterator[tuple[str, Callable[[int], list[Any]]]]:
         (80, 80, torch.float32, "plain"),
         (64, 64, torch.float32, "all"),
         (512, 512, torch.float32, "plain"),
+        (64, 64, torch.float64, "plain"),
+        (128, 128, torch.float64, "all"),
     ):
         name = f"attention-{dim}-{dim_v}-{str(dtype)[6:]}-{options}"
         yield name, lambda arch, args=(dim, dim_v, dtype, options): attention(arch, *args)
@@ -250,6 +266,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "decode-512": lambda arch: decode(arch, 512),
     "decode-float32": lambda arch: decode(arch, 128, torch.float32),
     "decode-512-float32": lambda arch: decode(arch, 512, torch.float32),
+    "decode-128-float64": lambda arch: decode(arch, 128, torch.float64),
     "int8-dynamic": lambda arch: linear(arch, 4096, "int8_dynamic"),
     "int4-int8": lambda arch: linear(arch, 4096, "int4_int8", 128),
     "int4": lambda arch: linear(arch, 4096, "int4_weight_only", 128),
@@ -263,6 +280,8 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "int4-experts": lambda arch: linear(arch, 4096, "int4_weight_only", 128, experts=8),
     "int8-dynamic-experts": lambda arch: linear(arch, 4096, "int8_dynamic", experts=128),
     "int8-float32": lambda arch: linear(arch, 64, "int8_weight_only", dtype=torch.float32),
+    "int4-groups-float64": lambda arch: linear(arch, 64, "int4_weight_only", 48, dtype=torch.float64),
+    "int8-dynamic-float64": lambda arch: linear(arch, 64, "int8_dynamic", dtype=torch.float64),
     "conv": lambda arch: conv(arch, 64, 64, 3),
     "conv-stride": lambda arch: conv(arch, 256, 128, 3, stride=2),
     "conv-1x1": lambda arch: conv(arch, 64, 256, 1),
@@ -270,7 +289,13 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "conv-narrow": lambda arch: conv(arch, 24, 16, 3, activation="mish"),
     "conv-grouped": lambda arch: conv(arch, 128, 128, 3, groups=32, activation="hardswish"),
     "conv-depthwise": lambda arch: conv(arch, 96, 96, 3, groups=96),
+    "conv-activated": lambda arch: conv(arch, 144, 36, 1, pre_activation="relu"),
+    "conv-depthwise-activated": lambda arch: conv(arch, 96, 96, 3, groups=96, pre_activation="relu"),
     "conv-float32": lambda arch: conv(arch, 64, 64, 3, dtype=torch.float32),
+    "conv-float64": lambda arch: conv(arch, 64, 64, 3, dtype=torch.float64, activation="mish"),
+    "conv-depthwise-float64": lambda arch: conv(arch, 96, 96, 3, groups=96, dtype=torch.float64, activation="gelu"),
+    "conv-activated-float64": lambda arch: conv(arch, 24, 16, 3, dtype=torch.float64, pre_activation="gelu"),
+    "conv-stem-float64": lambda arch: conv(arch, 3, 64, 7, stride=2, dtype=torch.float64),
     "lstm-64": lambda arch: rnn(arch, "lstm", 64),
     "lstm-128": lambda arch: rnn(arch, "lstm", 128),
     "lstm-512": lambda arch: rnn(arch, "lstm", 512),
@@ -284,6 +309,11 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "lstm-256-float32-few": lambda arch: rnn(arch, "lstm", 256, torch.float32, batch=16),
     "lstm-projected": lambda arch: rnn(arch, "lstm", 1024, projection=256),
     "lstm-projected-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128),
+    "lstm-projected-cells": lambda arch: rnn(arch, "lstm", 1024, projection=256, all_cells=True),
+    "lstm-projected-cells-float32": lambda arch: rnn(arch, "lstm", 512, torch.float32, projection=128, all_cells=True),
+    "lstm-float64": lambda arch: rnn(arch, "lstm", 256, torch.float64),
+    "gru-float64": lambda arch: rnn(arch, "gru", 64, torch.float64),
+    "lstm-projected-float64": lambda arch: rnn(arch, "lstm", 512, torch.float64, projection=128, all_cells=True),
     "lstm-zoneout-128": lambda arch: cells(arch, "lstm", 128, zoneout=True),
     "gru-zoneout-float32": lambda arch: cells(arch, "gru", 200, torch.float32, zoneout=True),
     "peephole-lstm-512": lambda arch: cells(arch, "peephole_lstm", 512, zoneout=True),
@@ -291,11 +321,18 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "layer-norm-lstm-1024": lambda arch: cells(arch, "layer_norm_lstm", 1024, zoneout=True),
     "layer-norm-lstm-float32": lambda arch: cells(arch, "layer_norm_lstm", 96, torch.float32),
     "layer-norm-gru-2048": lambda arch: cells(arch, "layer_norm_gru", 2048),
+    "layer-norm-lstm-float64": lambda arch: cells(arch, "layer_norm_lstm", 512, torch.float64, zoneout=True),
+    "layer-norm-gru-float64": lambda arch: cells(arch, "layer_norm_gru", 96, torch.float64, zoneout=True),
     "rotary": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, False),
     "rotary-norm": lambda arch: rotary(arch, 128, 64, torch.bfloat16, False, True),
     "rotary-part-interleaved": lambda arch: rotary(arch, 80, 16, torch.float16, True, True),
     "rotary-512-float32": lambda arch: rotary(arch, 512, 256, torch.float32, False, True),
+    "rotary-512-float64": lambda arch: rotary(arch, 512, 256, torch.float64, False, True),
+    "rotary-interleaved-float64": lambda arch: rotary(arch, 80, 16, torch.float64, True, True),
 }
+
+
+FLOAT64_OF_CODES = ("decode-128-float64", "int4-groups-float64", "int8-dynamic-float64")
 
 
 def uses_matrix_instructions(launch: Any) -> bool:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 MIN_VERSION = (3, 6)
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The oldest that compiles a product in float64 whose operand was loaded in fewer bits than it has.
+FLOAT64_OF_CODES = (3, 9)
 NOT_YET_RUN = "not yet run on a GPU"
 
 # Shared memory that one block may ask for, in bytes, by compute capability.
@@ -105,10 +107,30 @@ def uncovered(tensor: Tensor) -> str | None:
     return unavailable_for(tensor)
 
 
+def uncovered_codes(dtype: torch.dtype) -> str | None:
+    """Why Triton cannot multiply numbers of a dtype that are stored in 8 bits or fewer; None where it can."""
+    if dtype != torch.float64 or interpreted() or (version() or ()) >= FLOAT64_OF_CODES:
+        return None
+    return f"the Triton kernels have no float64 of stored codes before Triton {'.'.join(map(str, FLOAT64_OF_CODES))}"
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a product: ``ieee``, unless torch's settings allow float32 products in TF32."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed else "ieee"
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 of float64, float32 of everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def number(value: float, like: Tensor) -> float | Tensor:
+    """An argument of a kernel that computes in the dtype of sums of a tensor.
+
+    Triton passes Python's floats as float32: for float64 they go by way of memory, written there by the device.
+    """
+    return value if like.dtype != torch.float64 else like.new_full((), value)
 
 
 def power_of_2(size: int, least: int = 16) -> int:

@@ -16,6 +16,24 @@ ACTIVATIONS = {name: index for index, name in enumerate(_ACTIVATIONS)}
 
 
 @triton.jit
+def widened(x):
+    """In the dtype of sums: float64 stays what it is, everything narrower becomes float32."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def zeros(shape, pointer):
+    """Sums of what is at a pointer, before the first, in their dtype."""
+    return widened(tl.zeros(shape, pointer.dtype.element_ty))
+
+
+@triton.jit
+def number(x, pointer):
+    """What ``ptkernels._triton.number`` made of a number beside the tensor at a pointer."""
+    return tl.load(x) if pointer.dtype.element_ty == tl.float64 else x
+
+
+@triton.jit
 def exp(x):
     return tl.exp2(x * LOG2E)
 
@@ -27,10 +45,15 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Within 2 ULP in float32: the polynomial of Cephes near 0, where 1 - exp(-2|x|) would cancel."""
+    """Within 2 ULP: the polynomials of Cephes near 0, where 1 - exp(-2|x|) would cancel."""
     square = x * x
-    poly = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
-    near = x + x * square * (poly * square - 3.33332819422e-1)
+    if x.dtype == tl.float64:
+        above = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square - 1.61468768441708447952e3
+        below = (square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3
+        near = x + x * square * (above / (below * square + 4.84406305325125486048e3))
+    else:
+        poly = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+        near = x + x * square * (poly * square - 3.33332819422e-1)
     decay = exp(-2.0 * tl.abs(x))
     far = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
@@ -151,4 +174,4 @@ def activation_derivative(x, negative_slope, ACTIVATION: tl.constexpr):
         t = tanh_of_softplus(x)
         return t + x * sigmoid(x) * (1.0 - t * t)
     else:
-        return tl.full(x.shape, 1.0, tl.float32)
+        return tl.full(x.shape, 1.0, x.dtype)

@@ -53,6 +53,7 @@ def attention(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    mask_block_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -67,6 +68,9 @@ def attention(
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(wide)[..., None, None] * offset.abs()
     if attn_mask is not None:
+        if mask_block_size > 1:
+            attn_mask = attn_mask.repeat_interleave(mask_block_size, -2).repeat_interleave(mask_block_size, -1)
+            attn_mask = attn_mask[..., :rows, :keys]
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     right = 0 if is_causal else window_right
     if right >= 0:

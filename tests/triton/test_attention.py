@@ -44,6 +44,9 @@ def blocked(rows: int, keys: int, value: float) -> Tensor:
     return torch.zeros(rows, keys, dtype=torch.float64).masked_fill(refused, value)
 
 
+BLOCKS = draw("blocks", (2, 1, 7, 14)) > 0
+BLOCKS[1, :, 3] = False
+
 # name: (batch, query heads, key heads, queries, keys, dim, dim_v), options
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "one": ((1, 1, 1, 1, 1, 1, 1), {}),
@@ -65,6 +68,8 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "scale-zero": ((1, 1, 1, 9, 11, 16, 16), {"scale": 0.0}),
     "padding": ((3, 2, 2, 21, 34, 16, 16), {"attn_mask": padding(3, 34)}),
     "bool-rows": ((2, 2, 2, 35, 34, 16, 16), {"attn_mask": draw("rows", (35, 34)) > 0.5, "is_causal": True}),
+    "mask-of-blocks": ((2, 2, 1, 35, 67, 16, 16), {"attn_mask": BLOCKS, "mask_block_size": 5, "is_causal": True}),
+    "mask-of-one-block": ((1, 1, 1, 5, 7, 16, 16), {"attn_mask": BLOCKS[:1, :, :1, :1], "mask_block_size": 1000}),
     "bias": ((2, 2, 2, 35, 67, 16, 16), {"attn_mask": bias((2, 2, 35, 67))}),
     "bias-of-heads": ((3, 2, 1, 35, 40, 16, 16), {"attn_mask": bias((2, 35, 40)), "is_causal": True}),
     "bias-of-batch": ((2, 3, 3, 35, 40, 16, 16), {"attn_mask": bias((2, 1, 35, 40)), "window_left": 9}),
@@ -113,7 +118,7 @@ def problem(name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], di
         "value": draw(name + "v", (batch, heads_kv, keys, dim_v)).to(dtype),
     }
     for other in TENSORS[3:]:
-        wide = torch.float32 if other != "attn_mask" or "float32" in name else dtype
+        wide = torch.promote_types(dtype, torch.float32) if other != "attn_mask" or "float32" in name else dtype
         tensors[other] = rounded(options.get(other), wide)
     return tensors, {key: value for key, value in options.items() if key not in TENSORS}
 
@@ -126,7 +131,7 @@ def run(tensors: dict[str, Tensor | None], options: dict[str, Any], grads: tuple
     call = kernels.Call(**options, alibi_slopes=slopes, sinks=sinks)
     out, lse = kernels.forward(query, key, value, mask, call)
     grad_out = grads[0].to(query.dtype).to(device)
-    found = kernels.backward(grad_out, grads[1].float().to(device), query, key, value, out, lse, mask, call)
+    found = kernels.backward(grad_out, grads[1].to(lse), query, key, value, out, lse, mask, call)
     return {"out": out, "lse": lse, **found._asdict()}
 
 
@@ -145,7 +150,7 @@ def check(name: str, dtype: torch.dtype, device: str, layout: Any = lambda tenso
     gradients = [key for key in expected if key not in ("out", "lse")]
     largest = max(magnitude(expected[key]) for key in gradients)
     for key, want in expected.items():
-        kind = torch.float32 if key in ("lse", "alibi_slopes", "sinks") else dtype
+        kind = torch.promote_types(dtype, torch.float32) if key in ("lse", "alibi_slopes", "sinks") else dtype
         slack = largest if key in gradients else 0.0
         # A sum of thousands of terms that cancel, where one rounding more or less decides: three times, not twice.
         factor = 3.0 if key in ("alibi_slopes", "sinks") else 2.0
@@ -161,6 +166,11 @@ def test_float32(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", ["tails", "bias", "window-left", "everything"])
 def test_16_bit(name: str, dtype: torch.dtype, device: str) -> None:
     check(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", ["dims-33-5", "bias-of-rows", "bias-far-from-0", "softcap", "alibi", "dropout"])
+def test_float64(name: str, device: str) -> None:
+    check(name, torch.float64, device)
 
 
 @pytest.mark.parametrize("name", ["tails", "grouped", "dims-33-5"])

@@ -51,10 +51,21 @@ def test_second_derivatives_are_refused(device: str) -> None:
         grad.sum().backward()
 
 
-def test_float64_is_refused_by_name(device: str) -> None:
-    query = torch.randn(1, 1, 3, 4, dtype=torch.float64, device=device)
-    with ptk.backend("triton"), pytest.raises(BackendError, match="no float64"):
+def test_wide_heads_of_float64_are_refused_by_name(device: str) -> None:
+    query = torch.randn(1, 1, 3, 130, dtype=torch.float64, device=device)
+    with ptk.backend("triton"), pytest.raises(BackendError, match="no float64 above a head dim of 128, got 130"):
         ptk.attention(query, query, query)
+
+
+def test_gradcheck(device: str) -> None:
+    query, key, value = operands(device, requires_grad=True)
+    leaves = [tensor.detach()[:1, :, :5].double().requires_grad_() for tensor in (query, key, value)]
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ptk.attention(*tensors, is_causal=True, softcap=2.0, enable_gqa=True, return_lse=True)
+
+    with ptk.backend("triton"):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
 def test_opcheck(device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import op_checks as contract
 import pytest
@@ -11,7 +12,6 @@ from comparing import DEVICE
 
 import ptkernels as ptk
 from ptkernels import _registry
-from ptkernels.errors import BackendError
 from ptkernels.ops.packed_rnn import spec
 from ptkernels.ops.packed_rnn import triton as launch
 
@@ -24,6 +24,8 @@ SAMPLES = {
     if not {"weight_hr", "return_cells", "zoneout"} & set(sample.kwargs) and sample.args[0].numel() < 500
     if sample.kwargs["mode"] in ("lstm", "gru", "tanh", "relu")
 }
+# Torch has no projected cell to take c from after every token: the rule's peer is the reference in the same dtype.
+OF_CELLS = replace(SPEC, baseline=SPEC.reference)
 PLANS = {
     "whole": lambda *args: [launch.Tile(16, 32, 32, 4, 1)],
     "steps": lambda *args: [],
@@ -55,15 +57,20 @@ def test_offsets_of_64_bits(plan: str, projection: int, monkeypatch: pytest.Monk
     contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
 
 
-@pytest.mark.parametrize("wanted", [None, ("weight_hr",), ("weight_hh", "bias_ih")], ids=str)
-def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None) -> None:
-    """More sequences, units and outputs than a tile has; all gradients, or some."""
-    case = spec._Case("padded", "lstm", (3, 0, 2, *[1] * 14), 3, 19, True, projection=17, layout="batch_first")
+@pytest.mark.parametrize(
+    ("wanted", "cells"),
+    [(None, False), (None, True), (("weight_hr",), True), (("weight_hh", "bias_ih"), False)],
+    ids=str,
+)
+def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None, cells: bool) -> None:
+    """More sequences, units and outputs than a tile has; all gradients, or some; of cells of every token as well."""
+    rows = (3, 0, 2, *[1] * 14)
+    case = spec._Case("padded", "lstm", rows, 3, 19, True, projection=17, layout="batch_first", cells=cells)
     sample = case.sample(torch.float32, DEVICE, False)
     sample = replace(sample, grad_inputs=wanted or sample.grad_inputs)
     with ptk.backend("triton"):
         ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
-    contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
+    contract.assert_results_within_rule(OF_CELLS if cells else SPEC, sample, torch.float32, ours)
 
 
 ROWS = (2, 0, 3, *[1] * 14)
@@ -85,11 +92,24 @@ def test_cells_of_many_sequences(mode: str) -> None:
     contract.assert_results_within_rule(SPEC, sample, torch.float32, ours)
 
 
-def test_cells_of_every_token_are_refused_beside_a_projection() -> None:
-    case = spec._Case("refused", hidden=3, projection=2, cells=True)
+@pytest.mark.parametrize("layout", ["packed", "varlen"])
+def test_cells_of_every_token_beside_a_projection(layout: str) -> None:
+    """From given states; with gradients of all results, and of the cells alone."""
+    case = spec._Case("cells", lengths=(4, 3, 3, 1), hidden=7, projection=3, state=True, layout=layout, cells=True)
     sample = case.sample(torch.float32, DEVICE, False)
-    with ptk.backend("triton"), pytest.raises(BackendError, match="no cells of every token with a projection"):
-        SPEC.function(*sample.args, **sample.kwargs)
+    with ptk.backend("triton"):
+        ours = contract.value_and_gradients(SPEC.function, SPEC, sample)
+        of_cells = value_and_gradient_of(SPEC.function, sample, 3)
+    contract.assert_results_within_rule(OF_CELLS, sample, torch.float32, ours)
+    expected = value_and_gradient_of(SPEC.reference, sample, 3)
+    torch.testing.assert_close(of_cells, expected)
+
+
+def value_and_gradient_of(function: Any, sample: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of a call's results, and the gradient of U through it alone."""
+    leaf = sample.args[2].detach().requires_grad_()
+    result = function(*sample.args[:2], leaf, **sample.kwargs)[index]
+    return result, torch.autograd.grad(result.square().sum(), leaf)[0]
 
 
 @pytest.mark.parametrize(("mode", "projection"), [("lstm", 0), ("lstm", 4), ("gru", 0)])

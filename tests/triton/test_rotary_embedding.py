@@ -10,7 +10,6 @@ from comparing import assert_close
 from torch import Tensor
 
 import ptkernels as ptk
-from ptkernels.errors import BackendError
 
 
 def tables(rows: int, pairs: int) -> list[Tensor]:
@@ -18,11 +17,12 @@ def tables(rows: int, pairs: int) -> list[Tensor]:
     return [angles.cos(), angles.sin()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("learned", [(0, 1, 2, 3), (3,), (1, 2)], ids=str)
-def test_several_slices_of_heads(learned: tuple[int, ...], device: str) -> None:
+def test_several_slices_of_heads(learned: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """Blocks of tokens of more than one sequence, heads that fill no slice, a part of the gradients."""
     torch.manual_seed(0)
-    dtype, shape = torch.float16, (5, 3, 26)
+    shape = (5, 3, 26)
     tensors = [torch.randn(5, heads, *shape[1:], dtype=dtype) for heads in (9, 5)]
     tensors += [torch.randn(26, dtype=dtype) for _ in range(2)]
     cos_sin, positions = tables(11, 5), torch.randint(0, 11, (5, 3))
@@ -50,9 +50,3 @@ def test_a_position_without_angles_gives_nan(device: str) -> None:
         out, _ = ptk.rotary_embedding(x, x, *(t.to(device) for t in tables(3, 3)), positions=positions)
     assert out[..., :6].isnan().all((0, 1, 3)).tolist() == [False, True, True, False]
     assert torch.equal(out[..., 6:], x[..., 6:])
-
-
-def test_float64_is_refused_by_name(device: str) -> None:
-    x = torch.randn(1, 1, 3, 4, dtype=torch.float64, device=device)
-    with ptk.backend("triton"), pytest.raises(BackendError, match=r"rotary_embedding: .*no float64"):
-        ptk.rotary_embedding(x, x, *(t.to(device) for t in tables(3, 2)))

@@ -26,8 +26,8 @@ OPS = (
     "attention_with_kv_cache",
     "rotary_embedding",
 )
-DTYPES = (torch.float32, torch.bfloat16)
-UNCOVERED = r"have no (statistics of every image|activation before the convolution|relative_bias)"
+EVERY = {torch.float32: 1, torch.bfloat16: 4, torch.float64: 11}
+UNCOVERED = r"have no (statistics of every image|relative_bias|float64 above a head dim)"
 # The interpreter takes up to a minute for each of these.
 LARGE = ("lstm-concatenated", "gru-many-rows", "many-heads", "lstm-zoneout", "gru-zoneout")
 LARGE += tuple(
@@ -43,13 +43,13 @@ def samples(name: str, dtype: torch.dtype) -> dict[str, Sample]:
 def cases(name: str, dtype: torch.dtype) -> list[Any]:
     names = list(samples(name, dtype))
     if DEVICE != "cuda":
-        # Narrow numbers take the same paths but for their conversion, which any few samples have.
-        names = [sample for sample in names if sample not in LARGE][:: 1 if dtype == torch.float32 else 4]
+        # Other numbers take the same paths but for their conversion, which any few samples have.
+        names = [sample for sample in names if sample not in LARGE][:: EVERY[dtype]]
     return [pytest.param(name, dtype, sample, id=f"{name}-{str(dtype)[6:]}-{sample}") for sample in names]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "sample"), [case for op in OPS for dtype in DTYPES for case in cases(op, dtype)]
+    ("name", "dtype", "sample"), [case for op in OPS for dtype in EVERY for case in cases(op, dtype)]
 )
 def test_values_and_gradients(name: str, dtype: torch.dtype, sample: str) -> None:
     spec, call = _registry.get(name), samples(name, dtype)[sample]

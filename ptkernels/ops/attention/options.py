@@ -50,7 +50,7 @@ class Options(NamedTuple):
     @property
     def shared(self) -> tuple[Any, ...]:
         """What the Triton kernels take as well."""
-        return self[:-2]
+        return (*self[:-2], self.mask_block_size)
 
     @property
     def packed(self) -> tuple[Any, ...]:

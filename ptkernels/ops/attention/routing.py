@@ -16,6 +16,8 @@ from ptkernels.ops.attention.checks import DTYPES, OP, check_inputs, refuse_nest
 from ptkernels.ops.attention.options import Options, resolve
 from ptkernels.ops.attention.shapes import normalize
 
+# Tiles of wider heads leave neither registers nor shared memory for the backward.
+TRITON_FLOAT64_DIM = 128
 _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
@@ -23,6 +25,14 @@ _REQUESTED = "backend 'reference' was asked for"
 def runs_on_triton(device_type: str) -> bool:
     """Whether a call goes to the Triton kernels: they were asked for, or the device has no other."""
     return _backend.runs_on_triton(device_type, library.DEVICES)
+
+
+def uncovered_by_triton(query: Tensor, value: Tensor) -> str | None:
+    """Why the Triton kernels cannot take operands, whatever the options; None where they can."""
+    widest = max((*query.shape[-1:], *value.shape[-1:]), default=0)
+    if query.dtype == torch.float64 and widest > TRITON_FLOAT64_DIM:
+        return f"the Triton kernels have no float64 above a head dim of {TRITON_FLOAT64_DIM}, got {widest}"
+    return _triton.uncovered(query)
 
 
 def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -38,14 +48,10 @@ def fallback_reason(
 ) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if runs_on_triton(query.device.type):
-        from ptkernels.ops.attention import triton_ops
-
-        if reason := triton_ops.uncovered(query):
+        if reason := uncovered_by_triton(query, value):
             return reason
         if options.relative_bias is not None:
             return "the Triton kernels have no relative_bias"
-        if options.mask_block_size != 1:
-            return "the Triton kernels have no masks of blocks"
         return register.FORWARD_MODE if has_tangent(query, key, value, attn_mask, *options.tensors) else None
     # On the meta device a call is shape propagation, which the operators have for every device.
     if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):

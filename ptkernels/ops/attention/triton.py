@@ -79,6 +79,9 @@ def tiles(kernel: str, dtype: torch.dtype, dim: int, dim_v: int, arch: int, crow
     With a bias or much arithmetic on the scores (``crowded``), only the one that leaves room for it.
     """
     widest = max(64, _triton.power_of_2(dim), _triton.power_of_2(dim_v))
+    if dtype == torch.float64:
+        # Up to a head dim of 128: see ``routing.uncovered_by_triton``.
+        return [Tile(16, 16 if kernel == "dkdv" else 32, 8, 1)]
     if dtype == torch.float32:
         return [_FLOAT32_TILES[widest]]
     by_generation = _TILES[kernel][widest]
@@ -105,6 +108,7 @@ class Call(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    mask_block_size: int = 1
 
 
 def _shape(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int]:
@@ -143,11 +147,13 @@ class _Arguments:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
         self.mask = query if mask is None else mask
-        mask_kind = kernels.NO_MASK if mask is None else kernels.FLOAT_MASK
+        mask_kind = int((kernels.NO_MASK if mask is None else kernels.FLOAT_MASK).value)
         if mask is not None and mask.dtype == torch.uint8:
-            mask_kind = kernels.BOOL_MASK
+            mask_kind = call.mask_block_size
+        self.has_blocks = mask_kind > 1
         lead = (self.batch, self.heads)
-        self.mask_strides = _broadcast_strides(mask, (*lead, self.len_q, self.len_k))
+        blocks = (-(-length // call.mask_block_size) for length in (self.len_q, self.len_k))
+        self.mask_strides = _broadcast_strides(mask, (*lead, *blocks))
         self.slope_strides = _broadcast_strides(call.alibi_slopes, lead)
         self.sink_strides = _broadcast_strides(call.sinks, lead)
         self.slopes = query if call.alibi_slopes is None else call.alibi_slopes
@@ -166,10 +172,10 @@ class _Arguments:
             self.len_k - self.len_q if call.bottom_right else 0,
             call.window_left,
             right,
-            self.scale,
-            call.softcap,
+            _triton.number(self.scale, query),
+            _triton.number(call.softcap, query),
             keep_below,
-            KEEP_ALL / max(keep_below, 1),
+            _triton.number(KEEP_ALL / max(keep_below, 1), query),
             self.batch // seed.numel() if seed is not None else 1,
         )
         self.dims = {
@@ -179,7 +185,7 @@ class _Arguments:
             "BLOCK_DV": _triton.power_of_2(dim_v),
         }
         self.switches = {
-            "MASK": mask_kind.value,
+            "MASK": mask_kind,
             "ALIBI": call.alibi_slopes is not None,
             "SOFTCAP": call.softcap != 0.0,
             "LEFT": call.window_left != UNBOUNDED,
@@ -193,7 +199,11 @@ class _Arguments:
         crowded = any(self.switches[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
         candidates = tiles(kernel, self.dtype, self.dims["D"], self.dims["DV"], self.arch, crowded)
         key = (self.dtype, self.dims["D"], self.dims["DV"], self.switches["RIGHT"], crowded)
-        return tuning.pick(f"attention_{kernel}", key, candidates, self.device)
+        tile = tuning.pick(f"attention_{kernel}", key, candidates, self.device)
+        if kernel == "forward" and self.has_blocks:
+            # Places in a mask of blocks take the registers of half of the keys, and of those that are in flight.
+            return tile._replace(n=min(tile.n, 32), stages=1)
+        return tile
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -223,7 +233,7 @@ def forward(
     """``out`` and ``lse`` of ``ptkernels::attention`` for arguments that were checked."""
     batch, heads, length, _ = query.shape
     out = _heads_inside(query, batch, heads, length, value.size(-1))
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, length, dtype=_triton.sum_dtype(query.dtype))
     if out.numel() > 0:
         _launch_forward(query, key, value, attn_mask, call, out, lse, wrap)
     return out, lse
@@ -235,7 +245,7 @@ def varlen_forward(
     """``out`` of shape ``[tokens, heads, dim_v]`` and ``lse`` ``[heads, tokens]`` of packed sequences."""
     tokens, heads, _ = query.shape
     out = query.new_empty(tokens, heads, value.size(-1))
-    lse = query.new_empty(heads, tokens, dtype=torch.float32)
+    lse = query.new_empty(heads, tokens, dtype=_triton.sum_dtype(query.dtype))
     if out.numel() > 0:
         _launch_forward(query, key, value, None, call, out, lse, wrap)
     return out, lse
@@ -420,8 +430,8 @@ def _sum_rows(rows: Tensor, like: Tensor | None, call: Call) -> Tensor | None:
 
 def _sinks_gradient(lse: Tensor, delta: Tensor, sinks: Tensor, call: Call) -> Tensor | None:
     """A sink is one more score without a value: its dS is its weight times -delta."""
-    lengths, scores = _per_sequence(sinks, call), sinks.float().unsqueeze(-1)
+    lengths, scores = _per_sequence(sinks, call), sinks.to(lse.dtype).unsqueeze(-1)
     if lengths is not None:
-        scores = sinks.float().repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
+        scores = sinks.to(lse.dtype).repeat_interleave(lengths, 0, output_size=lse.size(-1)).t()
     weights = torch.exp(scores - lse).masked_fill(lse == -math.inf, 0.0)
     return _sum_rows(-weights * delta, sinks, call)

@@ -88,6 +88,8 @@ def _rotary_arguments(rotary: Rotary | None, dummy: Tensor) -> tuple[tuple[Tenso
 def tile(dtype: torch.dtype, dim: int, dim_v: int, rows: int) -> Tile:
     """Rows are the queries that share a key head; tiles do not depend on the length of the cache."""
     widest = max(_triton.power_of_2(dim), _triton.power_of_2(dim_v))
+    if dtype == torch.float64:
+        return Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         # Products in IEEE float32 are made of registers alone, which hold no more rows.
         return Tile(16, 32, 8, 2) if widest <= 128 else Tile(16, 16, 16, 2)
@@ -130,7 +132,7 @@ def decode(
     kv_heads, page_size, dim_v = cache.keys.size(1), cache.keys.size(2), cache.values.size(-1)
     group = heads // max(kv_heads, 1)
     out = query.new_empty(batch, len_q, heads, dim_v).transpose(1, 2)
-    lse = query.new_empty(batch, heads, len_q, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, len_q, dtype=_triton.sum_dtype(query.dtype))
     if out.numel() == 0:
         return out, lse
     block = tile(query.dtype, dim, dim_v, len_q * group)
@@ -140,6 +142,8 @@ def decode(
     partial = lse.new_empty(batch, heads, len_q, pieces, dim_v)
     partial_lse = lse.new_empty(batch, heads, len_q, pieces)
     lengths = cache.lengths
+    scale = 1.0 / math.sqrt(dim) if scale is None else scale
+    numbers = _triton.number(scale, query), _triton.number(softcap, query)
     slopes = (0, 0) if alibi_slopes is None else alibi_slopes.expand(batch, heads).stride()
     wrap(kernels.decode)[(pieces * row_tiles, kv_heads, batch)](
         query, _as_codes(cache.keys), _as_codes(cache.values), _or(cache.block_table, lengths),
@@ -148,8 +152,8 @@ def decode(
         cos, sin, partial, partial_lse, *query.stride(), *cache.keys.stride(), *cache.values.stride(),
         0 if cache.block_table is None else cache.block_table.stride(0), *slopes, *_scale_strides(cache.key_scale),
         *_scale_strides(cache.value_scale), *table, heads, group, len_q, added, cache.room, page_size,
-        cache.keys.size(0), pieces, window_left, window_right, 1.0 / math.sqrt(dim) if scale is None else scale,
-        softcap, D=dim, DV=dim_v, PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None,
+        cache.keys.size(0), pieces, window_left, window_right, *numbers, D=dim, DV=dim_v,
+        PAGED=cache.block_table is not None, HAS_INDEX=cache.rows is not None,
         HAS_PAD=cache.left_pad is not None, LEFT=window_left != UNBOUNDED, RIGHT=window_right != UNBOUNDED,
         SOFTCAP=softcap != 0.0, ALIBI=alibi_slopes is not None, KIND=_kind(cache.key_scale),
         CODE=_code(cache.keys, _triton.arch_of(query)), **turns, FIXED=rotary is not None and rotary.stands_still,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import LN2, LOG2E, e4m3_codes, e4m3_values, tanh
+from ptkernels._triton.math import LN2, LOG2E, e4m3_codes, e4m3_values, number, tanh, widened, zeros
 
 NO_SCALE = tl.constexpr(0)
 SCALE_PER_HEAD = tl.constexpr(1)
@@ -55,7 +55,7 @@ def _scales(SCALE, entry, kv, slot, inside, stride_e, stride_h, stride_s, KIND: 
 
 @triton.jit
 def _rotated(x, row, dims, stride, inside, COS, SIN, angles, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first 2 * PAIRS values of rows in float32, rotated; `row` is read again for what each is paired with.
+    """The first 2 * PAIRS values of rows, rotated; `row` is read again for what each is paired with.
 
     `row` and `angles` are of one row, or broadcast to x; so is `inside`, which rows exist.
     """
@@ -65,9 +65,9 @@ def _rotated(x, row, dims, stride, inside, COS, SIN, angles, PAIRS: tl.constexpr
         is_first = dims < PAIRS
         partner, angle = tl.where(is_first, dims + PAIRS, dims - PAIRS), dims % PAIRS
     turned = inside & (dims < 2 * PAIRS)
-    other = tl.load(row + partner * stride, mask=turned, other=0.0).to(tl.float32)
-    cos = tl.load(COS + angles + angle, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(SIN + angles + angle, mask=turned, other=0.0).to(tl.float32)
+    other = widened(tl.load(row + partner * stride, mask=turned, other=0.0))
+    cos = widened(tl.load(COS + angles + angle, mask=turned, other=1.0))
+    sin = widened(tl.load(SIN + angles + angle, mask=turned, other=0.0))
     return tl.where(turned, x * cos + tl.where(is_first, -other * sin, other * sin), x)
 
 
@@ -99,7 +99,7 @@ def append(
     entry, slot = _place(TABLE, INDEX, b, j, j >= 0, stride_tb, page_size, entries, PAGED, HAS_INDEX)
     if PAIRS > 0:
         angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
-        x = _rotated(x.to(tl.float32), row, dims, stride_xd, exists, COS, SIN, angles, PAIRS, INTERLEAVED)
+        x = _rotated(widened(x), row, dims, stride_xd, exists, COS, SIN, angles, PAIRS, INTERLEAVED)
     if KIND != NO_SCALE:
         # What is rotated is rounded to the dtype of the queries only where it is stored in it.
         x = x.to(tl.float32)
@@ -141,6 +141,7 @@ def decode(
 
     With PAIRS, queries are rotated by the angles of their slots first; FIXED: all by that of the first.
     """
+    scale, softcap = number(scale, Q), number(softcap, Q)
     split, kv, b = tl.program_id(0) % splits, tl.program_id(1), tl.program_id(2)
     filled = tl.load(LENGTHS + b)
     length = tl.minimum(filled.to(tl.int32) + added, room)
@@ -161,16 +162,16 @@ def decode(
         position = filled.to(tl.int64) + (tl.zeros(i.shape, tl.int32) if FIXED else i)
         angles = tl.minimum(tl.maximum(position, 0), positions - 1) * stride_cos
         rotated = _rotated(
-            q.to(tl.float32), (Q + q_rows)[:, None], dims[None, :], stride_qd, real[:, None], COS, SIN,
+            widened(q), (Q + q_rows)[:, None], dims[None, :], stride_qd, real[:, None], COS, SIN,
             angles[:, None], PAIRS, INTERLEAVED,
         )  # fmt: skip
         q = rotated.to(q.dtype)
     if ALIBI:
         slope = tl.load(SLOPES + b * stride_ab + h * stride_ah, mask=real, other=0.0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zeros((BLOCK_M, BLOCK_DV), Q)
+    m = zeros((BLOCK_M,), Q) - float("inf")
+    l = zeros((BLOCK_M,), Q)
     for start in range(lo, hi, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         entry, slot = _place(TABLE, INDEX, b, j, j < hi, stride_tb, page_size, entries, PAGED, HAS_INDEX)
@@ -185,7 +186,7 @@ def decode(
         if SOFTCAP:
             s = softcap * tanh(s / softcap)
         if ALIBI:
-            s -= slope[:, None] * tl.abs(last[:, None] - j[None, :]).to(tl.float32)
+            s -= slope[:, None] * tl.abs(last[:, None] - j[None, :]).to(s.dtype)
         visible = seen[None, :] & (last[:, None] == last[:, None])
         if RIGHT:
             visible &= j[None, :] <= last[:, None] + right
@@ -203,7 +204,7 @@ def decode(
         if KIND != NO_SCALE:
             p *= _scales(V_SCALE, entry, kv, slot, seen, stride_ve, stride_vs, stride_vt, KIND)[None, :]
             v = _stored(v, CODE).to(q.dtype)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
 
     row = ((b.to(tl.int64) * heads + h) * len_q + i) * splits + split
     lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l) * LN2)

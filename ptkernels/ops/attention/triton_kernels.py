@@ -12,7 +12,8 @@ Layout: every operand is [batch, heads, length, dim] through its strides, or [to
 Tiling: a program of the forward owns BLOCK_M rows of one head and walks the key blocks that the band lets it see, with
 the online softmax in registers. The backward recomputes P from lse twice: a program of `backward_dq` owns rows, one of
 `backward_dkdv` owns keys and walks the rows of all query heads of its group. Nothing is added atomically, so every run
-gives the same bits. Products take 16-bit operands as they are and accumulate in float32.
+gives the same bits. Products take 16-bit operands as they are and accumulate in float32; float64 stays float64
+throughout.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import LN2, LOG2E, load_tile, tanh
+from ptkernels._triton.math import LN2, LOG2E, load_tile, number, tanh, widened, zeros
 
+# What MASK may be beside the number of rows, and of keys, that an element of a boolean mask stands for.
 NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-FLOAT_MASK = tl.constexpr(2)
+FLOAT_MASK = tl.constexpr(-1)
 
 
 @triton.jit
@@ -65,14 +66,13 @@ def _logits(
         capped = tanh(s / softcap)
         s = softcap * capped
     if ALIBI:
-        s -= slope * tl.abs(rows + diagonal - cols).to(tl.float32)
+        s -= slope * tl.abs(rows + diagonal - cols).to(s.dtype)
     inside = (rows < len_q) & (cols < len_k)
-    if MASK != NO_MASK:
-        given = tl.load(_tile(mask, rows, cols, stride_mm, stride_mn), mask=inside, other=0)
-        if MASK == BOOL_MASK:
-            s = tl.where(given != 0, s, float("-inf"))
-        else:
-            s += given.to(tl.float32)
+    if MASK == FLOAT_MASK:
+        s += widened(tl.load(_tile(mask, rows, cols, stride_mm, stride_mn), mask=inside, other=0))
+    elif MASK != NO_MASK:
+        given = tl.load(_tile(mask, rows // MASK, cols // MASK, stride_mm, stride_mn), mask=inside, other=0)
+        s = tl.where(given != 0, s, float("-inf"))
     if BOUNDS:
         if RIGHT:
             inside &= cols <= rows + diagonal + right
@@ -164,7 +164,7 @@ def _attend(
             _tile(V, cols[:, None], dims_v[None, :], stride_vn, stride_vd),
             cols[:, None], dims_v[None, :], len_k, DV, BOUNDS, DV != BLOCK_DV,
         )  # fmt: skip
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, m, l
 
 
@@ -180,6 +180,7 @@ def forward(
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    scale, softcap, dropout_scale = number(scale, Q), number(softcap, Q), number(dropout_scale, Q)
     b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
     begin_q, begin_k, len_q, len_k = _sequence(CU_Q, CU_K, b, len_q, len_k, VARLEN)
     if VARLEN and BOTTOM_RIGHT:
@@ -201,13 +202,13 @@ def forward(
         rows[:, None], dims[None, :], len_q, D, True, D != BLOCK_D,
     )  # fmt: skip
 
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    acc = zeros((BLOCK_M, BLOCK_DV), Q)
     if SINK:
-        m = tl.zeros((BLOCK_M,), tl.float32) + tl.load(SINKS + b * stride_sb + h * stride_sh)
-        l = tl.where(m == float("-inf"), 0.0, 1.0)
+        m = zeros((BLOCK_M,), Q) + tl.load(SINKS + b * stride_sb + h * stride_sh)
+        l = tl.where(m == float("-inf"), 0.0, 1.0).to(m.dtype)
     else:
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_M,), tl.float32)
+        m = zeros((BLOCK_M,), Q) - float("inf")
+        l = zeros((BLOCK_M,), Q)
     lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     if not LEFT:
         acc, m, l = _attend(
@@ -251,7 +252,7 @@ def backward_delta(
     OUT = _rows_of(OUT, b, h, begin_q, stride_ob, stride_oh, stride_om)
     grad = tl.load(_tile(DO, rows[:, None], dims[None, :], stride_gm, stride_gd), mask=valid, other=0.0)
     out = tl.load(_tile(OUT, rows[:, None], dims[None, :], stride_om, stride_od), mask=valid, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(widened(grad) * widened(out), 1)
     first = b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh + begin_q
     if HAS_DLSE:
         DLSE = _rows_of(DLSE, b, h, begin_q, stride_eb, stride_eh, stride_em)
@@ -265,7 +266,7 @@ def _row_statistics(LSE, DELTA, FACTOR, rows, len_q, MASK: tl.constexpr):
     """lse, delta and factor of rows; where a row has no weights, lse is such that they come out as 0."""
     lse = tl.load(LSE + rows, mask=rows < len_q, other=float("inf"))
     delta = tl.load(DELTA + rows, mask=rows < len_q, other=0.0)
-    factor = tl.full(lse.shape, 1.0, tl.float32)
+    factor = tl.full(lse.shape, 1.0, lse.dtype)
     if MASK == FLOAT_MASK:
         factor = tl.load(FACTOR + rows, mask=rows < len_q, other=1.0)
     return tl.where(lse == float("-inf"), float("inf"), lse), delta, factor
@@ -285,6 +286,7 @@ def backward_factor(
     An lse of -1e9, of a row that a bias blocks with a large number, has no digit left for the logarithm of the sum:
     exp(S - lse) is then 1 for every key. Such rows are summed again; the others have nothing to correct.
     """
+    scale, softcap = number(scale, Q), number(softcap, Q)
     b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
     row0 = tl.program_id(0) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -292,7 +294,7 @@ def backward_factor(
     first = b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh
     lse = tl.load(LSE + first + rows, mask=rows < len_q, other=0.0)
     rounded = (tl.abs(lse) > 64.0) & (lse != float("-inf"))
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = zeros((BLOCK_M,), Q)
     if SINK:
         total += tl.exp2((tl.load(SINKS + b * stride_sb + h * stride_sh) - lse) * LOG2E)
     lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
@@ -333,6 +335,7 @@ def backward_dq(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M rows, and what each row adds to the gradient of its head's slope."""
+    scale, softcap, dropout_scale = number(scale, Q), number(softcap, Q), number(dropout_scale, Q)
     b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
     begin_q, begin_k, len_q, len_k = _sequence(CU_Q, CU_K, b, len_q, len_k, VARLEN)
     if VARLEN and BOTTOM_RIGHT:
@@ -360,8 +363,8 @@ def backward_dq(
     )  # fmt: skip
     lse, delta, factor = _row_statistics(LSE + first, DELTA + first, FACTOR + first, rows, len_q, MASK)
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dslope = tl.zeros((BLOCK_M,), tl.float32)
+    dq = zeros((BLOCK_M, BLOCK_D), Q)
+    dslope = zeros((BLOCK_M,), Q)
     lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     for start in range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -385,10 +388,10 @@ def backward_dq(
             dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if WRITE_DSLOPE:
-            dslope -= tl.sum(ds * tl.abs(rows[:, None] + diagonal - cols[None, :]).to(tl.float32), 1)
+            dslope -= tl.sum(ds * tl.abs(rows[:, None] + diagonal - cols[None, :]).to(ds.dtype), 1)
         if SOFTCAP:
             ds *= 1.0 - capped * capped
-        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION, out_dtype=dq.dtype)
 
     DQ = _rows_of(DQ, b, h, begin_q, stride_ob, stride_oh, stride_om)
     tl.store(
@@ -428,6 +431,7 @@ def backward_dkdv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys. Scores are kept transposed, as the products of dK and dV take them."""
+    scale, softcap, dropout_scale = number(scale, Q), number(softcap, Q), number(dropout_scale, Q)
     b, kv = tl.program_id(1) // heads_kv, tl.program_id(1) % heads_kv
     begin_q, begin_k, len_q, len_k = _sequence(CU_Q, CU_K, b, len_q, len_k, VARLEN)
     if VARLEN and BOTTOM_RIGHT:
@@ -449,8 +453,8 @@ def backward_dkdv(
         cols[:, None], dims_v[None, :], len_k, DV, True, DV != BLOCK_DV,
     )  # fmt: skip
 
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    dk = zeros((BLOCK_N, BLOCK_D), K)
+    dv = zeros((BLOCK_N, BLOCK_DV), K)
     lo, hi = _seeing_rows(col0, BLOCK_N, len_q, diagonal, left, right, BLOCK_M, LEFT, RIGHT)
     for member in range(0, group):
         h = kv * group + member
@@ -482,11 +486,11 @@ def backward_dkdv(
                 kept = tl.trans(_kept(SEED, b, batch_per_seed, h, row0, col0, keep_below, BLOCK_M, BLOCK_N))
                 dropped = tl.where(kept, p * dropout_scale, 0.0)
                 dp = tl.where(kept, dp * dropout_scale, 0.0)
-            dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+            dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION, out_dtype=dv.dtype)
             ds = p * (dp - delta[None, :])
             if SOFTCAP:
                 ds *= 1.0 - capped * capped
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
 
     DK = _rows_of(DK, b, kv, begin_k, stride_ob, stride_oh, stride_on)
     tl.store(
@@ -520,6 +524,7 @@ def backward_dbias(
 
     A bias that is shared by all rows, or keys, gets one partial sum per tile in that dimension, to be added up after.
     """
+    scale, softcap, dropout_scale = number(scale, Q), number(softcap, Q), number(dropout_scale, Q)
     tiles_n = tl.cdiv(len_k, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     b_out, h_out = tl.program_id(1) // heads_out, tl.program_id(1) % heads_out
@@ -529,7 +534,7 @@ def backward_dbias(
     cols = col0 + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = zeros((BLOCK_M, BLOCK_N), Q)
     lo, full, hi = _visible_keys(row0, BLOCK_M, len_k, diagonal, left, right, BLOCK_N, LEFT, RIGHT)
     shared = batch_sum * heads_sum if (col0 >= lo) & (col0 < hi) else 0
     for index in range(0, shared):

@@ -36,11 +36,13 @@ def attention_op(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    mask_block_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of checked arguments."""
     call = launch.Call(
-        is_causal, scale, alibi_slopes, sinks, dropout_seed, window_left, window_right, bottom_right, softcap, dropout_p
-    )
+        is_causal, scale, alibi_slopes, sinks, dropout_seed, window_left, window_right, bottom_right, softcap,
+        dropout_p, mask_block_size=mask_block_size,
+    )  # fmt: skip
     return launch.forward(query, key, value, attn_mask, call, _wrap)
 
 
@@ -65,11 +67,13 @@ def backward_op(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    mask_block_size: int = 1,
 ) -> list[Tensor]:
     """Gradients of query, key, value, attn_mask, alibi_slopes and sinks: those that ``output_mask`` asks for."""
     call = launch.Call(
-        is_causal, scale, alibi_slopes, sinks, dropout_seed, window_left, window_right, bottom_right, softcap, dropout_p
-    )
+        is_causal, scale, alibi_slopes, sinks, dropout_seed, window_left, window_right, bottom_right, softcap,
+        dropout_p, mask_block_size=mask_block_size,
+    )  # fmt: skip
     grads = launch.backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, call, tuple(output_mask), _wrap)
     return [grad for grad in grads if grad is not None]
 
@@ -103,8 +107,3 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def uncovered(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot take a checked call, or None where they can."""
-    return _triton.uncovered(query)

@@ -190,7 +190,7 @@ def attention_with_kv_cache(
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    if routing.runs_on_reference(query):
+    if routing.runs_on_reference(query, v_cache):
         routing.check_all(**arguments)
         return reference.attention_with_kv_cache(**arguments, return_lse=return_lse)  # type: ignore[arg-type]
     # The first attempt checks nothing that the operators check themselves, before they write anything.

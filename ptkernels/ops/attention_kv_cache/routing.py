@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptkernels import _backend, _cuda, _loader, _triton
 from ptkernels._registry import Explanation, KernelInfo, triton_row
+from ptkernels.ops.attention.routing import uncovered_by_triton
 from ptkernels.ops.attention_kv_cache import library, register
 from ptkernels.ops.attention_kv_cache.checks import OP, check_inputs, check_values
 
@@ -18,16 +19,20 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _DIRECT_ROWS = 16
 
 
-def _fallback_reason(query: Tensor) -> str | None:
+def _fallback_reason(query: Tensor, v_cache: Any) -> str | None:
     device = query.device.type
     if _backend.runs_on_triton(device, library.DEVICES):
-        return _triton.uncovered(query)
+        # What is no tensor is for the checks, which come after.
+        if not isinstance(v_cache, Tensor):
+            return _triton.uncovered(query)
+        codes = _triton.uncovered_codes(query.dtype) if v_cache.dtype != query.dtype else None
+        return uncovered_by_triton(query, v_cache) or codes
     if _backend.has_kernel(device, (*library.DEVICES, "meta")):
         return None
     return _backend.no_kernel(device, library.DEVICES)
 
 
-def runs_on_reference(query: Any) -> bool:
+def runs_on_reference(query: Any, v_cache: Any) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -42,7 +47,7 @@ def runs_on_reference(query: Any) -> bool:
         return False
     device = query.device.type
     _backend.check_requested(OP, device)
-    reason = _fallback_reason(query)
+    reason = _fallback_reason(query, v_cache)
     if reason is not None:
         _backend.check_batch_invariant(OP, device, reason)
         _backend.fallback(OP, reason)
@@ -105,7 +110,7 @@ def explain(
         return Explanation(OP, _COMPOSITION, "reference", requested, ["leave ptkernels.backend('reference')"])
     device = query.device.type
     _backend.check_requested(OP, device)
-    if reason := _fallback_reason(query):
+    if reason := _fallback_reason(query, v_cache):
         return Explanation(OP, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:

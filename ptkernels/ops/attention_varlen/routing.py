@@ -25,7 +25,7 @@ def fallback_reason(query: Tensor, key: Tensor, value: Tensor, options: Options)
     if _backend.runs_on_triton(query.device.type, library.DEVICES):
         if options.relative_bias is not None:
             return "the Triton kernels have no relative_bias"
-        return _triton.uncovered(query) or tangent
+        return dense.uncovered_by_triton(query, value) or tangent
     if not _backend.has_kernel(query.device.type, (*library.DEVICES, "meta")):
         return _backend.no_kernel(query.device.type, library.DEVICES)
     if query.is_cuda and options.relative_bias is not None:

@@ -70,5 +70,5 @@ def backward(
     call = _call(query, key, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
     needed = (*output_mask[:3], False, *output_mask[3:5])
     grads = launch.varlen_backward(grad_out, grad_lse, query, key, value, out, lse, call, needed, wrap)
-    others = (None if grad is None else grad.float() for grad in (grads.alibi_slopes, grads.sinks))
+    others = (None if grad is None else grad.to(lse.dtype) for grad in (grads.alibi_slopes, grads.sinks))
     return (*grads[:3], *others, None)

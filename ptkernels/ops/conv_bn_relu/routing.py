@@ -21,9 +21,7 @@ def uncovered_by_triton(variant: Variant) -> str | None:
     """What a call has that the Triton kernels have not."""
     if variant.transposed:
         return "the Triton kernels have no transposed convolutions"
-    if variant.num_groups:
-        return "the Triton kernels have no statistics of every image"
-    return "the Triton kernels have no activation before the convolution" if variant.pre_activation != "none" else None
+    return "the Triton kernels have no statistics of every image" if variant.num_groups else None
 
 
 def fallback_reason(variant: Variant, input: Tensor, *others: Tensor | None) -> str | None:

@@ -48,7 +48,7 @@ def tiles(dtype: torch.dtype, columns: int, depth: int) -> list[Tile]:
     """
     n = min(_triton.power_of_2(columns), 128)
     k = min(_triton.power_of_2(depth), 64)
-    if dtype == torch.float32:
+    if dtype in (torch.float32, torch.float64):
         return [Tile(32, min(n, 32), min(k, 32), 4, 1)]
     return [Tile(128, n, k, 8, 3), Tile(64, n, k, 4, 4)]
 
@@ -56,8 +56,8 @@ def tiles(dtype: torch.dtype, columns: int, depth: int) -> list[Tile]:
 def weight_tiles(dtype: torch.dtype, filters: int, columns: int) -> list[Tile]:
     """The same for the weight gradient, whose rows are filters and whose sum runs over pixels."""
     m, n = min(_triton.power_of_2(filters), 128), min(_triton.power_of_2(columns), 64)
-    if dtype == torch.float32:
-        return [Tile(min(m, 32), min(n, 32), 32, 4, 1)]
+    if dtype in (torch.float32, torch.float64):
+        return [Tile(min(m, 32), min(n, 32), 32, 4 if dtype == torch.float32 else 8, 1)]
     return [Tile(max(m, 64), n, 64, 4, 3)] if m >= 64 else [Tile(m, n, 64, 4, 3)]
 
 
@@ -67,10 +67,10 @@ def depthwise_tiles(columns: int) -> list[Tile]:
     return [Tile(max(2048 // n, 32), n, 16, 4, 2)]
 
 
-def _pointwise_tile(channels: int) -> tuple[int, int]:
+def _pointwise_tile(dtype: torch.dtype, channels: int) -> tuple[int, int]:
     """Pixels and channels of a program that only reads and writes."""
     block_c = min(_triton.power_of_2(channels), 128)
-    return max(4096 // block_c, 16), block_c
+    return max((1024 if dtype == torch.float64 else 4096) // block_c, 8), block_c
 
 
 def _five(tensor: Tensor) -> Tensor:
@@ -108,8 +108,11 @@ class _Conv:
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        pre_activation: str,
+        slope: float,
     ) -> None:
         self.input, self.weight, self.groups = input, weight, groups
+        self.wide, self.slope = _triton.sum_dtype(input.dtype), slope
         missing = 3 - len(stride)
         self.stride = (*(1,) * missing, *stride)
         self.padding = (*(0,) * missing, *padding)
@@ -137,6 +140,7 @@ class _Conv:
             "TAPS_D": self.taps[0],
             "TAPS_H": self.taps[1],
             "TAPS_W": self.taps[2],
+            "PRE": ACTIVATIONS[pre_activation],
             "PRECISION": _triton.dot_precision(input.dtype),
         }
 
@@ -186,13 +190,16 @@ def _options(tile: Tile) -> dict[str, int]:
     }
 
 
+def _numbers(eps: float, slope: float, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    return _triton.number(eps, like), _triton.number(slope, like)
+
+
 def _convolve(
     a: _Conv,
     bias: Tensor | None,
     norm: _Norm,
     residual: Tensor | None,
     activation: str,
-    slope: float,
     wrap: Launcher,
     *,
     out: Tensor | None = None,
@@ -202,7 +209,7 @@ def _convolve(
     """Write z, the finished result, or both; returns statistics of tiles, ``[tiles, 3, filters]``, where asked for."""
     tile, groups, plan = a.forward_plan()
     tiles_m = triton.cdiv(a.pixels, tile.m)
-    partial = a.input.new_empty(tiles_m, 3, a.filters, dtype=torch.float32) if statistics else None
+    partial = a.input.new_empty(tiles_m, 3, a.filters, dtype=a.wide) if statistics else None
     some = a.input
     written = out if out is not None else some
     wrap(kernels.conv)[(tiles_m * triton.cdiv(a.filters // groups, tile.n), groups)](
@@ -210,9 +217,10 @@ def _convolve(
         some if residual is None else residual, written, some if z is None else z,
         some if partial is None else partial, a.pixels, a.filters, *a.in_size, *a.out_size, *_strides(some),
         *_strides(a.weight), *_strides(written if residual is None else residual), *_strides(written), *a.window,
-        norm.eps, slope, **{**a.constants, **plan}, HAS_BIAS=bias is not None, HAS_NORM=norm.mean is not None,
-        **norm.switches(), HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation],
-        WRITE_OUT=out is not None, WRITE_Z=z is not None, STATISTICS=statistics, **_options(tile),
+        *_numbers(norm.eps, a.slope, some), **{**a.constants, **plan}, HAS_BIAS=bias is not None,
+        HAS_NORM=norm.mean is not None, **norm.switches(), HAS_RESIDUAL=residual is not None,
+        ACTIVATION=ACTIVATIONS[activation], WRITE_OUT=out is not None, WRITE_Z=z is not None, STATISTICS=statistics,
+        **_options(tile),
     )  # fmt: skip
     return partial
 
@@ -255,26 +263,26 @@ def conv_bn_relu(
     wrap: Launcher = identity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, z where it is saved, and the statistics of the batch where training, of checked arguments."""
-    _refuse(Variant(*variant))
-    a = _Conv(input, weight, stride, padding, dilation, groups)
+    of_variant = Variant(*variant)
+    _refuse(of_variant)
+    a = _Conv(input, weight, stride, padding, dilation, groups, of_variant.pre_activation, negative_slope)
     out = _empty(input, a.shape, _is_channels_last(input))
-    nothing = input.new_empty(0, dtype=torch.float32)
+    nothing = input.new_empty(0, dtype=a.wide)
     z = a.empty_z() if save_conv or training else None
     norm = _Norm(bn_weight, bn_bias, running_mean, running_var, eps)
     mean, var = nothing, nothing.clone()
     if training:
-        mean, var = (input.new_zeros(a.filters, dtype=torch.float32) for _ in range(2))
+        mean, var = (input.new_zeros(a.filters, dtype=a.wide) for _ in range(2))
     if out.numel() > 0:
-        arguments = (a, bias, norm, residual, activation, negative_slope, wrap)
         if training:
             unnormalised = norm._replace(mean=None, var=None)
-            partial = _convolve(a, bias, unnormalised, None, "none", 0.0, wrap, z=z, statistics=True)
+            partial = _convolve(a, bias, unnormalised, None, "none", wrap, z=z, statistics=True)
             assert partial is not None
             assert z is not None
             mean, var = _merge_statistics(a, partial, wrap)
             _normalize(a, z, norm._replace(mean=mean, var=var), residual, activation, negative_slope, out, wrap)
         else:
-            _convolve(*arguments, out=out, z=z)
+            _convolve(a, bias, norm, residual, activation, wrap, out=out, z=z)
     saved = z if save_conv and z is not None else nothing
     return out, saved, mean, var
 
@@ -289,12 +297,12 @@ def _normalize(
     out: Tensor,
     wrap: Launcher,
 ) -> None:
-    block_m, block_c = _pointwise_tile(a.filters)
+    block_m, block_c = _pointwise_tile(z.dtype, a.filters)
     wrap(kernels.normalize)[(triton.cdiv(a.pixels, block_m), triton.cdiv(a.filters, block_c))](
         z, *norm.pointers(z), z if residual is None else residual, out, a.pixels, a.filters, *a.out_size,
-        *_strides(out if residual is None else residual), *_strides(out), norm.eps, slope, **norm.switches(),
-        HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation], BLOCK_M=block_m, BLOCK_C=block_c,
-        num_warps=8,
+        *_strides(out if residual is None else residual), *_strides(out), *_numbers(norm.eps, slope, z),
+        **norm.switches(), HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation], BLOCK_M=block_m,
+        BLOCK_C=block_c, num_warps=8,
     )  # fmt: skip
 
 
@@ -322,8 +330,9 @@ def conv_bn_relu_backward(
     wrap: Launcher = identity,
 ) -> Gradients:
     """Gradients of input, weight, bias, bn_weight, bn_bias and residual, None where not asked for."""
-    _refuse(Variant(*variant))
-    a = _Conv(input, weight, stride, padding, dilation, groups)
+    of_variant = Variant(*variant)
+    _refuse(of_variant)
+    a = _Conv(input, weight, stride, padding, dilation, groups, of_variant.pre_activation, negative_slope)
     want_x, want_w, want_bias, want_scale, want_shift, want_residual = output_mask
     channels_last = _is_channels_last(input)
     if a.pixels == 0 or a.filters == 0:
@@ -334,7 +343,7 @@ def conv_bn_relu_backward(
     z = conv
     if z is None:
         z = a.empty_z()
-        _convolve(a, bias, norm._replace(mean=None, var=None), None, "none", 0.0, wrap, z=z)
+        _convolve(a, bias, norm._replace(mean=None, var=None), None, "none", wrap, z=z)
     needs_sums = training or want_scale or want_shift or want_bias
     pointwise = _Pointwise(a, grad_out, z, norm, residual, activation, negative_slope, wrap)
     sums = pointwise.sums() if needs_sums else None
@@ -357,8 +366,8 @@ def conv_bn_relu_backward(
 
 def _factor(norm: _Norm, like: Tensor) -> Tensor:
     """Of du in dz with given statistics."""
-    factor = like.new_ones(like.size(1)) if norm.var is None else (norm.var.float() + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight.float()
+    factor = like.new_ones(like.size(1)) if norm.var is None else (norm.var.to(like.dtype) + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.to(like.dtype)
 
 
 class _Pointwise:
@@ -376,12 +385,12 @@ class _Pointwise:
         wrap: Launcher,
     ) -> None:
         self.a, self.wrap, self.z = a, wrap, z
-        self.block_m, self.block_c = _pointwise_tile(a.filters)
+        self.block_m, self.block_c = _pointwise_tile(z.dtype, a.filters)
         self.blocks_c = triton.cdiv(a.filters, self.block_c)
         self.operands = (grad_out, z, *norm.pointers(z), z if residual is None else residual)
         others = _strides(grad_out if residual is None else residual)
         self.geometry = (a.pixels, a.filters, *a.out_size, *_strides(grad_out), *others)
-        self.numbers = (norm.eps, slope)
+        self.numbers = _numbers(norm.eps, slope, z)
         self.switches = {
             "HAS_NORM": norm.mean is not None,
             **norm.switches(),
@@ -395,7 +404,7 @@ class _Pointwise:
         """Of du, and of du * xhat: ``[2, filters]``."""
         repeats, block_m = 8, max(self.block_m // 2, 16)
         shares = triton.cdiv(self.a.pixels, repeats * block_m)
-        partial = self.z.new_empty(shares, 2, self.a.filters, dtype=torch.float32)
+        partial = self.z.new_empty(shares, 2, self.a.filters, dtype=self.a.wide)
         self.wrap(backward_kernels.backward_sums)[(shares, self.blocks_c)](
             *self.operands, partial, *self.geometry, *self.numbers, **self.switches, BLOCK_M=block_m, REPEATS=repeats
         )
@@ -426,8 +435,9 @@ def _input_gradient(a: _Conv, dz: Tensor, dx: Tensor, wrap: Launcher) -> Tensor:
         tile = a.pick("input", tiles(a.input.dtype, channels, a.per_group), channels, a.per_group)
     grid = (triton.cdiv(pixels, tile.m) * triton.cdiv(channels, tile.n), groups, math.prod(steps))
     wrap(backward_kernels.input_gradient)[grid](
-        dz, a.weight, dx, pixels, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight),
-        *_strides(dx), *a.window, **constants, STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
+        dz, a.weight, a.input, dx, pixels, a.input.size(0), a.filters, *a.in_size, *a.out_size, *_strides(a.weight),
+        *_strides(a.input), *_strides(dx), *a.window, _triton.number(a.slope, dz), **constants,
+        STEP_D=steps[0], STEP_H=steps[1], STEP_W=steps[2], **_options(tile),
     )  # fmt: skip
     return dx
 
@@ -443,11 +453,12 @@ def _depthwise_weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     tile, taps = a.pick("depthwise_weight", depthwise_tiles(a.filters), a.filters), math.prod(a.taps)
     blocks = triton.cdiv(a.filters, tile.n)
     shares, share = _shares(a.pixels, blocks * taps, tile.m)
-    partial = dz.new_empty(shares, a.filters, taps, dtype=torch.float32)
-    constants = {name: a.constants[name] for name in ("TAPS_D", "TAPS_H", "TAPS_W")}
+    partial = dz.new_empty(shares, a.filters, taps, dtype=a.wide)
+    constants = {name: a.constants[name] for name in ("TAPS_D", "TAPS_H", "TAPS_W", "PRE")}
     wrap(backward_kernels.depthwise_weight_gradient)[(blocks, taps, shares)](
         dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,
-        **constants, MULTIPLIER=a.multiplier, BLOCK_M=tile.m, BLOCK_C=tile.n, num_warps=tile.warps,
+        _triton.number(a.slope, dz), **constants, MULTIPLIER=a.multiplier, BLOCK_M=tile.m, BLOCK_C=tile.n,
+        num_warps=tile.warps,
     )  # fmt: skip
     return partial.sum(0).to(a.weight.dtype).view(a.weight.shape)
 
@@ -462,10 +473,10 @@ def _weight_gradient(a: _Conv, dz: Tensor, wrap: Launcher) -> Tensor:
     tile = a.pick("weight", weight_tiles(a.input.dtype, a.per_group, columns), a.per_group, columns)
     programs = triton.cdiv(a.per_group, tile.m) * triton.cdiv(columns, tile.n) * (1 if a.flat else taps)
     shares, share = _shares(a.pixels, programs * a.groups, tile.k)
-    partial = dz.new_empty(shares, a.filters, taps * a.channels, dtype=torch.float32)
+    partial = dz.new_empty(shares, a.filters, taps * a.channels, dtype=a.wide)
     wrap(backward_kernels.weight_gradient)[(programs, a.groups, shares)](
         dz, a.input, partial, a.pixels, share, a.filters, *a.in_size, *a.out_size, *_strides(a.input), *a.window,
-        **a.constants, FLAT=a.flat, **_options(tile),
+        _triton.number(a.slope, dz), **a.constants, FLAT=a.flat, **_options(tile),
     )  # fmt: skip
     total = partial.sum(0) if shares > 1 else partial[0]
     grad = total.view(a.filters, taps, a.channels).transpose(1, 2).to(a.weight.dtype)

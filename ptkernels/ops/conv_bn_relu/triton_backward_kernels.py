@@ -3,7 +3,7 @@
     u = xhat * bn_weight + bn_bias + residual,  xhat = (z - mean) * invstd,  du = grad_out * act'(u)
     dz = bn_weight * invstd * (du - (sum(du) + xhat * sum(du * xhat)) / pixels)     statistics of the batch
     dz = bn_weight * invstd * du                                                    running statistics
-    dresidual = du,  dx = conv^T(dz, w),  dw = sum over pixels of dz x
+    dresidual = du,  dx = pre'(x) conv^T(dz, w),  dw = sum over pixels of dz pre(x)
 
 Nothing was saved but z: xhat, u and the mask of the activation are computed again from it, once for the sums and once
 for dz. z and dz are in channels last, [pixels, channels]; everything else is read and written through its strides.
@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import activation_derivative
-from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, normalization, offset_of, pixels_of
+from ptkernels._triton.math import activation_derivative, number, widened, zeros
+from ptkernels.ops.conv_bn_relu.triton_kernels import coordinates, load_input, normalization, offset_of, pixels_of
 
 
 @triton.jit
@@ -33,12 +33,13 @@ def _gradient_of_u(
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """du and xhat of a tile, and the channels' factor of dz; 0 beyond the bounds."""
+    eps, negative_slope = number(eps, Z), number(negative_slope, Z)
     real = f < filters
     inside = (pixel[:, None] < pixels) & real[None, :]
     mean, invstd, weight, shift = normalization(
         MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, HAS_NORM, HAS_WEIGHT, HAS_SHIFT
     )
-    xhat = tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    xhat = widened(tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0))
     if HAS_NORM:
         xhat = (xhat - mean[None, :]) * invstd[None, :]
     u = xhat * weight[None, :] + shift[None, :]
@@ -46,9 +47,9 @@ def _gradient_of_u(
     channel = f.to(tl.int64)[None, :]
     if HAS_RESIDUAL:
         there = offset_of(image, z, y, x, stride_rn, stride_rd, stride_rh, stride_rw)
-        u += tl.load(RESIDUAL + there[:, None] + channel * stride_rc, mask=inside, other=0.0).to(tl.float32)
+        u += widened(tl.load(RESIDUAL + there[:, None] + channel * stride_rc, mask=inside, other=0.0))
     there = offset_of(image, z, y, x, stride_gn, stride_gd, stride_gh, stride_gw)
-    du = tl.load(G + there[:, None] + channel * stride_gc, mask=inside, other=0.0).to(tl.float32)
+    du = widened(tl.load(G + there[:, None] + channel * stride_gc, mask=inside, other=0.0))
     du = tl.where(inside, du * activation_derivative(u, negative_slope, ACTIVATION), 0.0)
     return du, tl.where(inside, xhat, 0.0), weight * invstd
 
@@ -63,8 +64,8 @@ def backward_sums(
 ):  # fmt: skip
     """Sums of du and of du * xhat over REPEATS * BLOCK_M pixels: [shares, 2, filters]."""
     f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    of_du = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    of_product = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    of_du = zeros((BLOCK_M, BLOCK_C), Z)
+    of_product = zeros((BLOCK_M, BLOCK_C), Z)
     for repeat in range(0, REPEATS):
         pixel = pixels_of(tl.program_id(0) * REPEATS + repeat, pixels, BLOCK_M)
         du, xhat, _ = _gradient_of_u(
@@ -128,12 +129,13 @@ def _met(coordinate, tap, padding, stride, dilation, size):
 
 @triton.jit(do_not_specialize=["pixels"])
 def input_gradient(
-    DZ, W, DX, pixels, batch, filters, depth, height, width, out_depth, out_height, out_width,
+    DZ, W, X, DX, pixels, batch, filters, depth, height, width, out_depth, out_height, out_width,
     stride_wf, stride_wc, stride_wq, stride_wr, stride_ws, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    stride_yn, stride_yc, stride_yd, stride_yh, stride_yw,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of one class, the largest of which has `pixels`, by BLOCK_N channels of one group."""
     tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
@@ -153,7 +155,7 @@ def input_gradient(
     W += (group * FILTERS).to(tl.int64) * stride_wf
     DZ += group * FILTERS
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zeros((BLOCK_M, BLOCK_N), DZ)
     PER_TAP: tl.constexpr = MULTIPLIER if MULTIPLIER > 0 else (FILTERS + BLOCK_K - 1) // BLOCK_K
     for step in range(0, count_q * count_r * count_s * PER_TAP):
         tap = step // PER_TAP
@@ -178,30 +180,35 @@ def input_gradient(
         of_tap = q * stride_wq + r * stride_wr + s * stride_ws
         if MULTIPLIER > 0:
             b = tl.load(W + f.to(tl.int64) * stride_wf + of_tap, mask=inside_f, other=0.0)
-            acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+            acc += widened(a) * widened(b)[None, :]
         else:
             b = tl.load(
                 W + f.to(tl.int64)[:, None] * stride_wf + within[None, :] * stride_wc + of_tap,
                 mask=inside_f[:, None] & (within[None, :] < CHANNELS),
                 other=0.0,
             )
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    there = offset_of(image, z, y, x, stride_xn, stride_xd, stride_xh, stride_xw)
     channel = (group * CHANNELS + within).to(tl.int64)
-    pointers = DX + there[:, None] + channel[None, :] * stride_xc
-    tl.store(pointers, acc.to(DX.dtype.element_ty), mask=exists[:, None] & (within[None, :] < CHANNELS))
+    inside = exists[:, None] & (within[None, :] < CHANNELS)
+    if PRE != 0:
+        there = offset_of(image, z, y, x, stride_xn, stride_xd, stride_xh, stride_xw)
+        given = widened(tl.load(X + there[:, None] + channel[None, :] * stride_xc, mask=inside, other=0.0))
+        acc *= activation_derivative(given, number(negative_slope, X), PRE)
+    there = offset_of(image, z, y, x, stride_yn, stride_yd, stride_yh, stride_yw)
+    tl.store(DX + there[:, None] + channel[None, :] * stride_yc, acc.to(DX.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    FLAT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FLAT: tl.constexpr, PRE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Over `share` pixels: [shares, filters, taps * CHANNELS] in float32."""
+    """Over `share` pixels: [shares, filters, taps * CHANNELS] in the dtype of sums."""
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
     TILES_C: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     tiles_columns = tl.cdiv(TAPS * CHANNELS, BLOCK_N) if FLAT else TAPS * TILES_C
@@ -223,7 +230,8 @@ def weight_gradient(
     begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    slope = number(negative_slope, DZ)
+    acc = zeros((BLOCK_M, BLOCK_N), DZ)
     for first in range(0, share, BLOCK_K):
         pixel = begin + first + tl.arange(0, BLOCK_K)
         image, z, y, x = coordinates(pixel, out_depth, out_height, out_width)
@@ -234,13 +242,13 @@ def weight_gradient(
         inside = real[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(image[:, None], layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
-        b = tl.load(X + offset, mask=inside & inside_n[None, :], other=0.0)
+        b = load_input(X + offset, inside & inside_n[None, :], slope, PRE)
         a = tl.load(
             DZ + pixel.to(tl.int64)[None, :] * filters + f[:, None],
             mask=real[None, :] & (within[:, None] < FILTERS),
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     there = (tl.program_id(2).to(tl.int64) * filters + f[:, None]) * (TAPS * CHANNELS) + flat[None, :]
     tl.store(PARTIAL + there, acc, mask=(within[:, None] < FILTERS) & inside_n[None, :])
 
@@ -249,18 +257,19 @@ def weight_gradient(
 def depthwise_weight_gradient(
     DZ, X, PARTIAL, pixels, share, filters, depth, height, width, out_depth, out_height, out_width,
     stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
-    TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MULTIPLIER: tl.constexpr,
+    stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w, negative_slope,
+    TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tap of BLOCK_C filters over `share` pixels: [shares, filters, taps] in float32."""
+    """One tap of BLOCK_C filters over `share` pixels: [shares, filters, taps] in the dtype of sums."""
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
     f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tap = tl.program_id(1)
     q, r, s = tap // (TAPS_H * TAPS_W), tap // TAPS_W % TAPS_H, tap % TAPS_W
     begin = tl.program_id(2).to(pixels.dtype) * share
     end = tl.minimum(begin + share, pixels)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    slope = number(negative_slope, DZ)
+    acc = zeros((BLOCK_M, BLOCK_C), DZ)
     for first in range(0, share, BLOCK_M):
         pixel = begin + first + tl.arange(0, BLOCK_M)
         image, z, y, x = coordinates(pixel, out_depth, out_height, out_width)
@@ -272,9 +281,7 @@ def depthwise_weight_gradient(
         offset = offset_of(image, layer, row, column, stride_xn, stride_xd, stride_xh, stride_xw)
         valid = inside[:, None] & (f[None, :] < filters)
         of_input = X + offset[:, None] + (f // MULTIPLIER).to(tl.int64)[None, :] * stride_xc
-        a = tl.load(of_input, mask=valid, other=0.0).to(tl.float32)
-        acc += a * tl.load(DZ + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=valid, other=0.0).to(
-            tl.float32
-        )
+        dz = tl.load(DZ + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=valid, other=0.0)
+        acc += widened(load_input(of_input, valid, slope, PRE)) * widened(dz)
     there = (tl.program_id(2).to(tl.int64) * filters + f) * TAPS + tap
     tl.store(PARTIAL + there, tl.sum(acc, 0), mask=f < filters)

@@ -1,6 +1,6 @@
 """Device code of convolution with batch normalisation, residual and activation in Triton: forward.
 
-    z = conv(x, w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
+    z = conv(pre(x), w) + bias,  out = act((z - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual)
 
 Layout: images through their strides, fastest in channels last, where a tile of pixels by channels is rows of memory. z
 is always in channels last: [pixels, channels]. Lines and planes are volumes of one layer.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import activate
+from ptkernels._triton.math import activate, number, widened, zeros
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def offset_of(image, z, y, x, stride_n, stride_d, stride_h, stride_w):
 
 @triton.jit
 def per_channel(pointer, f, real, absent: tl.constexpr, GIVEN: tl.constexpr):
-    """A vector of channels in float32; `absent` where there is none."""
+    """A vector of channels in the dtype of sums; `absent` where there is none."""
     if GIVEN:
-        return tl.load(pointer + f, mask=real, other=absent).to(tl.float32)
+        return widened(tl.load(pointer + f, mask=real, other=absent))
     else:
-        return tl.full(f.shape, absent, tl.float32)
+        return zeros(f.shape, pointer) + absent
 
 
 @triton.jit
@@ -61,11 +61,22 @@ def normalization(
 ):  # fmt: skip
     """mean, 1 / sqrt(var + eps), factor and summand of each channel."""
     mean = per_channel(MEAN, f, real, 0.0, HAS_NORM)
-    invstd = tl.full(f.shape, 1.0, tl.float32)
+    invstd = zeros(f.shape, VAR) + 1.0
     if HAS_NORM:
-        invstd = 1.0 / tl.sqrt_rn(tl.load(VAR + f, mask=real, other=1.0).to(tl.float32) + eps)
+        var = widened(tl.load(VAR + f, mask=real, other=1.0)) + eps
+        # The square root of float64 is rounded as it should be, and has no other name.
+        invstd = 1.0 / (tl.sqrt(var) if var.dtype == tl.float64 else tl.sqrt_rn(var))
     weight = per_channel(BN_WEIGHT, f, real, 1.0, HAS_WEIGHT)
     return mean, invstd, weight, per_channel(BN_BIAS, f, real, 0.0, HAS_SHIFT)
+
+
+@triton.jit
+def load_input(pointers, inside, negative_slope, PRE: tl.constexpr):
+    """What is convolved, in the dtype of the input: the activation PRE of it, and 0 where it falls on padding."""
+    x = tl.load(pointers, mask=inside, other=0.0)
+    if PRE != 0:
+        x = tl.where(inside, activate(widened(x), negative_slope, PRE), 0.0).to(x.dtype)
+    return x
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -79,13 +90,14 @@ def conv(
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, TAPS_D: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, WRITE_OUT: tl.constexpr, WRITE_Z: tl.constexpr,
-    STATISTICS: tl.constexpr, FLAT: tl.constexpr, MULTIPLIER: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, FLAT: tl.constexpr, MULTIPLIER: tl.constexpr, PRE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS and FILTERS are those of one group, of which the second dimension of the grid counts.
 
     MULTIPLIER is 0, or that of a depthwise convolution, whose filters are all in one group here.
     """
+    eps, negative_slope = number(eps, W), number(negative_slope, W)
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
     group = tl.program_id(1)
     tile_m = tl.program_id(0) // tiles_n
@@ -96,7 +108,7 @@ def conv(
     X += image * stride_xn + (group * CHANNELS).to(tl.int64) * stride_xc
     W += f * stride_wf
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zeros((BLOCK_M, BLOCK_N), W)
     TAPS: tl.constexpr = TAPS_D * TAPS_H * TAPS_W
     STEPS: tl.constexpr = (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K
     PER_TAP: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -120,32 +132,31 @@ def conv(
         inside = (pixel < pixels)[:, None] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         inside &= (layer >= 0) & (layer < depth)
         offset = offset_of(0, layer, row, column, 0, stride_xd, stride_xh, stride_xw)
-        a = tl.load(
-            X[:, None] + offset + channel.to(tl.int64)[None, :] * stride_xc, mask=inside & inside_k[None, :], other=0.0
-        )
+        of_channel = channel.to(tl.int64)[None, :] * stride_xc
+        a = load_input(X[:, None] + offset + of_channel, inside & inside_k[None, :], negative_slope, PRE)
         if FLAT:
             of_tap = tl.trans(q * stride_wq + r * stride_wr + s * stride_ws)
         else:
             of_tap = q * stride_wq + r * stride_wr + s * stride_ws
         if MULTIPLIER > 0:
-            acc += a.to(tl.float32) * tl.load(W + of_tap, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+            acc += widened(a) * widened(tl.load(W + of_tap, mask=inside_k, other=0.0))[None, :]
         else:
             b = tl.load(
                 W[None, :] + of_tap + channel[:, None] * stride_wc,
                 mask=inside_k[:, None] & (within[None, :] < FILTERS),
                 other=0.0,
             )
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
     real = within < FILTERS
     stored = (pixel[:, None] < pixels) & real[None, :]
     acc += per_channel(BIAS, f, real, 0.0, HAS_BIAS)[None, :]
     rounded = acc.to(X.dtype.element_ty)
-    acc = rounded.to(tl.float32)
+    acc = widened(rounded)
     if WRITE_Z:
         tl.store(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], rounded, mask=stored)
     if STATISTICS:
-        count = tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
+        count = tl.minimum(pixels - tile_m * BLOCK_M, BLOCK_M).to(acc.dtype)
         mean = tl.sum(tl.where(stored, acc, 0.0), 0) / count
         centred = tl.where(stored, acc - mean[None, :], 0.0)
         # What the sum's rounding left in the mean of large numbers, which float32 has no room for beside them.
@@ -162,7 +173,7 @@ def conv(
         acc = (acc - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
         if HAS_RESIDUAL:
             there = offset_of(image, z, y, x, stride_rn, stride_rd, stride_rh, stride_rw)
-            acc += tl.load(RESIDUAL + there[:, None] + f[None, :] * stride_rc, mask=stored, other=0.0).to(tl.float32)
+            acc += widened(tl.load(RESIDUAL + there[:, None] + f[None, :] * stride_rc, mask=stored, other=0.0))
         there = offset_of(image, z, y, x, stride_on, stride_od, stride_oh, stride_ow)
         result = activate(acc, negative_slope, ACTIVATION).to(OUT.dtype.element_ty)
         tl.store(OUT + there[:, None] + f[None, :] * stride_oc, result, mask=stored)
@@ -179,14 +190,14 @@ def merge_statistics(
     f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = f < filters
     origin = tl.load(PARTIAL + f, mask=real, other=0.0)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
-    seen = 0.0
+    mean = zeros((BLOCK_C,), PARTIAL)
+    squares = zeros((BLOCK_C,), PARTIAL)
+    seen = tl.full((), 0.0, mean.dtype)
     for first in range(0, tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         there = PARTIAL + tile.to(tl.int64)[:, None] * 3 * filters + f[None, :]
         inside = (tile[:, None] < tiles) & real[None, :]
-        size = tl.maximum(tl.minimum(pixels - tile.to(tl.int64) * ROWS, ROWS), 0).to(tl.float32)
+        size = tl.maximum(tl.minimum(pixels - tile.to(tl.int64) * ROWS, ROWS), 0).to(mean.dtype)
         relative = tl.where(inside, tl.load(there, mask=inside, other=0.0) - origin[None, :], 0.0)
         relative += tl.load(there + filters, mask=inside, other=0.0)
         total = tl.sum(size, 0)
@@ -211,18 +222,19 @@ def normalize(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out from z, in one pass."""
+    eps, negative_slope = number(eps, Z), number(negative_slope, Z)
     pixel = pixels_of(tl.program_id(0), pixels, BLOCK_M)
     f = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = f < filters
     inside = (pixel[:, None] < pixels) & real[None, :]
     mean, invstd, scale, shift = normalization(MEAN, VAR, BN_WEIGHT, BN_BIAS, f, real, eps, True, HAS_WEIGHT, HAS_SHIFT)
-    u = tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = widened(tl.load(Z + pixel.to(tl.int64)[:, None] * filters + f[None, :], mask=inside, other=0.0))
     u = (u - mean[None, :]) * (invstd * scale)[None, :] + shift[None, :]
     image, z, y, x = coordinates(pixel, depth, height, width)
     channel = f.to(tl.int64)[None, :]
     if HAS_RESIDUAL:
         there = offset_of(image, z, y, x, stride_rn, stride_rd, stride_rh, stride_rw)
-        u += tl.load(RESIDUAL + there[:, None] + channel * stride_rc, mask=inside, other=0.0).to(tl.float32)
+        u += widened(tl.load(RESIDUAL + there[:, None] + channel * stride_rc, mask=inside, other=0.0))
     there = offset_of(image, z, y, x, stride_on, stride_od, stride_oh, stride_ow)
     result = activate(u, negative_slope, ACTIVATION).to(OUT.dtype.element_ty)
     tl.store(OUT + there[:, None] + channel * stride_oc, result, mask=inside)

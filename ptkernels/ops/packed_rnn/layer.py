@@ -87,7 +87,7 @@ def run_layer(
     symbolic = torch.compiler.is_compiling() or isinstance(sizes, FakeTensor) or isinstance(input, FakeTensor)
     if not symbolic and not torch._C._are_functorch_transforms_active():
         check_values(op, input, sizes, sorted_indices, batch_size, layout)
-    if routing.runs_on_reference(op, input, state, params, mode, all_cells, options):
+    if routing.runs_on_reference(op, input, state, params):
         with torch.autocast(device_type, enabled=False):
             return reference.layer(*args, all_cells, options)
     output, h_n, c_n, _, _ = rnn_op(*args, False, recompute, all_cells, *options)

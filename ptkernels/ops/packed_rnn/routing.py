@@ -19,14 +19,9 @@ _COMPOSITION = "plain torch composition"
 _REQUESTED = "backend 'reference' was asked for"
 
 
-def fallback_reason(
-    input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mode: str, all_cells: bool, options: Options
-) -> str | None:
+def fallback_reason(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if _backend.runs_on_triton(input.device.type, library.DEVICES):
-        # Weights and biases of one or two directions are even in number; a projection makes it 3, 5, 6 or 10.
-        if all_cells and mode == "lstm" and len(params) in (3, 5, 6, 10):
-            return "the Triton kernels return no cells of every token with a projection"
         return _triton.uncovered(input) or _tangent(input, state, params)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if input.device.type not in (*library.DEVICES, "meta"):
@@ -38,15 +33,7 @@ def _tangent(input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -
     return "forward-mode differentiation has no kernel" if has_tangent(input, *state, *params) else None
 
 
-def runs_on_reference(
-    op: str,
-    input: Tensor,
-    state: Sequence[Tensor],
-    params: Sequence[Tensor],
-    mode: str,
-    all_cells: bool,
-    options: Options,
-) -> bool:
+def runs_on_reference(op: str, input: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Choose between the kernels and the reference, and announce a reference that was not asked for.
 
     Raises:
@@ -56,7 +43,7 @@ def runs_on_reference(
     if _backend.state.backend == "reference":
         return True
     _backend.check_requested(op, input.device.type)
-    reason = fallback_reason(input, state, params, mode, all_cells, options)
+    reason = fallback_reason(input, state, params)
     if reason is not None:
         _backend.fallback(op, reason)
     return reason is not None
@@ -87,7 +74,7 @@ def explain_layer(op: str, args: Any, all_cells: bool = False, options: Options 
         return Explanation(op, _COMPOSITION, "reference", _REQUESTED, ["leave ptkernels.backend('reference')"])
     device = input.device.type
     _backend.check_requested(op, device)
-    if reason := fallback_reason(input, state, params, mode, all_cells, options):
+    if reason := fallback_reason(input, state, params):
         return Explanation(op, _COMPOSITION, "reference", reason)
     reason = f"fused kernel for {device} tensors"
     if _backend.state.backend is not None:

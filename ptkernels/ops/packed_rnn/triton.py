@@ -46,8 +46,8 @@ class Tile(NamedTuple):
 def persistent_tiles(dtype: torch.dtype, hidden: int, arch: int) -> list[Tile]:
     """Tiles worth trying for programs that keep all of U, best guess first; none where it does not fit beside them."""
     units = _triton.power_of_2(hidden)
-    # Products in IEEE float32 are made of registers alone, which cannot hold U as well.
-    if dtype == torch.float32 or units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
+    # Products in IEEE float32 are made of registers alone, which cannot hold U as well; nor can they in float64.
+    if dtype in (torch.float32, torch.float64) or units > (128 if _triton.shared_memory(arch) > 160 * 1024 else 64):
         return []
     return [Tile(16, units, units, 8 if units == 128 else 4, 1)]
 
@@ -57,6 +57,8 @@ def step_tiles(dtype: torch.dtype, batch: int, projected: bool) -> list[Tile]:
 
     The batch matters only by how many rows of a tile it fills.
     """
+    if dtype == torch.float64:
+        return [Tile(16, 16, 16, 2, 1)]
     if dtype == torch.float32:
         # Beside a projection's addresses, sums of more rows leave the registers of sm_80.
         return [Tile(16, 16, 16, 4, 1) if projected else Tile(32, 16, 16, 8, 1)]
@@ -98,7 +100,7 @@ class _Layer:
         self.hidden = params[0].size(0) // self.gates
         self.projected = "weight_hr" in self.names
         self.outputs = params[self.names.index("weight_hh")].size(1)
-        self.dtype = input.dtype
+        self.dtype, self.wide = input.dtype, _triton.sum_dtype(input.dtype)
         self.order: Order = order_of(input, sizes, sorted_indices, batch, layout)
         self.saved_rows = input.numel() // input.size(-1)
         self.has_padding = sizes is not None and layout in ("time_first", "batch_first")
@@ -131,10 +133,10 @@ class _Layer:
         return tensor.to(dtype)
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """h in the dtype of the input and c in float32 before the first step."""
+        """h in the dtype of the input and c in that of sums before the first step."""
         given = (*self.state, None, None)
         h = self.by_slot(given[0], self.outputs, self.dtype)
-        return h, self.by_slot(given[1], self.hidden, torch.float32)
+        return h, self.by_slot(given[1], self.hidden, self.wide)
 
     def plan(self, arch: int) -> tuple[Tile, bool]:
         """The tile, and whether a program runs all steps."""
@@ -202,17 +204,18 @@ def rnn(
     """``output, h_n, c_n, gates, cells`` of checked arguments; ``recompute`` concerns only who saves them."""
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
     of_cells = Options(*options)
-    if triton_cells.covers(mode, of_cells, all_cells):
+    if triton_cells.covers(mode, of_cells, all_cells and not a.projected):
         return triton_cells.forward(a, save, all_cells, of_cells, wrap)
     make = input.new_zeros if a.has_padding else input.new_empty
     output = make((*input.shape[:-1], a.directions * a.outputs))
+    all_c = make((*input.shape[:-1], a.directions * a.hidden)) if all_cells else output
     h_start, c = a.states()
     h_n = h_start.clone()
     saves = save and mode in ("lstm", "gru")
     gates = make((a.directions, a.saved_rows, 4, a.hidden)) if saves else input.new_empty(0)
-    cells = input.new_empty(0, dtype=torch.float32)
+    cells = input.new_empty(0, dtype=a.wide)
     if saves and mode == "lstm":
-        cells = make((a.directions, a.saved_rows, a.hidden), dtype=torch.float32)
+        cells = make((a.directions, a.saved_rows, a.hidden), dtype=a.wide)
     if a.order.tokens > 0:
         weights = torch.cat(a.of_params(0)) if a.directions == 2 else params[0]
         from_input = a.packed_input() @ weights.t()
@@ -224,16 +227,21 @@ def rnn(
             cells, a.batch, a.saved_rows, a.directions,
         )  # fmt: skip
         switches = {**a.switches(), "HAS_BIAS": a.has_bias, "SAVE": saves}
-        a.launch(wrap(kernels.forward), args, switches, _forward_steps(a, args, switches, wrap))
+        steps = _forward_steps(a, args, all_c if all_cells else None, switches, wrap)
+        a.launch(wrap(kernels.forward), args, switches, steps)
     c_n = a.by_sequence(c, input.dtype) if mode == "lstm" else input.new_empty(0)
+    output = torch.cat([output, all_c], -1) if all_cells else output
     return output, a.by_sequence(h_n, input.dtype), c_n, gates, cells
 
 
-def _forward_steps(a: _Layer, args: tuple[Any, ...], switches: dict[str, Any], wrap: Launcher) -> list[Step]:
-    sizes = {"OUTPUTS": a.outputs, "PROJECTED": a.projected}
+def _forward_steps(
+    a: _Layer, args: tuple[Any, ...], all_cells: Tensor | None, switches: dict[str, Any], wrap: Launcher
+) -> list[Step]:
+    sizes = {"OUTPUTS": a.outputs, "PROJECTED": a.projected, "ALL_CELLS": all_cells is not None}
     *_, first, lengths, rows, output, h_n, _, _, _, _, _ = args
     unprojected = a.input.new_empty(a.directions, a.batch, a.hidden) if a.projected else h_n
-    cells = Step(wrap(kernels.forward_step), a.order.steps, a.hidden, (*args, unprojected), {**switches, **sizes})
+    args = (*args, unprojected, _or(all_cells, output))
+    cells = Step(wrap(kernels.forward_step), a.order.steps, a.hidden, args, {**switches, **sizes})
     if not a.projected:
         return [cells]
     args = (unprojected, a.stacked(a.each - 1), first, lengths, rows, output, h_n, a.batch, a.directions)
@@ -265,7 +273,7 @@ def rnn_backward(
 ) -> list[Tensor]:
     """Gradients of input, states and parameters: those that ``output_mask`` asks for."""
     a = _Layer(input, sizes, sorted_indices, state, params, batch_size, layout, mode, bidirectional)
-    dh, dc = a.by_slot(grad_h_n, a.outputs, torch.float32), a.by_slot(grad_c_n, a.hidden, torch.float32)
+    dh, dc = a.by_slot(grad_h_n, a.outputs, a.wide), a.by_slot(grad_c_n, a.hidden, a.wide)
     if a.order.tokens == 0:
         of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
         found = [torch.zeros_like(input), *of_states, *(torch.zeros_like(param) for param in params)]
@@ -277,11 +285,14 @@ def rnn_backward(
     d_out = input.new_empty(a.directions, a.order.tokens if a.projected else 0, a.outputs)
     own = dh.new_empty(a.directions, 0)
     of_cells = Options(*options)
-    if triton_cells.covers(mode, of_cells, all_cells):
+    if triton_cells.covers(mode, of_cells, all_cells and not a.projected):
         saved = (gates, cells)
         dg, own = triton_cells.backward(a, grad_output, dh, dc, before, saved, all_cells, of_cells, wrap)
     else:
-        dg = _gate_gradients(a, grad_output, dh, dc, before, output, gates, cells, d_out, wrap)
+        grads = [grad_output, None]
+        if all_cells and grad_output is not None:
+            grads = list(grad_output.split([output.size(-1), a.directions * a.hidden], -1))
+        dg = _gate_gradients(a, grads, dh, dc, before, output, gates, cells, d_out, wrap)
 
     of_states = [a.by_sequence(grad, input.dtype) for grad in (dh, dc)][: len(state)]
     wanted = iter(output_mask)
@@ -304,7 +315,7 @@ def rnn_backward(
 
 def _gate_gradients(
     a: _Layer,
-    grad_output: Tensor | None,
+    grads: Sequence[Tensor | None],
     dh: Tensor,
     dc: Tensor,
     before: Tensor,
@@ -314,30 +325,38 @@ def _gate_gradients(
     d_out: Tensor,
     wrap: Launcher,
 ) -> Tensor:
-    """``[directions, tokens, .., hidden]``, as :func:`triton_cells.backward` gives them; writes ``d_out`` as well."""
+    """``[directions, tokens, .., hidden]``, as :func:`triton_cells.backward` gives them; writes ``d_out`` as well.
+
+    ``grads`` are those of every token's h and of its cells.
+    """
     _, c_start = a.states()
     stored = triton_cells.STORED[a.mode]
     dg = a.input.new_empty(a.directions, a.order.tokens, stored, a.hidden)
     rows = _or(a.order.rows, a.order.first)
-    grad_rows = output if grad_output is None else grad_output.contiguous()
+    of_output, of_cells = (None if grad is None else grad.contiguous() for grad in grads)
     args = (
-        a.stacked(1), gates, cells, c_start, before, output, grad_rows, a.order.first, a.order.lengths, rows, dh, dc,
-        dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
+        a.stacked(1), gates, cells, c_start, before, output, _or(of_output, output), a.order.first, a.order.lengths,
+        rows, dh, dc, dg, a.batch, a.order.tokens, a.saved_rows, a.directions,
     )  # fmt: skip
-    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": grad_output is not None}
-    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, switches, wrap))
+    switches = {**a.switches(), "STORED": stored, "HAS_GRAD": of_output is not None}
+    a.launch(wrap(kernels.backward), args, switches, _backward_steps(a, args, d_out, of_cells, switches, wrap))
     return dg
 
 
 def _backward_steps(
-    a: _Layer, args: tuple[Any, ...], d_out: Tensor, switches: dict[str, Any], wrap: Launcher
+    a: _Layer,
+    args: tuple[Any, ...],
+    d_out: Tensor,
+    grad_cells: Tensor | None,
+    switches: dict[str, Any],
+    wrap: Launcher,
 ) -> list[Step]:
     hidden_weight, *_, grad_rows, first, lengths, rows, dh, _, dg, batch, tokens, _, directions = args
     projection = a.stacked(a.each - 1) if a.projected else dg
     switches = {**switches, "OUTPUTS": a.outputs}
-    of_cells = {**switches, "PROJECTED": a.projected}
+    of_cells = {**switches, "PROJECTED": a.projected, "ALL_CELLS": grad_cells is not None}
     kernel, rounds = wrap(kernels.backward_step), a.order.steps + (not a.projected)
-    cells = Step(kernel, rounds, a.hidden, (*args, projection, d_out), of_cells)
+    cells = Step(kernel, rounds, a.hidden, (*args, projection, d_out, _or(grad_cells, d_out)), of_cells)
     if not a.projected:
         return [cells]
     args = (hidden_weight, grad_rows, first, lengths, rows, dh, dg, d_out, batch, tokens, directions)
@@ -352,7 +371,7 @@ def _previous_states(a: _Layer, output: Tensor, wrap: Launcher) -> Tensor:
     wrap(kernels.previous_states)[(a.order.steps, triton.cdiv(a.batch, block), a.directions)](
         output, h_start, a.order.first, a.order.lengths, rows, previous, a.batch, a.order.tokens, a.directions,
         OUTPUTS=a.outputs, HAS_ROWS=a.order.rows is not None, BLOCK_B=block,
-        BLOCK_N=min(_triton.power_of_2(a.outputs), 128), num_warps=4,
+        BLOCK_N=min(_triton.power_of_2(a.outputs), 512 // a.wide.itemsize), num_warps=4,
     )  # fmt: skip
     return previous
 
@@ -374,9 +393,9 @@ def _weight_gradient(a: _Layer, name: str, dg: Tensor, before: Tensor, gates: Te
     if name == "weight_ih":
         return _of_input(a, dg).t() @ a.packed_input()
     if name == "bias_ih":
-        return _of_input(a, dg).sum(0, dtype=torch.float32)
+        return _of_input(a, dg).sum(0, dtype=a.wide)
     if name == "bias_hh":
-        return _of_state(a, dg).sum(0, dtype=torch.float32)
+        return _of_state(a, dg).sum(0, dtype=a.wide)
     if a.mode == "reset_before_gru":  # U_n multiplied r h
         reset_h = gates[: a.order.tokens, 0] * before
         return torch.cat([dg[:, :2].flatten(1).t() @ before, dg[:, 2].t() @ reset_h])

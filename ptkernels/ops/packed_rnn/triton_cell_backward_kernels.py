@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import tanh
+from ptkernels._triton.math import number, tanh
 from ptkernels.ops.packed_rnn.triton_cell_kernels import (
     LAYER_NORM_GRU,
     LAYER_NORM_LSTM,
@@ -101,6 +101,7 @@ def lstm_cells_backward(
     """One step of an LSTM: DH becomes what does not go through U, DC the gradient of c before the step."""
     d, slot, t, length, active, token, row, state = _place(FIRST, LENGTHS, ROWS, batch, t0, t1, HAS_ROWS, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)
+    share_h, share_c = number(share_h, GATES), number(share_c, GATES)
     inside = active[:, None] & (unit < HIDDEN)[None, :]
     SUMS: tl.constexpr = HIDDEN + 3 if MODE == LAYER_NORM_LSTM else HIDDEN
     GATES += d.to(tl.int64) * tokens_saved * SAVED * HIDDEN
@@ -120,7 +121,7 @@ def lstm_cells_backward(
 
     dh = _incoming(GRAD_OUT, DH, d, state, row, unit, active, directions, HAS_GRAD, HIDDEN)
     dc = _incoming(GRAD_CELLS, DC, d, state, row, unit, active, directions, ALL_CELLS, HIDDEN)
-    past_h = tl.zeros(dh.shape, tl.float32)
+    past_h = tl.zeros(dh.shape, dh.dtype)
     past_c = past_h
     if ZONEOUT != NOTHING:
         kept_h, kept_c = _kept(
@@ -178,6 +179,7 @@ def gru_cells_backward(
     """One step of a GRU: DH becomes what does not go through U. A reset before the product has a kernel of its own."""
     d, slot, t, length, active, token, row, state = _place(FIRST, LENGTHS, ROWS, batch, t0, t1, HAS_ROWS, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)
+    share_h, share_c = number(share_h, GATES), number(share_c, GATES)
     GATES += d.to(tl.int64) * tokens_saved * SAVED * HIDDEN
     DG += d.to(tl.int64) * tokens * STORED * HIDDEN
     OWN += (d.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * VECTORS * HIDDEN
@@ -186,7 +188,7 @@ def gru_cells_backward(
     n = _load_units(GATES, token * SAVED + 2, unit, active, HIDDEN, HIDDEN)
     h_before = _load_units(PREVIOUS + d.to(tl.int64) * tokens * HIDDEN, token, unit, active, HIDDEN, HIDDEN)
     dh = _incoming(GRAD_OUT, DH, d, state, row, unit, active, directions, HAS_GRAD, HIDDEN)
-    past = tl.zeros(dh.shape, tl.float32)
+    past = tl.zeros(dh.shape, dh.dtype)
     if ZONEOUT != NOTHING:
         kept, _ = _kept(
             SEED, SLOTS, slot, active, t, d, unit, share_h, share_c, below_h, below_c, ZONEOUT, HAS_SLOTS

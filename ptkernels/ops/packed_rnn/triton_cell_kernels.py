@@ -9,7 +9,7 @@
     backward of y = n w + b,  n = (x - mean) s:   dx = s (g - mean(g) - n mean(g n)),  g = w dy
 
 Layout: that of `triton_kernels`; v = xW + b in packed order. By slot, [directions, batch, ..]: the states H, C, DH and
-DC, the products S of a step in float32, and DS, the gradients of the recurrent terms, which U takes to h.
+DC, the products S of a step in the dtype of sums, and DS, the gradients of the recurrent terms, which U takes to h.
 
 Tiling: `product` is a product of all running sequences with U or a part of it. The other kernels take all units of
 BLOCK_B sequences, so what is summed over the units of a row needs nobody else. Gradients of peepholes and of the
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import sigmoid, tanh
+from ptkernels._triton.math import number, sigmoid, tanh, widened, zeros
 from ptkernels.ops.packed_rnn.triton_kernels import GRU, _load_units, _rows_of, _store_units
 
 PEEPHOLE_LSTM = tl.constexpr(4)
@@ -49,7 +49,7 @@ def product(
     active = t < tl.load(LENGTHS + slot, mask=slot < batch, other=0)
     # The first sequence of a block is its longest.
     if t < tl.load(LENGTHS + tl.program_id(0) * BLOCK_B):
-        sums = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        sums = zeros((BLOCK_B, BLOCK_N), A)
         rows = A + d.to(tl.int64) * stride_ad + slot.to(tl.int64)[:, None] * stride_ab
         weights = W + d.to(tl.int64) * stride_wd + column.to(tl.int64)[None, :] * stride_wn
         for first in range(0, depth, BLOCK_K):
@@ -57,7 +57,7 @@ def product(
             a = tl.load(rows + k[None, :], mask=active[:, None] & (k[None, :] < depth), other=0.0)
             inside = (k[:, None] < depth) & (column[None, :] < columns)
             w = tl.load(weights + k.to(tl.int64)[:, None] * stride_wk, mask=inside, other=0.0)
-            sums = tl.dot(a, w, sums, input_precision=PRECISION)
+            sums = tl.dot(a, w, sums, input_precision=PRECISION, out_dtype=sums.dtype)
         out = OUT + d.to(tl.int64) * stride_od
         if ADD:
             sums += _load_units(out, slot, column, active, stride_ob, columns)
@@ -78,8 +78,8 @@ def _place(FIRST, LENGTHS, ROWS, batch, t0, t1, HAS_ROWS: tl.constexpr, BLOCK_B:
 
 @triton.jit
 def _vector(POINTER, index, unit, HIDDEN: tl.constexpr):
-    """One of the vectors of units at POINTER, as a row in float32."""
-    return tl.load(POINTER + index * HIDDEN + unit, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    """One of the vectors of units at POINTER, as a row in the dtype of sums."""
+    return widened(tl.load(POINTER + index * HIDDEN + unit, mask=unit < HIDDEN, other=0.0))[None, :]
 
 
 @triton.jit
@@ -183,6 +183,7 @@ def lstm_cells(
     unit = tl.arange(0, BLOCK_H)
     inside = active[:, None] & (unit < HIDDEN)[None, :]
     width = directions * 4 * HIDDEN
+    eps, share_h, share_c = number(eps, XG), number(share_h, XG), number(share_c, XG)
     GATES += d.to(tl.int64) * tokens_saved * SAVED * HIDDEN
     SUMS: tl.constexpr = HIDDEN + 3 if MODE == LAYER_NORM_LSTM else HIDDEN
     CELLS += d.to(tl.int64) * tokens_saved * SUMS
@@ -261,6 +262,7 @@ def gru_cells(
     d, slot, t, length, active, token, row, state = _place(FIRST, LENGTHS, ROWS, batch, t0, t1, HAS_ROWS, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)
     width = directions * 3 * HIDDEN
+    eps, share_h, share_c = number(eps, XG), number(share_h, XG), number(share_c, XG)
     GATES += d.to(tl.int64) * tokens_saved * SAVED * HIDDEN
     x0, s0 = _gate(XG, S, BIAS, 0, token, state, unit, active, d, width, 3, HIDDEN)
     x1, s1 = _gate(XG, S, BIAS, 1, token, state, unit, active, d, width, 3, HIDDEN)

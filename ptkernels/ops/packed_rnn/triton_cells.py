@@ -63,14 +63,17 @@ class _Cells:
         self.rows = a.order.first if a.order.rows is None else a.order.rows
         self.place = (a.order.first, a.order.lengths, self.rows)
         width = _triton.power_of_2(a.hidden, 1)
-        # Eight values of a tile for a thread: a step of a normalised cell has a dozen tiles alive.
+        # 32 bytes of a tile for a thread: a step of a normalised cell has a dozen tiles alive.
         self.block_b = min(max(1024 // width, 1), _triton.power_of_2(a.batch, 1))
         self.options = {
             "HIDDEN": a.hidden, "HAS_ROWS": a.order.rows is not None, "BLOCK_B": self.block_b, "BLOCK_H": width,
-            "num_warps": min(max(self.block_b * width // 256, 1), 16),
+            "num_warps": min(max(self.block_b * width * a.wide.itemsize // 1024, 1), 16),
         }  # fmt: skip
         shares = options[1:3]
-        self.zoneout = (*map(float, shares), *(round(share * 2**24) for share in shares))
+        self.zoneout = (
+            *(_triton.number(float(share), a.input) for share in shares),
+            *(round(share * 2**24) for share in shares),
+        )
         kind = kernels.NOTHING if not any(shares) else kernels.SHARES if options.seed is None else kernels.DRAWN
         saved_gates, _ = saved_shapes(a.input, a.mode, a.directions, a.hidden)
         self.switches = {
@@ -103,11 +106,12 @@ class _Cells:
         )  # fmt: skip
 
     def biases(self) -> tuple[Tensor, Tensor]:
-        """In float32: what is added to each gate, ``[directions, gates, hidden]``, and to a gru's recurrent n."""
+        """What is added to each gate, ``[directions, gates, hidden]``, and to a gru's recurrent n; as sums."""
         a = self.a
-        none = a.input.new_zeros(a.directions, a.gates, a.hidden, dtype=torch.float32)
+        none = a.input.new_zeros(a.directions, a.gates, a.hidden, dtype=a.wide)
         of_input, of_state = (
-            self.stacked(name).float().view_as(none) if name in self.names else none for name in ("bias_ih", "bias_hh")
+            self.stacked(name).to(a.wide).view_as(none) if name in self.names else none
+            for name in ("bias_ih", "bias_hh")
         )
         total = of_input + of_state
         if a.mode == "gru":
@@ -124,7 +128,7 @@ def forward(
     of_cells = make(output.shape) if all_cells else output
     h, c = a.states()
     shapes = saved_shapes(a.input, a.mode, a.directions, a.hidden) if save else ([0], [0])
-    saved = (make(shapes[0]), make(shapes[1], dtype=torch.float32))
+    saved = (make(shapes[0]), make(shapes[1], dtype=a.wide))
     if a.order.tokens > 0:
         _steps(_Cells(a, options, all_cells, wrap), options.eps, h, c, (output, of_cells), saved, save)
     c_n = a.by_sequence(c, a.dtype) if has_cells(a.mode) else a.input.new_empty(0)
@@ -145,9 +149,9 @@ def _steps(
     # A normalised cell has products in the place of an input.
     products = a.packed_input() if a.mode in NORMALISED else a.packed_input() @ torch.cat(a.of_params(0)).t()
     bias, bias_n = f.biases()
-    sums = h.new_empty(a.directions, a.batch, a.gates * a.hidden, dtype=torch.float32)
+    sums = h.new_empty(a.directions, a.batch, a.gates * a.hidden, dtype=a.wide)
     reset_h, shared = torch.empty_like(h), 2 * a.hidden
-    ends = (*saved, a.batch, a.saved_rows, a.directions, eps, *f.zoneout)
+    ends = (*saved, a.batch, a.saved_rows, a.directions, _triton.number(eps, a.input), *f.zoneout)
     switches = {"SAVE": save, **f.switches}
     for step in range(a.order.steps):
         times = (step, a.order.steps - 1 - step)

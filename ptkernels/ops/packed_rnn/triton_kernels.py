@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import sigmoid, tanh
+from ptkernels._triton.math import sigmoid, tanh, widened, zeros
 
 LSTM = tl.constexpr(0)
 GRU = tl.constexpr(1)
@@ -57,9 +57,9 @@ def _load_weight(U, gate, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _load_units(pointer, row, unit, valid, width, HIDDEN: tl.constexpr):
-    """A tile of [rows, units] in float32, 0 where a row is not valid."""
+    """A tile of [rows, units] in the dtype of sums, 0 where a row is not valid."""
     inside = valid[:, None] & (unit[None, :] < HIDDEN)
-    return tl.load(pointer + row.to(tl.int64)[:, None] * width + unit[None, :], mask=inside, other=0.0).to(tl.float32)
+    return widened(tl.load(pointer + row.to(tl.int64)[:, None] * width + unit[None, :], mask=inside, other=0.0))
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _rows_of(ROWS, token, valid, HAS_ROWS: tl.constexpr):
 @triton.jit
 def _bias(B_IH, B_HH, gate, unit, HIDDEN: tl.constexpr):
     there = gate * HIDDEN + unit
-    own = tl.load(B_IH + there, mask=unit < HIDDEN, other=0.0).to(tl.float32)
-    return own + tl.load(B_HH + there, mask=unit < HIDDEN, other=0.0).to(tl.float32)
+    own = widened(tl.load(B_IH + there, mask=unit < HIDDEN, other=0.0))
+    return own + widened(tl.load(B_HH + there, mask=unit < HIDDEN, other=0.0))
 
 
 @triton.jit
@@ -118,8 +118,8 @@ def _cell(
         s2 = _load_units(XG + 2 * HIDDEN, token, unit, active, width, HIDDEN)
         if HAS_BIAS:
             there = 2 * HIDDEN + unit
-            s2 += tl.load(B_IH + there, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
-            s3 += tl.load(B_HH + there, mask=unit < HIDDEN, other=0.0).to(tl.float32)[None, :]
+            s2 += widened(tl.load(B_IH + there, mask=unit < HIDDEN, other=0.0))[None, :]
+            s3 += widened(tl.load(B_HH + there, mask=unit < HIDDEN, other=0.0))[None, :]
         s2 = tanh(s2 + s0 * s3)
         h = (1.0 - s1) * s2 + s1 * h
     elif MODE == TANH:
@@ -178,7 +178,7 @@ def forward(
         if GATE_COUNT > 3:
             s3 = tl.dot(h, u3, input_precision=PRECISION)
         new_h, new_c = _cell(
-            s0, s1, s2, s3, h.to(tl.float32), c, XG, B_IH, B_HH, GATES, CELLS, token, unit, active, width,
+            s0, s1, s2, s3, widened(h), c, XG, B_IH, B_HH, GATES, CELLS, token, unit, active, width,
             MODE, HIDDEN, HAS_BIAS, SAVE,
         )  # fmt: skip
         h = tl.where(active[:, None], new_h.to(h.dtype), h)
@@ -192,14 +192,16 @@ def forward(
 @triton.jit(do_not_specialize=["step"])
 def forward_step(
     XG, U, B_IH, B_HH, H_START, C, FIRST, LENGTHS, ROWS, OUT, H_N, GATES, CELLS, batch, tokens_saved, directions,
-    UNPROJECTED, step, steps,
+    UNPROJECTED, OUT_CELLS, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, SAVE: tl.constexpr, ALL_CELLS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units. Cells stay in C, h is read where the step before wrote it.
 
-    What a projection multiplies goes to UNPROJECTED, [directions, batch, HIDDEN], for `project_step`.
+    What a projection multiplies goes to UNPROJECTED, [directions, batch, HIDDEN], for `project_step`; ALL_CELLS: cells
+    go to OUT_CELLS, in the caller's order, as well.
     """
     d = tl.program_id(2)
     slot = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -223,22 +225,22 @@ def forward_step(
     state = d * batch + slot
     row_before = _rows_of(ROWS, token_before, continued, HAS_ROWS)
 
-    s0 = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    s0 = zeros((BLOCK_B, BLOCK_N), U)
     s1, s2, s3 = s0, s0, s0
     for first in range(0, OUTPUTS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         h = _load_units(OUT, row_before, k, continued, directions * OUTPUTS, OUTPUTS)
         h = tl.where(begun[:, None], _load_units(H_START, state, k, begun, OUTPUTS, OUTPUTS), h).to(U.dtype.element_ty)
         u = _load_weight(U, 0, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
-        s0 = tl.dot(h, u, s0, input_precision=PRECISION)
+        s0 = tl.dot(h, u, s0, input_precision=PRECISION, out_dtype=s0.dtype)
         if GATE_COUNT > 1:
             u = _load_weight(U, 1, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
-            s1 = tl.dot(h, u, s1, input_precision=PRECISION)
+            s1 = tl.dot(h, u, s1, input_precision=PRECISION, out_dtype=s1.dtype)
             u = _load_weight(U, 2, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
-            s2 = tl.dot(h, u, s2, input_precision=PRECISION)
+            s2 = tl.dot(h, u, s2, input_precision=PRECISION, out_dtype=s2.dtype)
         if GATE_COUNT > 3:
             u = _load_weight(U, 3, unit[None, :], k[:, None], HIDDEN, OUTPUTS)
-            s3 = tl.dot(h, u, s3, input_precision=PRECISION)
+            s3 = tl.dot(h, u, s3, input_precision=PRECISION, out_dtype=s3.dtype)
 
     own_h = s0
     if MODE == GRU:
@@ -250,10 +252,12 @@ def forward_step(
         MODE, HIDDEN, HAS_BIAS, SAVE,
     )  # fmt: skip
     _store_units(C, state, unit, active, HIDDEN, c, HIDDEN)
+    row = _rows_of(ROWS, token, active, HAS_ROWS)
+    if ALL_CELLS:
+        _store_units(OUT_CELLS + d * HIDDEN, row, unit, active, directions * HIDDEN, c, HIDDEN)
     if PROJECTED:
         _store_units(UNPROJECTED, state, unit, active, HIDDEN, h, HIDDEN)
     else:
-        row = _rows_of(ROWS, token, active, HAS_ROWS)
         _store_units(OUT, row, unit, active, directions * HIDDEN, h, HIDDEN)
         _store_units(H_N, state, unit, active, HIDDEN, h, HIDDEN)
 
@@ -272,12 +276,12 @@ def project_step(
     active = t < tl.load(LENGTHS + slot, mask=slot < batch, other=0)
     W_R += d.to(tl.int64) * OUTPUTS * HIDDEN
     state = d * batch + slot
-    h = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    h = zeros((BLOCK_B, BLOCK_N), W_R)
     for first in range(0, HIDDEN, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         unprojected = _load_units(UNPROJECTED, state, k, active, HIDDEN, HIDDEN).to(W_R.dtype.element_ty)
         w = _load_weight(W_R, 0, output[None, :], k[:, None], OUTPUTS, HIDDEN)
-        h = tl.dot(unprojected, w, h, input_precision=PRECISION)
+        h = tl.dot(unprojected, w, h, input_precision=PRECISION, out_dtype=h.dtype)
     row = _rows_of(ROWS, tl.load(FIRST + t) + slot, active, HAS_ROWS)
     _store_units(OUT + d * OUTPUTS, row, output, active, directions * OUTPUTS, h, OUTPUTS)
     _store_units(H_N, state, output, active, OUTPUTS, h, OUTPUTS)
@@ -315,7 +319,7 @@ def _cell_gradient(
 
     The dh returned is the part that does not go through U.
     """
-    through = tl.zeros(dh.shape, tl.float32)
+    through = tl.zeros(dh.shape, dh.dtype)
     saved = token * 4
     g0 = through
     if MODE == LSTM or MODE == GRU:
@@ -450,7 +454,7 @@ def _state_gradient(
             k = first + tl.arange(0, BLOCK_K)
             dg = _load_units(DG, from_gate, k, sent, HIDDEN, HIDDEN).to(U.dtype.element_ty)
             u = _load_weight(U, gate, k[:, None], unit[None, :], HIDDEN, OUTPUTS)
-            dh = tl.dot(dg, u, dh, input_precision=PRECISION)
+            dh = tl.dot(dg, u, dh, input_precision=PRECISION, out_dtype=dh.dtype)
     return dh
 
 
@@ -488,7 +492,7 @@ def output_gradient_step(
             row = _rows_of(ROWS, token, active, HAS_ROWS)
             dh += _load_units(GRAD_OUT + d * OUTPUTS, row, output, active, directions * OUTPUTS, OUTPUTS)
         _store_units(D_OUT, token, output, active, OUTPUTS, dh, OUTPUTS)
-        _store_units(DH, state, output, active, OUTPUTS, tl.zeros(dh.shape, tl.float32), OUTPUTS)
+        _store_units(DH, state, output, active, OUTPUTS, tl.zeros(dh.shape, dh.dtype), OUTPUTS)
 
 
 @triton.jit
@@ -497,21 +501,22 @@ def _through_projection(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what a projection multiplied, from that of its result."""
-    dh = tl.zeros((token.shape[0], unit.shape[0]), tl.float32)
+    dh = zeros((token.shape[0], unit.shape[0]), W_R)
     for first in range(0, OUTPUTS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         d_out = _load_units(D_OUT, token, k, active, OUTPUTS, OUTPUTS).to(W_R.dtype.element_ty)
         w = _load_weight(W_R, 0, k[:, None], unit[None, :], OUTPUTS, HIDDEN)
-        dh = tl.dot(d_out, w, dh, input_precision=PRECISION)
+        dh = tl.dot(d_out, w, dh, input_precision=PRECISION, out_dtype=dh.dtype)
     return dh
 
 
 @triton.jit(do_not_specialize=["step"])
 def backward_step(
     U, GATES, CELLS, C_START, PREVIOUS, OUT, GRAD_OUT, FIRST, LENGTHS, ROWS, DH, DC, DG,
-    batch, tokens, tokens_saved, directions, W_R, D_OUT, step, steps,
+    batch, tokens, tokens_saved, directions, W_R, D_OUT, GRAD_CELLS, step, steps,
     MODE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, PROJECTED: tl.constexpr, GATE_COUNT: tl.constexpr,
-    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, HAS_GRAD: tl.constexpr, ALL_CELLS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of BLOCK_B sequences and BLOCK_N units: dh = DH + grad_out + DG of the step after times U.
@@ -555,6 +560,8 @@ def backward_step(
         if HAS_GRAD and not PROJECTED:
             dh += _load_units(GRAD_OUT, row, unit, active, directions * HIDDEN, HIDDEN)
         dc = _load_units(DC, state, unit, active, HIDDEN, HIDDEN)
+        if ALL_CELLS:
+            dc += _load_units(GRAD_CELLS + d * HIDDEN, row, unit, active, directions * HIDDEN, HIDDEN)
         d0, d1, d2, d3, dc, through = _cell_gradient(
             dh, dc, GATES, CELLS, C_START, PREVIOUS, OUT, DG, token, token_before, row, unit, active, continued, state,
             directions, MODE, HIDDEN, STORED,

@@ -21,7 +21,8 @@ _COMPOSITION = "plain torch composition"
 def fallback_reason(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
     """Why no kernel covers a checked call, or None where one does."""
     if _backend.runs_on_triton(x.device.type, library.DEVICES):
-        return _triton.uncovered(x) or register.uncovered(x, bias, residual)
+        uncovered = _triton.uncovered(x) or _triton.uncovered_codes(x.dtype)
+        return uncovered or register.uncovered(x, bias, residual)
     # On the meta device a call is shape propagation, which the operators have for every device.
     if x.device.type not in (*library.DEVICES, "meta"):
         return _backend.no_kernel(x.device.type)

@@ -107,8 +107,9 @@ def tiles(dtype: torch.dtype, rows: int, group: int, in_groups: bool) -> list[Ti
     They depend on whether rows are few, where a product only streams the weight, and on no other size, so that a new
     number of tokens compiles nothing.
     """
-    if dtype == torch.float32:
-        candidates = [Tile(32, 32, 32, 4, 1)] if rows > 16 else [Tile(16, 32, 32, 4, 1)]
+    if dtype in (torch.float32, torch.float64):
+        warps = 4 if dtype == torch.float32 else 8
+        candidates = [Tile(32, 32, 32, warps, 1)] if rows > 16 else [Tile(16, 32, 32, 4, 1)]
     elif rows <= 16:
         candidates = [Tile(16, 32, 128, 4, 4), Tile(16, 64, 64, 4, 4)]
     elif rows <= 64:
@@ -123,7 +124,7 @@ def tiles(dtype: torch.dtype, rows: int, group: int, in_groups: bool) -> list[Ti
 
 def dx_tiles(dtype: torch.dtype) -> list[Tile]:
     """The same for the gradient of the input, best guess first."""
-    if dtype == torch.float32:
+    if dtype in (torch.float32, torch.float64):
         return [Tile(32, 32, 32, 4, 1)]
     return [Tile(64, 64, 64, 4, 3)]
 
@@ -172,7 +173,7 @@ def linear(
     if activation == "swiglu":
         # The gate and what it multiplies are columns of different programs.
         args = (codes, scales, zeros, bias, residual, code_format, group_size, quantize_input, input_scale)
-        sums = linear(input, *args, "none", torch.float32, counts, wrap=wrap)
+        sums = linear(input, *args, "none", _triton.sum_dtype(input.dtype), counts, wrap=wrap)
         return reference.activate(sums, activation).to(out_dtype or input.dtype)
     rows, columns = input.shape
     experts = _Experts(counts, rows, input)

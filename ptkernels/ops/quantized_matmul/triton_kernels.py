@@ -9,8 +9,8 @@ float (FP8, e4m3; FP4, e2m1) whose bits are moved to where float32 has them, or 
 
 Tiling: a program owns BLOCK_M x BLOCK_N of the result and walks K. Codes are exact in 16 bits (those of nf4 are rounded
 once), so where a step of K stays inside one group the product is taken of the codes and the scale multiplies what it
-adds in float32; with one scale a row it multiplies once, at the end, and 8-bit products add up in int32. Zero points of
-a quantized input's product come off as multiples of the sums of its codes.
+adds in float32, or in float64 for float64; with one scale a row it multiplies once, at the end, and 8-bit products add
+up in int32. Zero points of a quantized input's product come off as multiples of the sums of its codes.
 
 Experts: weights are stacked along N and the rows of the input ordered by expert, COUNTS[e] of them for each. Every
 expert's rows are cut into tiles of their own, all of them in one launch of as many programs as there can be tiles; a
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptkernels._triton.math import activate, e4m3_values, load_tile
+from ptkernels._triton.math import activate, e4m3_values, load_tile, widened, zeros
 
 S8 = tl.constexpr(0)
 U4 = tl.constexpr(1)
@@ -109,7 +109,7 @@ def _expert_tile(COUNTS, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLO
 @triton.jit
 def _operand(w, x, INTEGER: tl.constexpr):
     """Weights in the dtype of x, by way of float32: the interpreter cannot go from int8 to bfloat16 at once."""
-    return w if INTEGER else w.to(tl.float32).to(x.dtype)
+    return w if INTEGER else widened(w).to(x.dtype)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def linear(
     if INTEGER and SCALING == SCALE_AT_END:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = zeros((BLOCK_M, BLOCK_N), OUT)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_tile(X + k.to(tl.int64)[None, :] * stride_xk, m[:, None], k[None, :], M, K, True, True)
@@ -192,42 +192,42 @@ def linear(
         if SCALING == SCALE_PER_CODE:
             entry = row[None, :] + (k // group)[:, None]
             inside = (n[None, :] < N) & (k[:, None] < K)
-            w = w.to(tl.float32)
+            w = w.to(acc.dtype)
             if HAS_ZEROS:
                 w -= tl.load(ZEROS + entry, mask=inside, other=0.0)
             w *= tl.load(SCALES + entry, mask=inside, other=0.0)
             if INTEGER:
-                x = x.to(tl.float32)
-            acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION)
+                x = x.to(acc.dtype)
+            acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         elif SCALING == SCALE_AT_END:
             if INTEGER:
                 acc = tl.dot(x, w, acc, out_dtype=tl.int32)
             else:
-                acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION)
+                acc = tl.dot(x, _operand(w, x, False), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
             if HAS_ZEROS:
                 zero = tl.load(ZEROS + row + first // group, mask=n < N, other=0.0)
                 if not INTEGER:
-                    w = w.to(tl.float32) - zero[None, :]
+                    w = w.to(acc.dtype) - zero[None, :]
             if INTEGER:
-                part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
+                part = tl.dot(x, w, out_dtype=tl.int32).to(acc.dtype)
                 if HAS_ZEROS:
-                    part -= tl.sum(x.to(tl.int32), 1).to(tl.float32)[:, None] * zero[None, :]
+                    part -= tl.sum(x.to(tl.int32), 1).to(acc.dtype)[:, None] * zero[None, :]
             else:
                 part = tl.dot(x, _operand(w, x, False), input_precision=PRECISION)
             acc += part * tl.load(SCALES + row + first // group, mask=n < N, other=0.0)[None, :]
 
-    result = acc.to(tl.float32)
+    result = acc.to(tl.float64 if OUT.dtype.element_ty == tl.float64 else tl.float32)
     if SCALING == SCALE_AT_END:
         result *= tl.load(SCALES + row, mask=n < N, other=0.0)[None, :]
     if INTEGER:
         result *= tl.load(X_SCALES + m, mask=m < M, other=0.0)[:, None]
     if HAS_BIAS:
-        result += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        result += widened(tl.load(BIAS + n, mask=n < N, other=0.0))[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     if HAS_RESIDUAL:
         pointers = RESIDUAL + m.to(tl.int64)[:, None] * stride_rm + n.to(tl.int64)[None, :] * stride_rn
-        result += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        result += widened(tl.load(pointers, mask=inside, other=0.0))
     result = activate(result, 0.0, ACTIVATION)
     tl.store(OUT + m.to(tl.int64)[:, None] * stride_om + n[None, :], result.to(OUT.dtype.element_ty), mask=inside)
 
@@ -254,16 +254,16 @@ def linear_dx(
     first = (tl.program_id(0) % tiles_k) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     G += m.to(tl.int64)[:, None] * stride_gm
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = zeros((BLOCK_M, BLOCK_K), G)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         g = load_tile(G + n.to(tl.int64)[None, :] * stride_gn, m[:, None], n[None, :], M, N, True, True)
         inside = (n[:, None] < N) & (k[None, :] < K)
-        w = _weights(CODES, BOOK, n, N, first, K, stride_c, CODE, BLOCK_N, BLOCK_K).to(tl.float32)
+        w = _weights(CODES, BOOK, n, N, first, K, stride_c, CODE, BLOCK_N, BLOCK_K).to(acc.dtype)
         entry = n.to(tl.int64)[:, None] * groups + (k // group)[None, :]
         if HAS_ZEROS:
             w -= tl.load(ZEROS + entry, mask=inside, other=0.0)
         w *= tl.load(SCALES + entry, mask=inside, other=0.0)
-        acc = tl.dot(g, w.to(g.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(g, w.to(g.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     pointers = DX + m.to(tl.int64)[:, None] * stride_dm + k[None, :]
     tl.store(pointers, acc.to(DX.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def tiles(width: int) -> list[Tile]:
-    """Tiles worth trying for rows of ``width`` values, best guess first: a thread loads 8 values of each half."""
+    """Tiles worth trying for rows of ``width`` sums of 4 bytes, best guess first: a thread loads 8 of each half."""
     tokens = min(max(2048 // width, 1), 64)
     warps = 4 if width <= 2048 else 8
     return [Tile(tokens, 4, warps), Tile(tokens, 1, warps), Tile(tokens, 16, warps)]
@@ -54,8 +54,9 @@ class _Call:
         pairs = cos.size(1)
         blocks = {"BLOCK_P": _triton.power_of_2(pairs, 1), "BLOCK_R": _triton.power_of_2(self.dim - 2 * pairs, 1)}
         key_of_tile = (query.dtype, self.dim, pairs, interleaved)
-        tile = tuning.pick("rotary", key_of_tile, tiles(_triton.power_of_2(self.dim)), query.device)
-        self.tile, self.eps = tile, eps
+        width = _triton.power_of_2(self.dim) * _triton.sum_dtype(query.dtype).itemsize // 4
+        tile = tuning.pick("rotary", key_of_tile, tiles(width), query.device)
+        self.tile, self.eps = tile, _triton.number(eps, query)
         place = (0, 0) if positions is None else (0, 0, *positions.stride())[-2:]
         self.tables = (cos, sin, query if positions is None else positions)
         self.table_rows = cos.size(0)
@@ -134,7 +135,7 @@ def rotary_embedding_backward(
     heads = [x.size(1) if any(output_mask[at::2]) else 0 for at, x in enumerate((query, key))]
     grads = [_heads_inside(x) if output_mask[at] else None for at, x in enumerate((query, key))]
     sums = [
-        query.new_empty(call.token_blocks * call.slices(x.size(1)), call.dim, dtype=torch.float32)
+        query.new_empty(call.token_blocks * call.slices(x.size(1)), call.dim, dtype=_triton.sum_dtype(query.dtype))
         if output_mask[2 + at]
         else None
         for at, x in enumerate((query, key))

@@ -20,13 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ptkernels._triton.math import number, widened, zeros
+
 
 @triton.jit
 def _load_part(pointer, rows, first, valid, stride, size, BLOCK: tl.constexpr):
-    """Values first, first + 1, .. of rows in float32; 0 from the size on and where a row is not valid."""
+    """Values first, first + 1, .. of rows in the dtype of sums; 0 from the size on and where a row is not valid."""
     dims = tl.arange(0, BLOCK)
     there = pointer + rows[:, None] + (first + dims)[None, :] * stride
-    return tl.load(there, mask=valid[:, None] & (dims < size)[None, :], other=0.0).to(tl.float32)
+    return widened(tl.load(there, mask=valid[:, None] & (dims < size)[None, :], other=0.0))
 
 
 @triton.jit
@@ -131,6 +133,7 @@ def forward(
     BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Axis 1 of the grid: the slices of query's heads, then those of key's."""
+    eps = number(eps, Q)
     token, real, b, i = _tokens(tokens, length, BLOCK_T)
     cos, sin = _angles(
         COS, SIN, POSITIONS, b, i, real, table_rows, stride_cp, stride_cd, stride_sp, stride_sd, stride_pb, stride_pi,
@@ -162,9 +165,9 @@ def _embed_backward(
     one = tl.zeros((1,), tl.int64)
     if HAS_WEIGHT:
         w_a, w_b, w_rest = _load_rows(WEIGHT, one, one == 0, 1, D, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R)
-    dw_a = tl.zeros(cos.shape, tl.float32)
+    dw_a = zeros(cos.shape, GRAD)
     dw_b = dw_a
-    dw_rest = tl.zeros((cos.shape[0], BLOCK_R), tl.float32)
+    dw_rest = zeros((cos.shape[0], BLOCK_R), GRAD)
     for h in range(slice * HEADS, tl.minimum((slice + 1) * HEADS, heads)):
         head = one + h
         a, b, rest = _load_rows(GRAD, rows + head * stride_h, real, stride_d, D, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R)
@@ -208,6 +211,7 @@ def backward(
     BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The grid of `forward`; an operand without a wanted gradient comes with no heads."""
+    eps = number(eps, Q)
     token, real, b, i = _tokens(tokens, length, BLOCK_T)
     cos, sin = _angles(
         COS, SIN, POSITIONS, b, i, real, table_rows, stride_cp, stride_cd, stride_sp, stride_sd, stride_pb, stride_pi,
