@@ -160,7 +160,7 @@ def test_packed_sequences_are_those_of_a_batch(host: Any, architecture: str, dty
     sample = make((1, 4, sum(lengths_q), 64), (1, 2, sum(lengths_k), 64), (1, 2, sum(lengths_k), 40), dtype=dtype)
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in sample.args)
     rest = Options(is_causal=True, bottom_right=True, dropout_seed=torch.tensor([1, 2, 3, 4]), dropout_p=0.2)
-    packed_rest = rest.shared
+    packed_rest = rest.packed
     out, lse = host.attention_varlen(query, key, value, *starts, -1, -1, *packed_rest)
     grad_out, grad_lse = random_gradients(out, lse)
     packed = host._attention_varlen_backward(
