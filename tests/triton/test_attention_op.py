@@ -59,7 +59,7 @@ def test_wide_heads_of_float64_are_refused_by_name(device: str) -> None:
 
 def test_gradcheck(device: str) -> None:
     query, key, value = operands(device, requires_grad=True)
-    leaves = [tensor.detach()[:1, :, :5].double().requires_grad_() for tensor in (query, key, value)]
+    leaves = [tensor.detach()[:1, :2, :5].double().requires_grad_() for tensor in (query, key, value)]
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ptk.attention(*tensors, is_causal=True, softcap=2.0, enable_gqa=True, return_lse=True)

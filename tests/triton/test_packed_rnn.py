@@ -59,7 +59,7 @@ def test_offsets_of_64_bits(plan: str, projection: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("wanted", "cells"),
-    [(None, False), (None, True), (("weight_hr",), True), (("weight_hh", "bias_ih"), False)],
+    [(None, True), (("weight_hr",), False), (("weight_hh", "bias_ih"), False)],
     ids=str,
 )
 def test_projection_of_padded_sequences(wanted: tuple[str, ...] | None, cells: bool) -> None:

@@ -26,7 +26,7 @@ OPS = (
     "attention_with_kv_cache",
     "rotary_embedding",
 )
-EVERY = {torch.float32: 1, torch.bfloat16: 4, torch.float64: 11}
+EVERY = {torch.float32: 1, torch.bfloat16: 4, torch.float64: 41}
 UNCOVERED = r"have no (statistics of every image|relative_bias|float64 above a head dim)"
 # The interpreter takes up to a minute for each of these.
 LARGE = ("lstm-concatenated", "gru-many-rows", "many-heads", "lstm-zoneout", "gru-zoneout")
